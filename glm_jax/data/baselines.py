@@ -1,0 +1,57 @@
+"""Losses of a unigram and a bigram, to read a model's loss beside.
+
+Both are fitted on training *target* tokens, [eop] included. The bigram predicts a
+target from the token before it in its span, smoothed as Witten & Bell (1991).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from glm_jax.batch import Batch
+
+
+def fit_and_score(
+  train: Iterable[Batch], validation: Iterable[Batch], vocabulary_size: int
+) -> dict[str, float]:
+  """{'unigram', 'bigram'}: mean loss on validation targets, in nats.
+
+  Args:
+    train: batches to count in.
+    validation: batches to score, weighted by `loss_weights`.
+    vocabulary_size: V.
+  """
+  V = vocabulary_size
+  tokens, targets, _ = _pairs(train)
+  counts = np.bincount(targets, minlength=V).astype(np.float64)
+  unigram = (counts + 1) / (counts.sum() + V)
+
+  pairs, pair_counts = np.unique(tokens * V + targets, return_counts=True)
+  follows = np.bincount(pairs // V, weights=pair_counts, minlength=V)
+  kinds = np.bincount(pairs // V, minlength=V)
+
+  tokens, targets, weights = _pairs(validation)
+  wanted = tokens * V + targets
+  found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+  count = np.where(pairs[found] == wanted, pair_counts[found], 0)
+  total = follows[tokens] + kinds[tokens]
+  bigram = np.where(
+    total > 0,
+    (count + kinds[tokens] * unigram[targets]) / np.maximum(total, 1), unigram[targets],
+  )
+  return {
+    'unigram': float(np.average(-np.log(unigram[targets]), weights=weights)),
+    'bigram': float(np.average(-np.log(bigram), weights=weights)),
+  }
+
+
+def _pairs(batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Input token, target and weight of every scored position."""
+  parts = []
+  for batch in batches:
+    scored = batch.loss_weights > 0
+    parts.append((batch.tokens[scored].astype(np.int64),
+                  batch.targets[scored].astype(np.int64), batch.loss_weights[scored]))
+  return tuple(np.concatenate(column) for column in zip(*parts, strict=True))

@@ -1,0 +1,62 @@
+"""Which text a run reads, and how it becomes tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from glm_jax import configs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+  """The text.
+
+  Attributes:
+    corpus: 'documentation' (what every Python installation carries), 'tfds:NAME' or
+      'tfds:NAME:VERSION', or a glob of .txt files (a document each) and .jsonl files (a
+      document a line: {"text"} or {"prompt", "text"}, with loss on the text only).
+    validation: a glob of held-out files; '' holds out `validation_fraction`.
+    validation_fraction: share of the documents held out, by a hash of their text.
+    errors: invalid UTF-8 stops the run ('strict'), becomes U+FFFD ('replace') or is left
+      out ('ignore').
+    text_key: the feature of a TFDS data set that holds the text.
+    tfds_data_dir: where TFDS data sets are; '' for the TFDS default.
+    cache_dir: where vocabularies and rows are kept between runs.
+  """
+
+  corpus: str = 'documentation'
+  validation: str = ''
+  validation_fraction: float = 0.05
+  errors: str = 'strict'
+  text_key: str = 'text'
+  tfds_data_dir: str = ''
+  cache_dir: str = '~/.cache/glm_jax'
+
+  def __post_init__(self):
+    configs.check_types(self)
+    configs.check(bool(self.corpus), 'CorpusConfig.corpus must name a corpus', "''",
+                  "use 'documentation', a glob of files, or 'tfds:NAME'")
+    configs.check(0 < self.validation_fraction < 1,
+                  'CorpusConfig.validation_fraction must be in (0, 1)',
+                  str(self.validation_fraction), 'use 0.05')
+    choices = ('strict', 'replace', 'ignore')
+    configs.check(self.errors in choices, f'CorpusConfig.errors must be one of {choices}',
+                  repr(self.errors), 'choose one of these')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VocabularyConfig:
+  """Text to tokens.
+
+  Attributes:
+    path: a sentencepiece .model file, or 'bytes'; '' trains one on the corpus, once.
+    size: of a trained one, its 9 control pieces included.
+  """
+
+  path: str = ''
+  size: int = 8192
+
+  def __post_init__(self):
+    configs.check_types(self)
+    configs.check(self.size >= 512, 'VocabularyConfig.size must be 512 or more',
+                  str(self.size), "raise it, or use path='bytes'")

@@ -1,0 +1,91 @@
+"""Docstrings of the installed Python packages, read from their sources without running
+them.
+
+No TensorFlow here: worker processes import this module alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import inspect
+import multiprocessing
+import os
+import pydoc_data.topics
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_SHORTEST = 300  # characters; less is no document
+_SKIPPED = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'testing',
+            'idlelib', 'glm_jax', 'lib2to3'}
+
+
+class Found(NamedTuple):
+  """The documentation of one source file.
+
+  Attributes:
+    package: top-level package or module.
+    source: path below the library folder.
+    text: docstrings in order, a blank line between.
+  """
+
+  package: str
+  source: str
+  text: str
+
+
+def topics() -> list[Found]:
+  """CPython's language reference, as `help()` shows it."""
+  return [Found('pydoc_data', name, text.strip())
+          for name, text in sorted(pydoc_data.topics.topics.items())]
+
+
+def sources() -> list[tuple[str, str]]:
+  """(library folder, path below it) of every Python file, in a fixed order."""
+  paths = sysconfig.get_paths()
+  found = {}
+  for root in (paths['stdlib'], paths['purelib'], paths['platlib']):
+    for folder, folders, files in os.walk(root):
+      folders[:] = [name for name in folders if name not in _SKIPPED]
+      for name in files:
+        if name.endswith('.py'):
+          path = Path(folder, name).relative_to(root)
+          found[str(path)] = root
+  return [(found[path], path) for path in sorted(found)]
+
+
+def read(args: tuple[str, str]) -> Found | None:
+  """The documentation of one file; None if it cannot be parsed."""
+  root, path = args
+  package = Path(path).parts[0].removesuffix('.py')
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      tree = ast.parse(Path(root, path).read_text(encoding='utf-8'))
+  except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+    return None
+  parts = []
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+      # Docstrings have no NUL or lone surrogates in any encoding that is stored.
+      text = (ast.get_docstring(node, clean=False) or '').encode('utf-8', 'ignore').decode()
+      if text.strip():
+        parts.append((getattr(node, 'lineno', 0), inspect.cleandoc(text).strip()))
+  return Found(package, path, '\n\n'.join(text for _, text in sorted(parts)))
+
+
+def documents() -> Iterator[Found | None]:
+  """Topics, then one item a source file: None where it cannot be parsed.
+
+  Items of less than 300 characters are left out.
+  """
+  yield from topics()
+  files = sources()
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    for found in pool.map(read, files, chunksize=64):
+      if found is None or len(found.text) >= _SHORTEST:
+        yield found

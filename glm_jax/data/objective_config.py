@@ -1,0 +1,132 @@
+"""Which objectives a run trains on, and the numbers that define them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from glm_jax import configs
+from glm_jax.batch import OBJECTIVES
+
+LONGEST_SPAN = 39
+"""Longest token span that is ever drawn (THUDM/GLM blocklm_utils.py)."""
+
+# Deviations of the number of spans that a row has room for: at 512 tokens 0.5 % of
+# the rows draw more and are cut short there, for 2.3 % of padding.
+_SPAN_DEVIATIONS = 2.3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+  """Autoregressive blank infilling, and the two objectives beside it.
+
+  Attributes:
+    blank: alpha, the probability that an example of `glm_mixture` is token spans.
+    document: beta, that it is one span of most of the row.
+    sentence: gamma, that it is whole sentences. The three need not sum to 1.
+    span_mean: lambda of the Poisson law of span lengths (1 to 39 tokens).
+    mask_ratio: share of a row's tokens in blank and sentence spans.
+    shuffle_spans: Part B holds the spans in random order.
+    single_span_probability: share of blank examples with one span only.
+    document_min_ratio: shortest document span, as a share of the row; the longest
+      leaves two tokens.
+    document_infill_probability: share of one-document rows whose document span lies
+      anywhere and ends in [eop]; the others run to the end of the row.
+    dblock_probability: share of blank Part B inputs replaced by [dBLOCK].
+    short_probability: share of rows of which only a random window (32 tokens or
+      more) is used.
+    task_masks: [gMASK] for documents and [sMASK] for sentences; else [MASK] for all.
+    original_positions: first positions count the original text, not the corrupted.
+  """
+
+  blank: float = 1.0
+  document: float = 0.0
+  sentence: float = 0.0
+  span_mean: float = 3.0
+  mask_ratio: float = 0.15
+  shuffle_spans: bool = True
+  single_span_probability: float = 0.0
+  document_min_ratio: float = 0.5
+  document_infill_probability: float = 0.5
+  dblock_probability: float = 0.0
+  short_probability: float = 0.0
+  task_masks: bool = True
+  original_positions: bool = False
+
+  def __post_init__(self):
+    configs.check_types(self)
+    name = 'ObjectiveConfig'
+    weights = self.weights
+    configs.check(
+      min(weights) >= 0 and sum(weights) > 0 and math.isfinite(sum(weights)),
+      f'{name}.blank, document and sentence must be 0 or more, and one above 0',
+      str(weights), 'give each its share, such as 0.5, 0.2, 0.3',
+    )
+    configs.check(0 < self.mask_ratio < 1, f'{name}.mask_ratio must be in (0, 1)',
+                  str(self.mask_ratio), 'use 0.15 as the paper, or 0.1 to 0.2')
+    configs.check(0 < self.span_mean <= 20, f'{name}.span_mean must be in (0, 20]',
+                  str(self.span_mean), 'use 3 as the paper')
+    mean, _ = self._span_moments()
+    # Spans never touch, so each needs a token of its own beside it.
+    configs.check(
+      self.mask_ratio * (1 + 1 / mean) < 1,
+      f'{name}.mask_ratio must leave a token between spans, so be below '
+      f'{mean / (mean + 1):.2f} for spans of mean {mean:.2f}',
+      str(self.mask_ratio), 'lower it or raise span_mean',
+    )
+    configs.check(0 < self.document_min_ratio < 1,
+                  f'{name}.document_min_ratio must be in (0, 1)',
+                  str(self.document_min_ratio), 'use 0.5 as the paper')
+    for field in ('single_span_probability', 'document_infill_probability',
+                  'dblock_probability', 'short_probability'):
+      value = getattr(self, field)
+      configs.check(0 <= value <= 1, f'{name}.{field} must be in [0, 1]', str(value),
+                    'give a probability')
+
+  @property
+  def weights(self) -> tuple[float, float, float]:
+    """(alpha, beta, gamma), in the order of `glm_jax.batch.OBJECTIVES`."""
+    return (self.blank, self.document, self.sentence)
+
+  def only(self, objective: str) -> ObjectiveConfig:
+    """The same with every example of one objective."""
+    return dataclasses.replace(
+      self, **{name: float(name == objective) for name in OBJECTIVES}
+    )
+
+  def _span_moments(self) -> tuple[float, float]:
+    """Mean and variance of a zero-truncated Poisson."""
+    share = 1 - math.exp(-self.span_mean)
+    mean = self.span_mean / share
+    return mean, (self.span_mean + self.span_mean**2) / share - mean**2
+
+  def max_spans(self, row_length: int) -> int:
+    """Spans that a row of `row_length` tokens is given room for.
+
+    The number drawn has, by renewal theory, mean `m / mu + (s^2 / mu^2 + 1) / 2 - 1/2`
+    and variance `m s^2 / mu^3` for m masked tokens and spans of mean mu, variance s^2.
+    """
+    if not self.blank and not self.sentence:
+      return 1
+    mean, variance = self._span_moments()
+    masked = self.mask_ratio * row_length
+    expected = masked / mean + variance / mean**2 / 2
+    return max(1, round(expected + _SPAN_DEVIATIONS * (masked * variance / mean**3) ** 0.5))
+
+  def row_length(self, length: int) -> int:
+    """The longest row of text that fits, with its spans, in `length` positions.
+
+    Each span adds two tokens ([MASK] in Part A; [sop] or [eop] in Part B).
+
+    Example:
+      >>> ObjectiveConfig().row_length(512)
+      456
+      >>> ObjectiveConfig(blank=0, document=1).row_length(512)
+      510
+    """
+    row = length - 2
+    while row > 0 and row + 2 * self.max_spans(row) > length:
+      row -= 1
+    configs.check(row >= 8, 'TASK_FEATURE_LENGTHS must leave 8 tokens of text',
+                  f"{{'tokens': {length}}}", 'use longer rows')
+    return row

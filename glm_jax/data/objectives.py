@@ -1,0 +1,204 @@
+"""Rows and spans to model inputs: the one assembly that all objectives share.
+
+Part A is the text with each span replaced by one mask token, seen bidirectionally.
+Part B holds the spans: `[sop] t1 .. tn` predicts `t1 .. tn [eop]`, causally. Two
+positions a token: the place in the corrupted text (a span has its mask's), and 0 in
+Part A or 1.. inside the span (GLM paper, section 2.1 and figure 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from glm_jax.batch import OBJECTIVES
+from glm_jax.data import spans, stateless
+from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.text.vocabulary import Vocabulary
+
+_FAR = 1 << 28
+(_OBJECTIVE, _ORDER, _DBLOCK, _SHORT) = range(16, 20)  # purposes, apart from spans'
+
+_SAMPLERS = {
+  'blank': spans.blank_spans,
+  'document': spans.document_spans,
+  'sentence': spans.sentence_spans,
+}
+
+
+class Source(NamedTuple):
+  """What an objective is made from.
+
+  Attributes:
+    tokens: [B, N] int32.
+    lengths: [B] int32.
+    scored: [B, N] bool, tokens that may carry loss (a prompt does not).
+    keys: [B] uint64.
+  """
+
+  tokens: tf.Tensor
+  lengths: tf.Tensor
+  scored: tf.Tensor
+  keys: tf.Tensor
+
+
+def make_examples(
+  source: Source, length: int, config: ObjectiveConfig, vocabulary: Vocabulary
+) -> dict[str, tf.Tensor]:
+  """A batch of examples, each of an objective drawn by `config.weights`.
+
+  Args:
+    source: rows of N tokens.
+    length: L of the result, N + 2 or more.
+    config: the objectives.
+    vocabulary: its special pieces and sentence ends.
+
+  Returns:
+    The [B, L] features of `glm_jax.batch.Batch` (no index), and `lost`: [B] int32,
+    tokens of the row outside a short window, and `capped`: [B] bool, see `Spans`.
+
+  Raises:
+    tf.errors.InvalidArgumentError: an example longer than `length` (never trimmed).
+  """
+  N = source.tokens.shape[1]
+  max_spans = (length - N) // 2
+  if max_spans < 1:
+    raise ValueError(
+      f'rows must be at least 2 tokens shorter than the feature length {length}, got '
+      f'rows of {N}; raise TASK_FEATURE_LENGTHS.'
+    )
+  full = source.lengths
+  if config.short_probability:
+    source = _shorten(source, config, vocabulary)
+  s = vocabulary.specials
+  special = np.zeros(vocabulary.size, bool)
+  special[list(dataclasses.astuple(s))] = True
+  inside = tf.range(N) < source.lengths[:, None]
+  is_text = inside & ~tf.gather(tf.constant(special), source.tokens)
+  ends = tf.gather(tf.constant(vocabulary.ends_sentence()), source.tokens)
+  rows = spans.Rows(source.tokens, source.lengths, is_text, ends & is_text, source.keys)
+
+  # Only objectives that can come up are sampled; one of them is kept for each row.
+  total, u = sum(config.weights), stateless.uniform(source.keys, _OBJECTIVE, 1)[:, 0]
+  kept, objective, below = None, tf.zeros_like(source.lengths), 0.0
+  for number, (name, weight) in enumerate(zip(OBJECTIVES, config.weights, strict=True)):
+    if not weight:
+      continue
+    drawn = _SAMPLERS[name](rows, config, max_spans)
+    chosen = u >= below / total
+    kept = drawn if kept is None else _choose(chosen, drawn, kept)
+    objective = tf.where(chosen, number, objective)
+    below += weight
+  masks = (s.mask, s.gmask, s.smask) if config.task_masks else (s.mask,) * 3
+  example = _assemble(
+    source, kept, tf.gather(tf.constant(masks), objective), length, config, vocabulary,
+    noisy=objective == OBJECTIVES.index('blank'),
+  )
+  example['objective'] = tf.broadcast_to(objective[:, None], tf.shape(example['tokens']))
+  example['lost'] = full - source.lengths
+  example['capped'] = kept.capped
+  return example
+
+
+def _assemble(source, drawn, mask_ids, length, config, vocabulary, noisy):
+  """Parts A and B, targets, positions and visibility from spans in text order."""
+  s, N = vocabulary.specials, source.tokens.shape[1]
+  starts, lengths, eop = drawn.starts, drawn.lengths, drawn.ends_with_eop
+  used = lengths > 0
+  p = tf.broadcast_to(tf.range(length), [tf.shape(starts)[0], length])
+
+  # Part A: position p holds text token p + (tokens hidden by the masks before it).
+  hidden = tf.cumsum(tf.where(used, lengths - 1, 0), axis=1)
+  mask_places = tf.where(used, starts - hidden + tf.where(used, lengths - 1, 0), _FAR)
+  masks_before = tf.searchsorted(mask_places, p, side='left')
+  shift = tf.gather(tf.pad(hidden, [[0, 0], [1, 0]]), masks_before, batch_dims=1)
+  next_mask = tf.gather(
+    tf.pad(mask_places, [[0, 0], [0, 1]], constant_values=_FAR), masks_before, batch_dims=1
+  )
+  is_mask = p == next_mask
+  part_a = source.lengths - hidden[:, -1]
+
+  # Part B: the spans in their order, each opened by [sop].
+  if config.shuffle_spans:
+    u = stateless.uniform(source.keys, _ORDER, lengths.shape[1])
+    order = tf.argsort(tf.where(used, u, 2.0))
+    b_starts, b_lengths, b_places = (
+      tf.gather(x, order, batch_dims=1) for x in (starts, lengths, mask_places)
+    )
+  else:
+    b_starts, b_lengths, b_places = starts, lengths, mask_places
+  pieces = tf.where(b_lengths > 0, b_lengths + tf.cast(eop, tf.int32)[:, None], 0)
+  piece_ends = part_a[:, None] + tf.cumsum(pieces, axis=1)
+  example_length = piece_ends[:, -1]
+  fits = tf.debugging.assert_less_equal(
+    example_length, length, 'an example is longer than its feature length'
+  )
+  which = tf.minimum(tf.searchsorted(piece_ends, p, side='right'), pieces.shape[1] - 1)
+  offset, start, size, place = (
+    tf.gather(x, which, batch_dims=1)
+    for x in (piece_ends - pieces, b_starts, b_lengths, b_places)
+  )
+  offset = p - offset
+  in_a, in_b = p < part_a[:, None], (p >= part_a[:, None]) & (p < example_length[:, None])
+
+  index = tf.where(in_a, p + shift, start + offset - 1)
+  tokens = tf.gather(source.tokens, tf.clip_by_value(index, 0, N - 1), batch_dims=1)
+  if config.dblock_probability:
+    u = stateless.uniform(source.keys, _DBLOCK, length)
+    noise = in_b & noisy[:, None] & (u < config.dblock_probability)
+    tokens = tf.where(noise, s.dblock, tokens)
+  tokens = tf.where(in_b & (offset == 0), s.sop, tokens)
+  tokens = tf.where(is_mask, mask_ids[:, None], tokens)
+
+  # The target of [eop] is scored as the last token of its span.
+  at_eop = offset == size
+  goal = tf.clip_by_value(start + offset - tf.cast(at_eop, tf.int32), 0, N - 1)
+  targets = tf.where(at_eop, s.eop, tf.gather(source.tokens, goal, batch_dims=1))
+  scored = in_b & tf.gather(source.scored, goal, batch_dims=1)
+
+  if config.original_positions:
+    positions = tf.where(in_a, p + shift, start)
+  else:
+    positions = tf.where(in_a, p, place)
+  inside = in_a | in_b
+  key_end = tf.where(inside, tf.maximum(part_a[:, None], p + 1), 0)
+  with tf.control_dependencies([fits] if fits is not None else []):
+    return {
+      'tokens': tf.where(inside, tokens, s.pad),
+      'targets': tf.where(in_b, targets, s.pad),
+      'loss_weights': tf.cast(scored, tf.float32),
+      'positions': tf.where(inside, positions, 0),
+      'block_positions': tf.where(in_b, offset + 1, 0),
+      'key_start': tf.zeros_like(key_end),
+      'key_end': key_end,
+    }
+
+
+def _shorten(source: Source, config: ObjectiveConfig, vocabulary: Vocabulary) -> Source:
+  """Some rows become a random window of themselves, opened by [ENC]."""
+  N, enc = source.tokens.shape[1], vocabulary.specials.enc
+  u = stateless.uniform(source.keys, _SHORT, 3)
+  shortest = tf.minimum(32, source.lengths)
+  room = tf.cast(source.lengths - shortest, tf.float32)
+  size = tf.minimum(shortest + tf.cast(u[:, 1] * room, tf.int32), source.lengths)
+  short = (u[:, 0] < config.short_probability) & (size < source.lengths)
+  size = tf.where(short, size, source.lengths)
+  room = tf.cast(source.lengths - size + 1, tf.float32)
+  start = tf.minimum(tf.cast(u[:, 2] * room, tf.int32), source.lengths - size)
+  index = tf.minimum(start[:, None] + tf.range(N), N - 1)
+  tokens = tf.gather(source.tokens, index, batch_dims=1)
+  scored = tf.gather(source.scored, index, batch_dims=1)
+  opening = short[:, None] & (tf.range(N) == 0)
+  return source._replace(
+    tokens=tf.where(opening, enc, tokens), scored=scored & ~opening, lengths=size
+  )
+
+
+def _choose(chosen, new: spans.Spans, old: spans.Spans) -> spans.Spans:
+  def pick(a, b):
+    return tf.where(tf.reshape(chosen, [-1] + [1] * (len(a.shape) - 1)), a, b)
+
+  return spans.Spans(*map(pick, new, old))

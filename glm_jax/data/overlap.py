@@ -1,0 +1,53 @@
+"""Shared word 13-grams: near-duplicates, and what validation shares with training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WORDS = 13  # as GPT-3's and others' decontamination
+
+
+def grams(texts: Sequence[str]) -> list[np.ndarray]:
+  """A uint64 hash for each run of 13 words of each text.
+
+  A text of fewer words has one hash, of all of them.
+
+  Example:
+    >>> a, b = grams(['to be or not to be', 'to be or not to be'])
+    >>> len(a), bool((a == b).all())
+    (1, True)
+  """
+  numbers: dict[str, int] = {}
+  factors = np.array([pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in range(WORDS)],
+                     np.uint64)
+  hashes = []
+  for text in texts:
+    words = np.array([numbers.setdefault(word, len(numbers) + 1) for word in text.split()],
+                     np.uint64)
+    # Numbers of words are small; spread them over all bits before they are added up.
+    words = (words * np.uint64(0xBF58476D1CE4E5B9)) ^ (words << np.uint64(29))
+    count = max(len(words) - WORDS + 1, 1)
+    total = np.zeros(count, np.uint64)
+    for i in range(min(WORDS, len(words))):
+      total += words[i:i + count] * factors[i]
+    hashes.append(total)
+  return hashes
+
+
+def near_duplicates(hashes: Sequence[np.ndarray]) -> np.ndarray:
+  """[documents] bool: more than half of its 13-grams stand in documents before it."""
+  owner = np.repeat(np.arange(len(hashes)), [len(h) for h in hashes])
+  _, first, inverse = np.unique(np.concatenate(hashes), return_index=True,
+                                return_inverse=True)
+  seen_before = owner[first][inverse] < owner
+  return np.bincount(owner, seen_before) > 0.5 * np.bincount(owner)
+
+
+def shared(hashes: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
+  """[documents] share of each one's 13-grams that stand in any of `others`."""
+  known = np.unique(np.concatenate(others))
+  found = np.isin(np.concatenate(hashes), known)
+  owner = np.repeat(np.arange(len(hashes)), [len(h) for h in hashes])
+  return np.bincount(owner, found) / np.bincount(owner)

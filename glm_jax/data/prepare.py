@@ -1,0 +1,93 @@
+"""From a run's configuration to a registered task: corpus, vocabulary, rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import seqio
+
+from glm_jax import configs
+from glm_jax.batch import OBJECTIVES
+from glm_jax.data import corpus as corpora
+from glm_jax.data import rows as row_store
+from glm_jax.data import tasks
+from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.preprocessors import SeqioVocabulary
+from glm_jax.text.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+  """What a run needs to know of its data.
+
+  Attributes:
+    vocabulary: of the tokens.
+    fingerprint: tells one set of training examples from another.
+    evaluation_tasks: registered tasks that have a validation split.
+    stats: of the rows by split; empty for a task of the user's.
+  """
+
+  vocabulary: Vocabulary
+  fingerprint: str
+  evaluation_tasks: tuple[str, ...]
+  stats: dict[str, dict]
+
+
+def prepare(
+  task: str,
+  feature_lengths: Mapping[str, int],
+  corpus: CorpusConfig,
+  vocabulary_config: VocabularyConfig,
+  objectives: ObjectiveConfig,
+) -> Prepared:
+  """Makes (or finds, cached) everything that the task reads, and registers it.
+
+  A task that is already registered, by `--import`, brings its own data; its
+  vocabulary is that of its `tokens` feature.
+
+  Raises:
+    ValueError: a task that is not registered; bad text (see `corpus` and `rows`).
+  """
+  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+  if task in tasks.NAMES:
+    vocabulary = corpora.load_or_train_vocabulary(vocabulary_config, corpus)
+    length = _length(feature_lengths)
+    if task != tasks.MIXTURE:
+      objectives = objectives.only(task.removeprefix('glm_'))
+    row_length = objectives.row_length(length)
+    rows = {split: row_store.build_rows(corpus, vocabulary, split, row_length)
+            for split in ('train', 'validation')}
+    tasks.register(rows, vocabulary, objectives)
+    wanted = [f'glm_{name}' for name, weight in zip(OBJECTIVES, objectives.weights,
+                                                    strict=True) if weight]
+    return Prepared(
+      vocabulary=vocabulary, fingerprint=rows['train'].stats['digest'],
+      evaluation_tasks=tuple(wanted), stats={k: v.stats for k, v in rows.items()},
+    )
+  configs.check(
+    task in registered, f'MIXTURE_OR_TASK_NAME must be one of {list(tasks.NAMES)} or a '
+    'registered task', repr(task), 'register it in a module named by --import',
+  )
+  provider = seqio.get_mixture_or_task(task)
+  feature = provider.output_features.get('tokens')
+  vocabulary = getattr(feature and feature.vocabulary, 'vocabulary', None)
+  configs.check(
+    feature is not None and isinstance(feature.vocabulary, SeqioVocabulary),
+    f'the task {task!r} must have the feature tokens with a SeqioVocabulary',
+    str(feature), 'use output_features() of glm_jax.data.preprocessors',
+  )
+  _length(feature_lengths)
+  has_validation = 'validation' in provider.splits
+  return Prepared(
+    vocabulary=vocabulary, fingerprint=f'task {task}',
+    evaluation_tasks=(task,) if has_validation else (), stats={},
+  )
+
+
+def _length(feature_lengths: Mapping[str, int]) -> int:
+  configs.check(set(feature_lengths) == {'tokens'},
+                "TASK_FEATURE_LENGTHS must have the one key 'tokens'",
+                str(dict(feature_lengths)), "write {'tokens': 512}")
+  return feature_lengths['tokens']

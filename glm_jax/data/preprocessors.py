@@ -1,0 +1,190 @@
+"""The objectives as seqio preprocessors, for the registered tasks and for your own.
+
+Each takes a dataset of token sequences and yields examples of the batch contract. Two
+kinds of dataset are understood:
+
+- batches of indexed rows (`glm_jax.data.source`): {tokens [B, N], lengths, scored, keys,
+  index}, which stay batches;
+- single sequences from any seqio source: {tokens [n]} and, optionally, {scored [n]},
+  as `tokenize` and `to_rows` below make them, which stay single examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import seqio
+import tensorflow as tf
+
+from glm_jax.batch import DTYPES, Batch
+from glm_jax.data import objectives, stateless
+from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.text.vocabulary import SentencePieceVocabulary, Vocabulary
+
+_GROUP = 32  # single sequences are worked on together, since an op costs the same for each
+
+
+def glm_mixture(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int],
+  *,
+  vocabulary: Vocabulary,
+  config: ObjectiveConfig,
+) -> tf.data.Dataset:
+  """Each example of an objective of its own, drawn with (alpha, beta, gamma).
+
+  Args:
+    dataset: see the module.
+    sequence_length: {'tokens': L}.
+    vocabulary: of the tokens.
+    config: the objectives.
+
+  Returns:
+    A dataset of {field of `Batch`: [B, L] or [L]}.
+  """
+  length = sequence_length['tokens']
+  batched = dataset.element_spec['tokens'].shape.rank == 2
+
+  @tf.autograph.experimental.do_not_convert
+  def make(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    source = objectives.Source(x['tokens'], x['lengths'], x['scored'], x['keys'])
+    made = objectives.make_examples(source, length, config, vocabulary)
+    return {**made, 'index': x['index']}
+
+  if batched:
+    return dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+  row_length = config.row_length(length)
+  keyed = _add_key(dataset.map(_add_scored))
+
+  @tf.autograph.experimental.do_not_convert
+  def check(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    fits = tf.debugging.assert_less_equal(
+      tf.size(x['tokens']), row_length,
+      'a sequence is longer than its row; split documents with to_rows',
+    )
+    with tf.control_dependencies([fits]):
+      return {**x, 'lengths': tf.size(x['tokens']), 'index': tf.constant(-1, tf.int64)}
+
+  shapes = {'tokens': [row_length], 'scored': [row_length], 'keys': [], 'lengths': [],
+            'index': []}
+  padded = keyed.map(check).padded_batch(_GROUP, shapes)
+  return padded.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+
+
+def blank_infilling(dataset, sequence_length, *, vocabulary, config=ObjectiveConfig()):
+  """Token spans only; arguments as `glm_mixture`."""
+  return glm_mixture(dataset, sequence_length, vocabulary=vocabulary,
+                     config=config.only('blank'))
+
+
+def document(dataset, sequence_length, *, vocabulary, config=ObjectiveConfig()):
+  """One long span only; arguments as `glm_mixture`."""
+  return glm_mixture(dataset, sequence_length, vocabulary=vocabulary,
+                     config=config.only('document'))
+
+
+def sentence(dataset, sequence_length, *, vocabulary, config=ObjectiveConfig()):
+  """Whole sentences only; arguments as `glm_mixture`."""
+  return glm_mixture(dataset, sequence_length, vocabulary=vocabulary,
+                     config=config.only('sentence'))
+
+
+def tokenize(
+  dataset: tf.data.Dataset, *, vocabulary: Vocabulary, key: str = 'text'
+) -> tf.data.Dataset:
+  """{key: text} to {tokens: [ENC] text <eos>}, for text sources of your own."""
+  s = vocabulary.specials
+  encode = _encoder(vocabulary)
+
+  @tf.autograph.experimental.do_not_convert
+  def one(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return {'tokens': tf.concat([[s.enc], encode(x[key]), [s.eos]], 0)}
+
+  return dataset.map(one, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def to_rows(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int],
+  *,
+  vocabulary: Vocabulary,
+  config: ObjectiveConfig = ObjectiveConfig(),
+) -> tf.data.Dataset:
+  """Cuts longer sequences into rows that fit with their spans; each opens with [ENC]."""
+  body = config.row_length(sequence_length['tokens']) - 1
+  enc = vocabulary.specials.enc
+
+  @tf.autograph.experimental.do_not_convert
+  def cut(x: dict[str, tf.Tensor]) -> tf.data.Dataset:
+    rest = tf.data.Dataset.from_tensor_slices(x['tokens'][1:])
+    return rest.batch(body).map(lambda row: {'tokens': tf.concat([[enc], row], 0)})
+
+  return dataset.flat_map(cut)
+
+
+def output_features(vocabulary: Vocabulary, rank: int = 1) -> dict[str, seqio.Feature]:
+  """The features of the batch contract, for `seqio.Task(output_features=...)`.
+
+  Args:
+    vocabulary: of `tokens` and `targets`.
+    rank: 1 for a task of single examples, 2 for one of whole batches.
+  """
+  words = SeqioVocabulary(vocabulary)
+  numbers = seqio.PassThroughVocabulary(size=2**31 - 1)
+  features = {}
+  for name, dtype in zip(Batch._fields, DTYPES, strict=True):
+    if name == 'index':
+      continue
+    features[name] = seqio.Feature(
+      words if name in ('tokens', 'targets') else numbers,
+      add_eos=False, dtype=tf.as_dtype(dtype), rank=rank,
+    )
+  return features
+
+
+class SeqioVocabulary(seqio.PassThroughVocabulary):
+  """A `glm_jax.text` vocabulary as seqio sees it; `.vocabulary` is the real one."""
+
+  def __init__(self, vocabulary: Vocabulary):
+    self.vocabulary = vocabulary
+    super().__init__(size=vocabulary.size, eos_id=vocabulary.specials.eos)
+
+  @property
+  def pad_id(self) -> int:
+    return self.vocabulary.specials.pad
+
+  def _decode(self, ids):
+    return self.vocabulary.decode(list(ids))
+
+  def __eq__(self, other) -> bool:
+    return (isinstance(other, SeqioVocabulary)
+            and self.vocabulary.fingerprint == other.vocabulary.fingerprint)
+
+
+def _encoder(vocabulary: Vocabulary) -> Callable[[tf.Tensor], tf.Tensor]:
+  """A TensorFlow function from a text to its ids."""
+  if isinstance(vocabulary, SentencePieceVocabulary):
+    import tensorflow_text
+
+    return tensorflow_text.SentencepieceTokenizer(model=vocabulary.serialized).tokenize
+  return lambda text: tf.cast(tf.io.decode_raw(text, tf.uint8), tf.int32)
+
+
+@tf.autograph.experimental.do_not_convert
+def _add_scored(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+  scored = x['scored'] if 'scored' in x else tf.ones_like(x['tokens'], tf.bool)
+  return {'tokens': tf.cast(x['tokens'], tf.int32), 'scored': scored}
+
+
+@seqio.map_over_dataset(num_seeds=1)
+def _add_key(x: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+  """A key from seqio's seed and the content.
+
+  seqio hands the same seeds to every process; the content tells their examples apart.
+  """
+  seed = stateless.mix(tf.cast(seed[0], tf.uint64) * (1 << 32) + tf.cast(seed[1], tf.uint64))
+  places = tf.range(tf.size(x['tokens'], out_type=tf.int64), dtype=tf.int64) << 32
+  content = stateless.mix(tf.cast(places + tf.cast(x['tokens'], tf.int64), tf.uint64))
+  total = tf.reduce_sum(tf.bitcast(content, tf.int64))
+  return {**x, 'keys': stateless.mix(seed + tf.bitcast(total, tf.uint64))}

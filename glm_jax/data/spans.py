@@ -1,0 +1,223 @@
+"""Which tokens of a row each objective masks: three samplers, one result.
+
+Pure TensorFlow on batches of rows, without loops over spans or rows. The laws are
+those of THUDM/GLM blocklm_utils.py (class ConstructBlockStrategy); what differs is said
+where it differs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from glm_jax.data import stateless
+from glm_jax.data.objective_config import LONGEST_SPAN, ObjectiveConfig
+
+_FAR = 1 << 28  # sorts behind every position
+
+# Purposes of random numbers; each draw has its own.
+(_LENGTHS, _MIX_LENGTHS, _PLACES, _SINGLE, _SENTENCES, _RATIO, _INFILL, _PLACE) = range(8)
+
+
+class Rows(NamedTuple):
+  """A batch of token rows.
+
+  Attributes:
+    tokens: [B, N] int32.
+    lengths: [B] int32; tokens from there on are padding.
+    is_text: [B, N] bool, neither special piece nor padding.
+    ends_sentence: [B, N] bool, the piece holds a sentence-ending mark.
+    keys: [B] uint64, see `glm_jax.data.stateless`.
+  """
+
+  tokens: tf.Tensor
+  lengths: tf.Tensor
+  is_text: tf.Tensor
+  ends_sentence: tf.Tensor
+  keys: tf.Tensor
+
+
+class Spans(NamedTuple):
+  """Spans in text order, the unused ones last.
+
+  Invariants: `starts` ascend, spans do not overlap, `lengths > 0` exactly where used.
+
+  Attributes:
+    starts: [B, K] int32.
+    lengths: [B, K] int32, 0 where unused.
+    ends_with_eop: [B] bool; False for a span that runs to the end of the row.
+    capped: [B] bool, the row had room for fewer spans than were drawn.
+  """
+
+  starts: tf.Tensor
+  lengths: tf.Tensor
+  ends_with_eop: tf.Tensor
+  capped: tf.Tensor
+
+
+def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
+  """Spans of Poisson length over ~`mask_ratio` of the row (GLM paper, section 2.1).
+
+  Lengths are drawn until they reach the budget; spans lie inside one document each, a
+  token or more apart. A document takes spans in proportion to its length, where the
+  original fills the shorter ones first; spans that do not fit go to the longest one.
+  """
+  B, K = tf.shape(rows.tokens)[0], max_spans
+  # Lengths, until their sum reaches the budget.
+  pmf = [math.exp(k * math.log(config.span_mean) - math.lgamma(k + 1))
+         for k in range(1, LONGEST_SPAN + 1)]
+  cdf = tf.constant(np.cumsum(pmf) / np.sum(pmf), tf.float32)
+  lengths = tf.searchsorted(cdf, tf.reshape(stateless.uniform(rows.keys, _LENGTHS, K), [-1]),
+                            side='right')
+  lengths = tf.reshape(tf.minimum(lengths, LONGEST_SPAN - 1) + 1, [-1, K])
+  budget = _budget(rows, config)
+  drawn = tf.cumsum(lengths, axis=1, exclusive=True) < budget[:, None]
+  capped = tf.reduce_sum(lengths, axis=1) < budget
+  if config.single_span_probability:
+    single = stateless.uniform(rows.keys, _SINGLE, 1) < config.single_span_probability
+    drawn &= ~single | (tf.range(K) == 0)
+    capped &= ~single[:, 0]
+  # The last length drawn is the one that crosses the budget, hence longer than most:
+  # in random order, place and length have nothing to do with each other.
+  order = tf.argsort(tf.where(drawn, stateless.uniform(rows.keys, _MIX_LENGTHS, K), 2.0))
+  lengths = tf.gather(tf.where(drawn, lengths, 0), order, batch_dims=1)
+
+  # A document (run of text) for each span, by the middle of its share of the total.
+  run_starts, run_lengths = _runs(rows.is_text)
+  R = run_lengths.shape[1]
+  longest = tf.argmax(run_lengths, axis=1, output_type=tf.int32)[:, None]
+  room = tf.gather(run_lengths, longest, batch_dims=1)
+  lengths = tf.minimum(lengths, room)
+  total = tf.maximum(tf.reduce_sum(lengths, axis=1, keepdims=True), 1)
+  middle = tf.cumsum(lengths, axis=1, exclusive=True) + lengths // 2
+  text = tf.reduce_sum(run_lengths, axis=1, keepdims=True)
+  run = tf.searchsorted(tf.cumsum(run_lengths, axis=1), middle * text // total, side='right')
+  run = tf.minimum(run, R - 1)
+  needed = _sum_by_run(tf.where(lengths > 0, lengths + 1, 0), run, R)
+  overfull = tf.gather(needed > run_lengths + 1, run, batch_dims=1)
+  run = tf.where(overfull, longest, run)
+  here = (run == longest) & (lengths > 0)
+  used = tf.cumsum(tf.where(here, lengths + 1, 0), axis=1)
+  fits = ~here | (used <= room + 1)
+  capped |= tf.reduce_any(~fits, axis=1)
+  lengths = tf.where(fits, lengths, 0)
+
+  # Places: sorted draws, each behind the spans (and a token a span) before it.
+  needed = _sum_by_run(tf.where(lengths > 0, lengths + 1, 0), run, R)
+  free = tf.gather(run_lengths + 1 - needed, run, batch_dims=1)
+  place = tf.cast(stateless.uniform(rows.keys, _PLACES, K) * tf.cast(free + 1, tf.float32),
+                  tf.int32)
+  place = tf.minimum(place, free)
+  key = run * (rows.tokens.shape[1] + 1) + place
+  order = tf.argsort(tf.where(lengths > 0, key, _FAR), stable=True)
+  run, place, lengths = (tf.gather(x, order, batch_dims=1) for x in (run, place, lengths))
+  before = tf.cumsum(tf.where(lengths > 0, lengths + 1, 0), axis=1, exclusive=True)
+  before -= tf.gather(tf.cumsum(needed, axis=1, exclusive=True), run, batch_dims=1)
+  starts = tf.gather(run_starts, run, batch_dims=1) + place + before
+  return Spans(starts, lengths, tf.ones([B], tf.bool), capped)
+
+
+def sentence_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
+  """Whole sentences in random order until they reach ~`mask_ratio` of the row.
+
+  A sentence ends with a piece that holds a sentence-ending mark, or with the row. One
+  that a document's end cuts short counts only in a row that has no other.
+  """
+  N = rows.tokens.shape[1]
+  following = tf.pad(rows.is_text, [[0, 0], [0, 1]])[:, 1:]
+  last = rows.is_text & (rows.ends_sentence | ~following)
+  number = tf.cumsum(tf.cast(last, tf.int32), axis=1, exclusive=True)
+  starts, lengths = _segments(rows.is_text, number, N)
+  at_end = tf.range(N) == rows.lengths[:, None] - 1
+  finished = _sum_by_run(
+    tf.cast(last & (rows.ends_sentence | at_end), tf.int32), number, N
+  ) > 0
+  any_finished = tf.reduce_any(finished, axis=1, keepdims=True)
+  eligible = (lengths > 0) & (finished | ~any_finished)
+
+  u = stateless.uniform(rows.keys, _SENTENCES, N)
+  _, chosen = tf.math.top_k(tf.where(eligible, u, -1.0), k=max_spans)
+  eligible, starts, lengths = (
+    tf.gather(x, chosen, batch_dims=1) for x in (eligible, starts, lengths)
+  )
+  lengths = tf.where(eligible, lengths, 0)
+  budget = _budget(rows, config)
+  capped = (tf.reduce_sum(lengths, axis=1) < budget) & tf.reduce_all(eligible, axis=1)
+  taken = tf.cumsum(lengths, axis=1, exclusive=True) < budget[:, None]
+  lengths = tf.where(taken, lengths, 0)
+  order = tf.argsort(tf.where(lengths > 0, starts, _FAR))
+  starts, lengths = (tf.gather(x, order, batch_dims=1) for x in (starts, lengths))
+  return Spans(starts, lengths, tf.ones_like(capped), capped)
+
+
+def document_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
+  """One span of `document_min_ratio` of the row or more, to its end or inside it.
+
+  To the end it takes <eos> along and has no [eop]; rows of several documents are
+  always done so. Lengths are uniform, each row its own, where the original draws one
+  length for a batch.
+  """
+  lengths = rows.lengths
+  u = stateless.uniform(rows.keys, _RATIO, 1)[:, 0]
+  longest = tf.maximum(lengths - 2, 1)
+  shortest = tf.cast(config.document_min_ratio * tf.cast(lengths, tf.float64), tf.int32)
+  shortest = tf.clip_by_value(shortest, 1, longest)
+  size = shortest + tf.cast(u * tf.cast(longest - shortest + 1, tf.float32), tf.int32)
+  size = tf.minimum(size, longest)
+
+  run_starts, run_lengths = _runs(rows.is_text)
+  one_document = tf.reduce_sum(tf.cast(run_lengths > 0, tf.int32), axis=1) == 1
+  run_start, text = run_starts[:, 0], run_lengths[:, 0]
+  infill = stateless.uniform(rows.keys, _INFILL, 1)[:, 0] < config.document_infill_probability
+  infill &= one_document
+  size = tf.where(infill, tf.minimum(size, text), size)
+  free = tf.maximum(text - size, 0)
+  u = stateless.uniform(rows.keys, _PLACE, 1)[:, 0]
+  place = tf.minimum(tf.cast(u * tf.cast(free + 1, tf.float32), tf.int32), free)
+  starts = tf.where(infill, run_start + place, lengths - size)
+  others = [[0, 0], [0, max_spans - 1]]
+  return Spans(
+    tf.pad(starts[:, None], others), tf.pad(size[:, None], others), infill,
+    tf.zeros_like(infill),
+  )
+
+
+def _budget(rows: Rows, config: ObjectiveConfig) -> tf.Tensor:
+  """int(mask_ratio * length), at least one token."""
+  budget = tf.cast(config.mask_ratio * tf.cast(rows.lengths, tf.float64), tf.int32)
+  return tf.maximum(budget, 1)
+
+
+def _runs(is_text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+  """Starts and lengths, [B, R] int32, of the runs of text between special pieces."""
+  following = tf.pad(is_text, [[0, 0], [0, 1]])[:, 1:]
+  number = tf.cumsum(tf.cast(is_text & ~following, tf.int32), axis=1, exclusive=True)
+  return _segments(is_text, number, is_text.shape[1] // 2 + 1)
+
+
+def _segments(is_text, number, count):
+  """Starts and lengths, [B, count], of runs given each token's run number."""
+  lengths = _sum_by_run(tf.cast(is_text, tf.int32), number, count)
+  flat = tf.reshape(_flat_numbers(number, count), [-1])
+  N = is_text.shape[1]
+  index = tf.reshape(tf.where(is_text, tf.range(N), N), [-1])
+  starts = tf.math.unsorted_segment_min(index, flat, tf.shape(number)[0] * count)
+  starts = tf.reshape(starts, [-1, count])
+  return tf.where(lengths > 0, starts, 0), lengths
+
+
+def _sum_by_run(values, number, count):
+  total = tf.math.unsorted_segment_sum(
+    tf.reshape(values, [-1]), tf.reshape(_flat_numbers(number, count), [-1]),
+    tf.shape(number)[0] * count,
+  )
+  return tf.reshape(total, [-1, count])
+
+
+def _flat_numbers(number, count):
+  """Run numbers that tell the rows of a batch apart; beyond `count`, none."""
+  row = tf.range(tf.shape(number)[0])[:, None] * count
+  return tf.where(number < count, number + row, -1)

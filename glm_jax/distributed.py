@@ -1,0 +1,73 @@
+"""Several processes as one run: start-up, and who writes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from glm_jax import configs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+  """How the processes of a run find each other (flags of every command, as in T5X).
+
+  Attributes:
+    multiprocess: let JAX detect the cluster (Cloud TPU, SLURM, GKE, Open MPI).
+    coordinator_address: host:port of process 0, to say it explicitly instead.
+    process_count: number of processes.
+    process_index: of this one.
+  """
+
+  multiprocess: bool = False
+  coordinator_address: str | None = None
+  process_count: int | None = None
+  process_index: int | None = None
+
+
+def initialize(processes: Processes) -> None:
+  """Joins the other processes; does nothing for a run of one.
+
+  Raises:
+    ValueError: some but not all of the three explicit flags, or an index out of range.
+  """
+  explicit = (processes.coordinator_address, processes.process_count,
+              processes.process_index)
+  if all(value is None for value in explicit):
+    if processes.multiprocess:
+      jax.distributed.initialize()
+    return
+  configs.check(
+    all(value is not None for value in explicit),
+    '--coordinator_address, --process_count and --process_index go together',
+    str(explicit), 'give all three, or --multiprocess alone to have them detected',
+  )
+  address, count, index = explicit
+  configs.check(0 <= index < count, '--process_index must be in [0, process_count)',
+                f'index {index} of {count}', 'number the processes from 0')
+  jax.distributed.initialize(address, count, index)
+
+
+def is_leader() -> bool:
+  """Whether this process writes and prints for all."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Waits for all processes."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def leader_first() -> Iterator[None]:
+  """The body runs in process 0, then in all others at once."""
+  if not is_leader():
+    barrier('leader_first')
+  yield
+  if is_leader():
+    barrier('leader_first')

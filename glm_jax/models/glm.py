@@ -1,0 +1,124 @@
+"""GLM: pre-norm blocks, two learned position tables, one tied linear head.
+
+Du et al., "GLM: General Language Model Pretraining with Autoregressive Blank
+Infilling", ACL 2022; the numerics follow THUDM/GLM model/modeling_glm.py and
+mpu/transformer.py, except that attention's softmax is in float32 whatever the dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glm_jax.batch import Visibility
+from glm_jax.models import layers
+from glm_jax.models.config import GLMConfig
+
+_REMAT = {
+  'full': None,
+  'dots': jax.checkpoint_policies.dots_saveable,
+  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+  """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+  config: GLMConfig
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, cache: Any, visibility: Visibility, cache_start: Any
+  ) -> tuple[jax.Array, Any]:
+    c = self.config
+    dtype = jnp.dtype(c.dtype)
+    # mpu/transformer.py scaled_init_method: the residual sum of 2 L terms keeps its size.
+    out_std = c.init_std / (2 * c.num_layers) ** 0.5
+    drop = nn.Dropout(c.output_dropout, deterministic=self.deterministic)
+
+    with jax.named_scope('attention'):
+      h_BTD, cache = layers.Attention(
+        c.num_heads, c.num_heads, c.head_size, c.init_std, out_std,
+        c.attention_dropout, c.attention, dtype, name='attention',
+      )(layers.LayerNorm(dtype, name='attention_norm')(x_BTD),
+        visibility, self.deterministic, cache, cache_start)
+      x_BTD = layers.constrain(x_BTD + drop(h_BTD), 'act_length', 'act_embed')
+    with jax.named_scope('mlp'):
+      h_BTD = layers.MLP(c.inner_size, c.init_std, out_std, dtype, name='mlp')(
+        layers.LayerNorm(dtype, name='mlp_norm')(x_BTD)
+      )
+      x_BTD = layers.constrain(x_BTD + drop(h_BTD), 'act_length', 'act_embed')
+    return x_BTD, cache
+
+
+class GLM(nn.Module):
+  """Tokens, two positions and visibility to logits."""
+
+  config: GLMConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    block_positions: jax.Array,
+    visibility: Visibility,
+    *,
+    deterministic: bool = True,
+    cache: dict[str, jax.Array] | None = None,
+    cache_start: jax.Array | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """Computes logits.
+
+    Args:
+      tokens: [B, T] int32.
+      positions: [B, T] int32, at most `max_positions`.
+      block_positions: [B, T] int32, likewise.
+      visibility: intervals into the T tokens, or into the S slots of the cache.
+      deterministic: no dropout; otherwise apply with `rngs={'dropout': key}`.
+      cache: {'k', 'v'}, each [L, B, S, K, H] (see `glm_jax.inference.cache`).
+      cache_start: [B] int32, the slot of each row's first new token.
+
+    Returns:
+      logits [B, T, V] float32 and the cache with the new tokens' keys and values.
+    """
+    c = self.config
+    chex.assert_equal_shape(
+      [tokens, positions, block_positions, visibility.key_start, visibility.key_end]
+    )
+    dtype = jnp.dtype(c.dtype)
+    words = layers.Table(
+      c.vocab_size, c.hidden_size, 'vocab', c.init_std, dtype, name='words'
+    )
+
+    def positional(name: str, ids: jax.Array) -> jax.Array:
+      rows = c.max_positions + 1
+      return layers.Table(rows, c.hidden_size, None, c.init_std, dtype, name=name)(ids)
+
+    with jax.named_scope('embed'):
+      x_BTD = words(tokens) + positional('positions', positions)
+      x_BTD += positional('block_positions', block_positions)
+      x_BTD = nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x_BTD)
+      x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
+
+    block = Block
+    if c.remat != 'none':
+      block = nn.remat(Block, prevent_cse=False, policy=_REMAT[c.remat])
+    x_BTD, cache = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=(0, nn.broadcast, nn.broadcast),
+      length=c.num_layers,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )(c, deterministic, name='layers')(x_BTD, cache, visibility, cache_start)
+
+    with jax.named_scope('head'):
+      x_BTD = layers.LayerNorm(dtype, name='final_norm')(x_BTD)
+      logits_BTV = words.logits(x_BTD)
+      return layers.constrain(logits_BTV, 'act_length', 'act_vocab'), cache

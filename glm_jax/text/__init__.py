@@ -1,0 +1,1 @@
+"""Text: vocabularies, from text to tokens and back. No TensorFlow here."""

@@ -1,0 +1,276 @@
+"""Trains a model: one story, from the mesh to the last report.
+
+The phases, in order: mesh, data, model and state (restored, started from another
+checkpoint, or fresh), steps, reports. Resuming is the default: the same command goes on
+where the run in MODEL_DIR stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from glm_jax import cli, configs, distributed, models, sharding
+from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.models import GLMConfig
+from glm_jax.models import config as model_config
+from glm_jax.training import checkpoint, evaluation, loss, metrics, optimizer, report, run, state
+from glm_jax.training import step as steps
+from glm_jax.training.checkpoint import CheckpointConfig
+from glm_jax.training.evaluation import EvaluationConfig
+from glm_jax.training.optimizer import OptimizerConfig
+from glm_jax.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """A training run.
+
+  Attributes:
+    model: sizes and computation of the model.
+    corpus: the text.
+    vocabulary: how it becomes tokens.
+    objectives: how tokens become examples.
+    optimizer: and its schedule.
+    mesh: of the devices.
+    checkpoint: when to save.
+    evaluation: when to validate.
+    task: a registered seqio task or mixture (MIXTURE_OR_TASK_NAME).
+    feature_lengths: {'tokens': positions of a row} (TASK_FEATURE_LENGTHS).
+    batch_size: rows of the global batch (BATCH_SIZE).
+    microbatches: parts of it worked on one after the other.
+    train_steps: of the whole run, resumed or not (TRAIN_STEPS).
+    model_dir: where everything is written (MODEL_DIR).
+    seed: of data, initialisation and dropout.
+    log_every: steps between progress lines.
+    init_from: a checkpoint whose parameters, and nothing else, a new run begins with;
+      '' for fresh ones.
+  """
+
+  model: GLMConfig
+  corpus: CorpusConfig = CorpusConfig()
+  vocabulary: VocabularyConfig = VocabularyConfig()
+  objectives: ObjectiveConfig = ObjectiveConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+  task: str
+  feature_lengths: dict[str, int]
+  batch_size: int
+  microbatches: int = 1
+  train_steps: int
+  model_dir: str
+  seed: int = 0
+  log_every: int = 100
+  init_from: str = ''
+
+  def __post_init__(self):
+    configs.check_types(self)
+    for name in ('batch_size', 'microbatches', 'train_steps', 'log_every'):
+      value = getattr(self, name)
+      configs.check(value >= 1, f'TrainConfig.{name} must be positive', str(value),
+                    'give 1 or more')
+    configs.check(bool(self.model_dir), 'MODEL_DIR must name a folder', "''",
+                  "set it, such as --gin.MODEL_DIR=\"'runs/mine'\"")
+
+
+CONFIGURABLES = (TrainConfig, GLMConfig, CorpusConfig, VocabularyConfig, ObjectiveConfig,
+                 OptimizerConfig, MeshConfig, CheckpointConfig, EvaluationConfig)
+
+
+def train(config: TrainConfig, config_text: str) -> None:
+  """Trains to `train_steps`, from wherever the run stands.
+
+  Args:
+    config: the run.
+    config_text: its operative gin configuration, kept beside the checkpoints.
+
+  Raises:
+    ValueError: something in the configuration or the data that a user can mend.
+    FloatingPointError: the loss is no longer finite; nothing is saved after it was.
+  """
+  began = time.perf_counter()
+  say = print if distributed.is_leader() else lambda *_, **__: None
+
+  # Mesh.
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_fits(config.model, config.batch_size, config.microbatches, mesh)
+  configs.check(config.batch_size % jax.process_count() == 0,
+                'BATCH_SIZE must divide by the processes',
+                f'{config.batch_size} and {jax.process_count()}', 'change one of them')
+  rate = optimizer.schedule(config.optimizer, config.train_steps)
+
+  # Data. The leader goes first, so that the others find its caches.
+  with cli.silenced_stderr():
+    from glm_jax.data import pipeline, prepare
+  process = pipeline.Process(index=jax.process_index(), count=jax.process_count())
+  with distributed.leader_first():
+    data = prepare.prepare(config.task, config.feature_lengths, config.corpus,
+                           config.vocabulary, config.objectives)
+  length = config.feature_lengths['tokens']
+  _check_sizes(config, data.vocabulary)
+
+  # The folder: a new one, or this run's.
+  identity = run.identity(
+    model_config.to_dict(config.model), data.vocabulary.fingerprint, task=config.task,
+    feature_lengths=config.feature_lengths, batch_size=config.batch_size,
+    seed=config.seed, objectives=config.objectives, data=data.fingerprint,
+  )
+  run.check_same(config.model_dir, identity)
+  distributed.barrier('checked')
+  if distributed.is_leader():
+    run.write(config.model_dir, identity, config_text)
+  checkpoints = checkpoint.Checkpoints(config.model_dir, config.checkpoint)
+
+  # Model and state: of this run, or with another's parameters, or fresh.
+  make_update = optimizer.make_optimizer(config.optimizer, config.train_steps)
+  found = checkpoint.latest_step(config.model_dir)
+  if found is not None:
+    abstract = state.abstract_state(config.model, make_update, mesh)
+    current = checkpoints.restore(found, abstract)
+    say(f'resumed {config.model_dir} at step {found}')
+  else:
+    current = state.init_state(config.model, make_update, mesh, config.seed)
+    if config.init_from:
+      current = state.with_params(current, state.params_from(
+        config.init_from, config.model, data.vocabulary.fingerprint, current['params']
+      ))
+      say(f'parameters from {config.init_from}')
+  first = int(current['step'])
+  say(f'{state.count(current["params"]):,} parameters on {mesh.size} '
+      f'{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; '
+      f'{config.batch_size} x {length} positions a step')
+
+  # Steps. Each waits for the one before it, while the next is being computed.
+  loss_fn = loss.pretraining_loss(models.build(config.model))
+  train_step = steps.make_train_step(loss_fn, make_update, seed=config.seed,
+                                     microbatches=config.microbatches)
+  meta = {'model': model_config.to_dict(config.model), 'run': identity,
+          'vocabulary': data.vocabulary.to_dict(), 'config': config_text}
+  writer = metrics.Writer(config.model_dir, distributed.is_leader())
+  stream = pipeline.batches(
+    config.task, config.feature_lengths, batch_size=config.batch_size, seed=config.seed,
+    start_step=first, process=process,
+  )
+  with sharding.active(mesh):
+    train_step = jax.jit(train_step, donate_argnums=0)
+    validate = evaluation.Validation(config, data.evaluation_tasks, loss_fn, mesh, process)
+    meter = metrics.Meter(first, config.train_steps)
+    waiting: list[Any] = []  # metrics of the latest step, not looked at yet
+    since: dict[str, Any] = {}
+    validated: dict[str, float] = {}
+    for number in range(first + 1, config.train_steps + 1):
+      batch = next(stream)
+      meter.count(_tokens(batch), metrics.step_flops(config.model, batch))
+      current, found_metrics = train_step(current, sharding.place(batch._replace(index=None),
+                                                                  mesh))
+      waiting.append(found_metrics)
+      last = number == config.train_steps
+      saves = last or number % config.checkpoint.every == 0
+      validates = last or number % config.evaluation.every == 0
+      logs = last or number % config.log_every == 0 or number == first + 1
+      while len(waiting) > (0 if saves or validates or logs else 1):
+        since = metrics.add(since, jax.device_get(waiting.pop(0)))
+        _check_finite(since, number - len(waiting), config.model_dir)
+      if logs:
+        values = {**metrics.averages(since), 'learning_rate': float(rate(number - 1)),
+                  **meter.report(number)}
+        if number == first + 1:  # its time is that of the compiler
+          values = {k: v for k, v in values.items() if k in metrics.averages(since)}
+          say(f'first step after {time.perf_counter() - began:.0f} s')
+        say(metrics.progress_line(number, config.train_steps, values), flush=True)
+        writer.write(number, 'train', values)
+        since = {}
+      meter.stop()
+      if validates:
+        validated = validate(current['params'])
+        writer.write(number, 'validation', validated)
+        say(evaluation.line(validated), flush=True)
+      if saves:
+        checkpoints.save(current, {**meta, 'step': number},
+                         validated if validates else {})
+      meter.restart()
+    checkpoints.close()
+
+    # Reports.
+    if first < config.train_steps or not (Path(config.model_dir) / 'summary.json').exists():
+      report.report(config, data, current['params'], process, say)
+  writer.close()
+  say(f'done: {config.train_steps} steps in {config.model_dir} '
+      f'({time.perf_counter() - began:.0f} s)')
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command."""
+  argv, bindings = cli.split_bindings(argv)
+  flags = _flags().parse_args(argv)
+  cli.use_cpu_devices(flags.cpu_devices)
+  if flags.imports:
+    with cli.silenced_stderr():
+      import tensorflow as _  # noqa: F401 (quietly, before a user's module imports it)
+  cli.import_modules(flags.imports)
+  config, text = cli.load_config(TrainConfig, CONFIGURABLES, flags.gin_file,
+                                 flags.gin_search_paths, bindings)
+  distributed.initialize(distributed.Processes(
+    multiprocess=flags.multiprocess, coordinator_address=flags.coordinator_address,
+    process_count=flags.process_count, process_index=flags.process_index,
+  ))
+  train(config, text)
+
+
+def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
+  c = config.model
+  configs.check(
+    vocabulary.size <= c.vocab_size, "the model's vocab_size must hold the vocabulary",
+    f'vocab_size={c.vocab_size}, vocabulary of {vocabulary.size}',
+    f'set GLMConfig.vocab_size to {math.ceil(vocabulary.size / 128) * 128}',
+  )
+  longest = config.feature_lengths['tokens']
+  configs.check(
+    longest <= c.max_positions + 1 or _row_length(config) <= c.max_positions + 1,
+    "rows must fit the model's position table",
+    f'rows of {longest} positions, max_positions={c.max_positions}',
+    'raise GLMConfig.max_positions or shorten TASK_FEATURE_LENGTHS',
+  )
+
+
+def _row_length(config: TrainConfig) -> int:
+  """Tokens of text in a row: no position is larger."""
+  return config.objectives.row_length(config.feature_lengths['tokens'])
+
+
+def _tokens(batch: Any) -> float:
+  return float((batch.key_end > 0).sum()) * jax.process_count()
+
+
+def _check_finite(since: dict[str, Any], number: int, model_dir: str) -> None:
+  if not math.isfinite(since['loss'][0]):
+    raise FloatingPointError(
+      f'the loss must stay finite, got {since["loss"][0]} at step {number}; the last '
+      f'checkpoint in {model_dir} is from before; lower the learning rate or lengthen '
+      'the warm-up and start again.'
+    )
+
+
+def _flags() -> argparse.ArgumentParser:
+  flags = cli.parser(
+    'train', 'Trains a model; run again, it goes on where it stopped.',
+    'python -m glm_jax.train --gin_file=gin_configs/quickstart.gin '
+    "--gin.MODEL_DIR=\"'runs/a'\" --gin.TRAIN_STEPS=100",
+  )
+  cli.add_gin_flags(flags)
+  cli.add_process_flags(flags)
+  return flags
+
+
+if __name__ == '__main__':
+  cli.main(main)

@@ -1,0 +1,219 @@
+"""Checkpoints that describe themselves: the one module that knows Orbax.
+
+`MODEL_DIR/checkpoints/STEP/` holds `params` (alone), `optimizer`, and `meta`: format
+version, model configuration, the vocabulary itself, what identifies the run, the gin
+configuration. Arrays are restored onto whatever mesh asks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import serialization
+from orbax.checkpoint import checkpoint_managers
+
+from glm_jax import configs
+
+State = dict[str, Any]
+
+FORMAT = 1
+FOLDER = 'checkpoints'
+_ITEMS = ('params', 'optimizer', 'meta')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When to save, and what to keep.
+
+  Attributes:
+    every: steps between checkpoints; the last step always has one.
+    keep: newest checkpoints to keep.
+    keep_best: checkpoints of lowest `best_metric` to keep besides.
+    best_metric: a validation metric, such as 'loss' or 'loss/blank'.
+  """
+
+  every: int = 1000
+  keep: int = 3
+  keep_best: int = 1
+  best_metric: str = 'loss'
+
+  def __post_init__(self):
+    configs.check_types(self)
+    for name, least in (('every', 1), ('keep', 1), ('keep_best', 0)):
+      value = getattr(self, name)
+      configs.check(value >= least, f'CheckpointConfig.{name} must be {least} or more',
+                    str(value), 'correct it')
+
+
+class Checkpoints:
+  """The checkpoints of one run, written asynchronously."""
+
+  def __init__(self, model_dir: str, config: CheckpointConfig):
+    """
+    Args:
+      model_dir: of the run.
+      config: what to keep.
+    """
+    self.folder = epath.Path(model_dir) / FOLDER
+    policies = [checkpoint_managers.LatestN(config.keep)]
+    if config.keep_best:
+      policies.append(checkpoint_managers.BestN(
+        get_metric_fn=lambda metrics: metrics.get(config.best_metric, math.inf),
+        reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False,
+      ))
+    self._manager = ocp.CheckpointManager(
+      self.folder.absolute(),
+      item_names=_ITEMS,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        create=True, enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(timeout_secs=300),
+      ),
+    )
+
+  def save(self, state: State, meta: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Begins to write the state; returns before it is on disk.
+
+    Raises:
+      OSError: an earlier save failed, such as on a full disk.
+    """
+    with _storage_errors():
+      self._manager.save(
+        int(state['step']),
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(state['params']),
+          optimizer=ocp.args.StandardSave(_optimizer_dict(state)),
+          meta=ocp.args.JsonSave({'format': FORMAT, **meta}),
+        ),
+        metrics=metrics or None,
+        force=True,
+      )
+
+  def restore(self, step: int, abstract: State) -> State:
+    """The state of a step, on the shardings of `abstract`."""
+    optimizer = _optimizer_dict(abstract)
+    with _storage_errors():
+      items = self._manager.restore(step, args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(abstract['params']),
+        optimizer=ocp.args.StandardRestore(optimizer),
+      ))
+    opt_state = serialization.from_state_dict(
+      abstract['opt_state'], items['optimizer']['opt_state']
+    )
+    return {'step': items['optimizer']['step'], 'params': items['params'],
+            'opt_state': opt_state}
+
+  def close(self) -> None:
+    """Waits until everything is on disk."""
+    with _storage_errors():
+      self._manager.wait_until_finished()
+      self._manager.close()
+
+
+def latest_step(model_dir: str) -> int | None:
+  """The newest complete checkpoint of a run; None if there is none.
+
+  A folder without its items (a stray one, or what a killed process left) is no
+  checkpoint, whatever its name.
+  """
+  steps = _complete_steps(epath.Path(model_dir) / FOLDER)
+  return max(steps, default=None)
+
+
+def find(path: str) -> epath.Path:
+  """The checkpoint folder meant by a path: itself, or the newest of a run's.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = epath.Path(path)
+  for folder in (path / FOLDER, path):
+    steps = _complete_steps(folder)
+    if steps:
+      return folder / str(max(steps))
+  configs.check(_complete(path), 'a checkpoint must be a folder with params and meta, or '
+                'a MODEL_DIR that holds some', str(path), 'correct the path')
+  return path
+
+
+def read_meta(folder: epath.Path) -> dict[str, Any]:
+  """The description that a checkpoint carries.
+
+  Raises:
+    ValueError: unreadable, or of another format version.
+  """
+  try:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+      meta = reader.restore(folder.absolute() / 'meta')
+  except Exception as error:  # Orbax raises many kinds for a damaged file.
+    raise ValueError(f'the checkpoint must have a readable meta item, got {folder} '
+                     f'({type(error).__name__}); use another one.') from error
+  configs.check(meta.get('format') == FORMAT, f'checkpoints of format {FORMAT} are read',
+                f'format {meta.get("format")!r} in {folder}', 'use the version that wrote it')
+  return meta
+
+
+def read_params(folder: epath.Path, abstract: Any) -> Any:
+  """The parameters of a checkpoint, on the shardings of `abstract`.
+
+  Raises:
+    ValueError: they do not have the shapes of `abstract`.
+  """
+  with ocp.StandardCheckpointer() as reader:
+    found = reader.metadata(folder.absolute() / 'params').item_metadata
+    found = jax.tree.map(lambda leaf: tuple(leaf.shape), found.tree)
+    wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
+    if found != wanted:
+      raise ValueError(
+        f'the parameters in {folder} must have the shapes of the model, but differ in '
+        f'{_first_difference(found, wanted)}; use the model configuration it was '
+        'trained with.'
+      )
+    return reader.restore(folder.absolute() / 'params', abstract)
+
+
+def _optimizer_dict(state: State) -> dict[str, Any]:
+  return {'step': state['step'],
+          'opt_state': serialization.to_state_dict(state['opt_state'])}
+
+
+def _complete_steps(folder: epath.Path) -> list[int]:
+  if not folder.is_dir():
+    return []
+  return [int(path.name) for path in folder.iterdir()
+          if path.name.isdigit() and _complete(path)]
+
+
+def _complete(path: epath.Path) -> bool:
+  return all((path / item / '_METADATA').exists() or (path / item / 'metadata').exists()
+             for item in ('params', 'meta'))
+
+
+def _first_difference(found: Any, wanted: Any) -> str:
+  flat = {jax.tree_util.keystr(path): shape for path, shape in
+          jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda x: isinstance(x, tuple))}
+  for path, shape in jax.tree_util.tree_leaves_with_path(
+      wanted, is_leaf=lambda x: isinstance(x, tuple)):
+    name = jax.tree_util.keystr(path)
+    if flat.get(name) != shape:
+      return f'{name}: {flat.get(name)} there, {shape} here'
+  return f'names: {sorted(flat)[:3]} ... there'
+
+
+@contextlib.contextmanager
+def _storage_errors() -> Iterator[None]:
+  """Storage failures of TensorStore as OSError, which commands report in one line."""
+  try:
+    yield
+  except (ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
+    text = str(error)
+    if 'No space left' in text or 'RESOURCE_EXHAUSTED' in text or 'Errno' in text:
+      raise OSError(f'writing a checkpoint failed: {text.splitlines()[0][:300]}') from error
+    raise

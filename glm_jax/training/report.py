@@ -1,0 +1,109 @@
+"""What one sees at the end: a table beside baselines, filled blanks, a loss curve."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from glm_jax import distributed
+from glm_jax.inference.decode import Filler
+from glm_jax.training import evaluation, metrics, run
+
+# Batches that the baselines are fitted on: more would take longer than they are worth.
+_BASELINE_POSITIONS = 4_000_000
+
+
+def report(
+  config: Any, data: Any, params: Any, process: Any, say: Callable[..., None]
+) -> None:
+  """Prints the tables and writes summary.json and loss.png.
+
+  Args:
+    config: a `TrainConfig`.
+    data: a `glm_jax.data.prepare.Prepared`.
+    params: the trained parameters; all processes must take part.
+    process: this process's share of each batch.
+    say: prints, on the leader.
+  """
+  validation = metrics.read(config.model_dir, 'validation') if distributed.is_leader() else []
+  params = _on_every_process(params)
+  if not distributed.is_leader():
+    return
+  summary: dict[str, Any] = {
+    'steps': config.train_steps,
+    'validation': validation[-1] if validation else {},
+    'baselines': {},
+    'filled': [],
+  }
+  if summary['validation']:
+    say(f'\n{"validation loss (nats)":<24}{"model":>8}{"bigram":>8}{"unigram":>9}')
+  for task in data.evaluation_tasks:
+    name = task.removeprefix('glm_')
+    loss = summary['validation'].get(f'loss/{name}', summary['validation'].get('loss'))
+    scores = _baselines(config, task, data.vocabulary.size)
+    summary['baselines'][name] = scores
+    say(f'{name:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
+
+  if data.stats and config.evaluation.fill:
+    say('\nheld-out text, blanks filled by the model:')
+    for filled in _filled(config, data, params):
+      summary['filled'].append(filled)
+      say(f'  {filled["filled"]}\n    was: {filled["was"]!r}')
+  lines = {f'{k} ({name})': v for name, scores in summary['baselines'].items()
+           for k, v in scores.items() if name == 'blank'}
+  picture = metrics.plot_losses(config.model_dir, lines)
+  run.write_atomically(Path(config.model_dir) / 'summary.json',
+                       json.dumps(summary, indent=2, ensure_ascii=False) + '\n')
+  say(f'\nloss curve in {picture}')
+
+
+def _on_every_process(params: Any) -> Any:
+  """Parameters as arrays of this process's own, since only the leader goes on."""
+  if jax.process_count() == 1:
+    return params
+  return multihost_utils.process_allgather(params, tiled=True)
+
+
+def _baselines(config: Any, task: str, vocabulary_size: int) -> dict[str, float]:
+  from glm_jax.data import baselines, pipeline
+
+  train = pipeline.batches(task, config.feature_lengths, batch_size=config.batch_size,
+                           seed=config.seed)
+  positions = config.batch_size * config.feature_lengths['tokens']
+  return baselines.fit_and_score(
+    itertools.islice(train, max(1, _BASELINE_POSITIONS // positions)),
+    evaluation.validation_batches(config, task, pipeline.Process()), vocabulary_size,
+  )
+
+
+def _filled(config: Any, data: Any, params: Any) -> Iterator[dict[str, str]]:
+  """Sentences of held-out documents with a few words hidden."""
+  filler = Filler(config.model, params, data.vocabulary)
+  rng = np.random.default_rng(0)
+  for sentence in itertools.islice(_sentences(config), config.evaluation.fill):
+    words = list(re.finditer(r'\S+', sentence))
+    size = int(rng.integers(1, 4))
+    first = int(rng.integers(2, len(words) - size))
+    start, end = words[first].start(), words[first + size - 1].end()
+    prompt = filler.encode(sentence[:start] + '[MASK]' + sentence[end:])
+    spans = filler.fill([prompt], max_tokens=16)[0]
+    yield {'filled': filler.text(prompt, spans, ('[', ']')), 'was': sentence[start:end]}
+
+
+def _sentences(config: Any) -> Iterator[str]:
+  """One plain sentence a held-out document, of 8 words or more."""
+  from glm_jax.data import corpus
+
+  for document in corpus.documents(config.corpus, 'validation'):
+    for sentence in re.findall(r'[A-Z][\w ,\'()-]{40,160}\.(?=\s)', document.text):
+      if len(sentence.split()) >= 8:
+        yield sentence
+        break

@@ -1,0 +1,94 @@
+"""The folder of a run: what makes it the same run, and what may change.
+
+`run.json` is written before the first step and read by whoever comes back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from glm_jax import configs
+from glm_jax.models.config import COMPUTE_FIELDS
+
+FILE = 'run.json'
+
+
+def identity(
+  model: dict[str, Any], vocabulary: str, *, task: str, feature_lengths: dict[str, int],
+  batch_size: int, seed: int, objectives: Any, data: str,
+) -> dict[str, Any]:
+  """What must stay equal for a resumed run to be the same run.
+
+  Args:
+    model: its configuration as a dict; how it is computed does not count.
+    vocabulary: its fingerprint.
+    task: name of the seqio task.
+    feature_lengths: of the task.
+    batch_size: global.
+    seed: of data, initialisation and dropout.
+    objectives: an `ObjectiveConfig`.
+    data: fingerprint of the training rows.
+  """
+  return {
+    'model': {k: v for k, v in model.items() if k not in COMPUTE_FIELDS},
+    'vocabulary': vocabulary,
+    'task': task,
+    'feature_lengths': dict(feature_lengths),
+    'batch_size': batch_size,
+    'seed': seed,
+    'objectives': dataclasses.asdict(objectives),
+    'data': data,
+  }
+
+
+def check_same(model_dir: str, wanted: dict[str, Any]) -> None:
+  """Raises ValueError if the folder belongs to another run, naming what differs."""
+  path = Path(model_dir) / FILE
+  if not path.exists():
+    others = sorted(os.listdir(model_dir)) if Path(model_dir).is_dir() else []
+    configs.check(not others, 'MODEL_DIR must be a new or empty folder, or that of a run',
+                  f'{model_dir!r}, which holds {others[:5]}', 'choose another folder')
+    return
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} must be readable JSON, got {error}; restore it or choose '
+                     'another MODEL_DIR.') from error
+  differences = _differences(found, wanted)
+  configs.check(
+    not differences,
+    f'MODEL_DIR {model_dir!r} holds a run of another configuration; a resumed run keeps '
+    'its model, vocabulary, data, objectives, batch size and seed',
+    '; '.join(differences), 'set them back, or choose another MODEL_DIR',
+  )
+
+
+def write(model_dir: str, wanted: dict[str, Any], config_text: str) -> None:
+  """Creates the folder with run.json and config.gin.
+
+  Raises:
+    OSError: no permission, or a file in the way.
+  """
+  folder = Path(model_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_atomically(folder / 'config.gin', config_text)
+  write_atomically(folder / FILE, json.dumps(wanted, indent=2) + '\n')
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """All of the file or nothing of it, whenever the process dies."""
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  temporary.write_text(text, encoding='utf-8')
+  os.replace(temporary, path)
+
+
+def _differences(found: Any, wanted: Any, name: str = '') -> list[str]:
+  if isinstance(found, dict) and isinstance(wanted, dict):
+    return [line for key in sorted({*found, *wanted})
+            for line in _differences(found.get(key), wanted.get(key),
+                                     f'{name}.{key}' if name else key)]
+  return [] if found == wanted else [f'{name} was {found!r} and is now {wanted!r}']

@@ -1,0 +1,83 @@
+"""One training step, one evaluation step: pure functions of state and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glm_jax.training.loss import LossFn, Metrics
+from glm_jax.training.state import State
+
+
+def make_train_step(
+  loss: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  microbatches: int,
+  seed: int,
+) -> Callable[[State, Any], tuple[State, Metrics]]:
+  """(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+  The gradient is that of `sum(w ce) / sum(w)` over the whole batch, whatever the
+  number of micro-batches: their sums are added and divided once. Dropout depends on
+  (seed, step) alone, so a resumed run repeats it.
+
+  Args:
+    loss: see `LossFn`; SFT, DPO and PPO bring their own.
+    optimizer: any optax transformation.
+    microbatches: parts of the batch worked on one after the other to save memory.
+    seed: of dropout.
+  """
+  differentiate = jax.value_and_grad(loss, has_aux=True)
+
+  def train_step(state: State, batch: Any) -> tuple[State, Metrics]:
+    # Apart from the key that initialised the parameters.
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    key = jax.random.fold_in(key, state['step'])
+    if microbatches == 1:
+      (_, metrics), gradients = differentiate(state['params'], batch, key)
+    else:
+      metrics, gradients = _accumulate(differentiate, state['params'], batch, key,
+                                       microbatches)
+    total = metrics['loss'][1]
+    scale = 1 / jnp.where(total > 0, total, 1)
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = optimizer.update(gradients, state['opt_state'], state['params'])
+      params = optax.apply_updates(state['params'], updates)
+    metrics['gradient_norm'] = (optax.global_norm(gradients), jnp.ones(()))
+    return {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}, metrics
+
+  return train_step
+
+
+def make_eval_step(loss: LossFn) -> Callable[[Any, Any], Metrics]:
+  """(params, batch) -> metrics, without dropout."""
+
+  def eval_step(params: Any, batch: Any) -> Metrics:
+    return loss(params, batch, None)[1]
+
+  return eval_step
+
+
+def _accumulate(differentiate, params, batch, key, parts):
+  # Part i holds rows i, i + parts, ..., so that each device keeps its own rows.
+  split = jax.tree.map(
+    lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
+  )
+
+  def one(carry, args):
+    i, part = args
+    (_, metrics), gradients = differentiate(params, part, jax.random.fold_in(key, i))
+    return jax.tree.map(jnp.add, carry, (metrics, gradients)), None
+
+  first = jax.tree.map(lambda x: x[0], split)
+  shapes = jax.eval_shape(differentiate, params, first, key)
+  (_, metrics), gradients = shapes
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (metrics, gradients))
+  (metrics, gradients), _ = jax.lax.scan(one, zeros, (jnp.arange(parts), split))
+  return metrics, gradients
