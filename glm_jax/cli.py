@@ -42,38 +42,72 @@ def main(run: Callable[[Sequence[str]], None]) -> None:
 def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
   """An argument parser whose help ends with an example."""
   return argparse.ArgumentParser(
-    prog=f'python -m glm_jax.{command}', description=description, allow_abbrev=False,
-    epilog=f'example:\n  {example}', formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog=f'python -m glm_jax.{command}',
+    description=description,
+    allow_abbrev=False,
+    epilog=f'example:\n  {example}',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
 
 
 def add_gin_flags(flags: argparse.ArgumentParser) -> None:
   """--gin_file, --gin_search_paths, --gin.NAME=value and --import, as in T5X."""
   group = flags.add_argument_group('configuration')
-  group.add_argument('--gin_file', action='append', default=[], metavar='FILE',
-                     required=True, help='gin file; may be repeated, later ones win')
-  group.add_argument('--gin_search_paths', default='', metavar='DIR,DIR',
-                     help='where gin files and their includes are looked for besides the '
-                     'current folder and the installed package')
-  group.add_argument('--gin.NAME', dest='unused', metavar='VALUE',
-                     help="set one value, such as --gin.TRAIN_STEPS=100 or "
-                     "--gin.MODEL_DIR=\"'runs/a'\"; may be repeated")
-  group.add_argument('--import', dest='imports', action='append', default=[],
-                     metavar='MODULE', help='Python module to import first, which may '
-                     'register seqio tasks of your own; may be repeated')
+  group.add_argument(
+    '--gin_file',
+    action='append',
+    default=[],
+    metavar='FILE',
+    required=True,
+    help='gin file; may be repeated, later ones win',
+  )
+  group.add_argument(
+    '--gin_search_paths',
+    default='',
+    metavar='DIR,DIR',
+    help='where gin files and their includes are looked for besides the '
+    'current folder and the installed package',
+  )
+  group.add_argument(
+    '--gin.NAME',
+    dest='unused',
+    metavar='VALUE',
+    help='set one value, such as --gin.TRAIN_STEPS=100 or '
+    '--gin.MODEL_DIR="\'runs/a\'"; may be repeated',
+  )
+  group.add_argument(
+    '--import',
+    dest='imports',
+    action='append',
+    default=[],
+    metavar='MODULE',
+    help='Python module to import first, which may '
+    'register seqio tasks of your own; may be repeated',
+  )
 
 
 def add_process_flags(flags: argparse.ArgumentParser) -> None:
   """Flags of `glm_jax.distributed.Processes`, and virtual devices."""
   group = flags.add_argument_group('processes and devices')
-  group.add_argument('--multiprocess', action='store_true',
-                     help='several processes, detected by JAX (Cloud TPU, SLURM, ...)')
-  group.add_argument('--coordinator_address', metavar='HOST:PORT',
-                     help='address of process 0, instead of detection')
+  group.add_argument(
+    '--multiprocess',
+    action='store_true',
+    help='several processes, detected by JAX (Cloud TPU, SLURM, ...)',
+  )
+  group.add_argument(
+    '--coordinator_address',
+    metavar='HOST:PORT',
+    help='address of process 0, instead of detection',
+  )
   group.add_argument('--process_count', type=int, metavar='N')
   group.add_argument('--process_index', type=int, metavar='I')
-  group.add_argument('--cpu_devices', type=int, default=0, metavar='N',
-                     help='act as N devices on the CPU of this process, to try a mesh')
+  group.add_argument(
+    '--cpu_devices',
+    type=int,
+    default=0,
+    metavar='N',
+    help='act as N devices on the CPU of this process, to try a mesh',
+  )
 
 
 def split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -115,14 +149,19 @@ def import_modules(names: Sequence[str]) -> None:
       importlib.import_module(name)
     except ModuleNotFoundError as error:
       if error.name and (name == error.name or name.startswith(error.name + '.')):
-        raise ValueError(f'--import must name a module on the Python path, got {name!r}; '
-                         'run from its folder or set PYTHONPATH.') from error
+        raise ValueError(
+          f'--import must name a module on the Python path, got {name!r}; '
+          'run from its folder or set PYTHONPATH.'
+        ) from error
       raise
 
 
 def load_config(
-  kind: type, configurables: Sequence[type], files: Sequence[str],
-  search_paths: str, bindings: Sequence[str],
+  kind: type,
+  configurables: Sequence[type],
+  files: Sequence[str],
+  search_paths: str,
+  bindings: Sequence[str],
 ) -> tuple[Any, str]:
   """Builds a configuration from gin files and bindings.
 
@@ -161,8 +200,14 @@ def load_config(
     gin.finalize()
     config = gin.get_configurable(kind.__name__)()
     return config, gin.operative_config_str()
-  except (ValueError, TypeError, RuntimeError, OSError, SyntaxError,
-          AttributeError) as error:
+  except (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    OSError,
+    SyntaxError,
+    AttributeError,
+  ) as error:
     raise ValueError(_message(error)) from error
 
 
@@ -174,8 +219,10 @@ def _find(file: str, folders: Sequence[str]) -> Path:
     path = Path(folder) / file
     if path.is_file():
       return path
-  raise ValueError(f'--gin_file and include must name a gin file, got {file!r}, which is '
-                   f'in none of {[folder or "." for folder in folders]}; correct the path.')
+  raise ValueError(
+    f'--gin_file and include must name a gin file, got {file!r}, which is '
+    f'in none of {[folder or "." for folder in folders]}; correct the path.'
+  )
 
 
 def _refuse_code(path: Path, folders: Sequence[str], seen: dict[str, str]) -> None:
@@ -187,8 +234,9 @@ def _refuse_code(path: Path, folders: Sequence[str], seen: dict[str, str]) -> No
   try:
     seen[str(path)] = text = path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(f'a gin file must be UTF-8 text, got {path} ({error}); correct it.'
-                     ) from error
+    raise ValueError(
+      f'a gin file must be UTF-8 text, got {path} ({error}); correct it.'
+    ) from error
   try:
     statements = list(config_parser.ConfigParser(text, _NoDelegate()))
   except SyntaxError as error:
@@ -223,8 +271,9 @@ def _refuse_unused_macros(gin: Any) -> None:
   for name in sorted(defined - used):
     near = difflib.get_close_matches(name, sorted(used), 1)
     hint = f'did you mean {near[0]}' if near else f'macros in use are {sorted(used)}'
-    raise ValueError(f'a macro must be used by something, got {name}, which nothing '
-                     f'refers to; {hint}?')
+    raise ValueError(
+      f'a macro must be used by something, got {name}, which nothing refers to; {hint}?'
+    )
 
 
 def _message(error: BaseException) -> str:

@@ -35,8 +35,11 @@ def initialize(processes: Processes) -> None:
   Raises:
     ValueError: some but not all of the three explicit flags, or an index out of range.
   """
-  explicit = (processes.coordinator_address, processes.process_count,
-              processes.process_index)
+  explicit = (
+    processes.coordinator_address,
+    processes.process_count,
+    processes.process_index,
+  )
   if all(value is None for value in explicit):
     if processes.multiprocess:
       jax.distributed.initialize()
@@ -44,11 +47,16 @@ def initialize(processes: Processes) -> None:
   configs.check(
     all(value is not None for value in explicit),
     '--coordinator_address, --process_count and --process_index go together',
-    str(explicit), 'give all three, or --multiprocess alone to have them detected',
+    str(explicit),
+    'give all three, or --multiprocess alone to have them detected',
   )
   address, count, index = explicit
-  configs.check(0 <= index < count, '--process_index must be in [0, process_count)',
-                f'index {index} of {count}', 'number the processes from 0')
+  configs.check(
+    0 <= index < count,
+    '--process_index must be in [0, process_count)',
+    f'index {index} of {count}',
+    'number the processes from 0',
+  )
   jax.distributed.initialize(address, count, index)
 
 

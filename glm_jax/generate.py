@@ -31,29 +31,43 @@ def main(argv: Sequence[str]) -> None:
   with sharding.active(mesh):
     filler = Filler(config, params, vocabulary)
     prompt = filler.encode(flags.prompt, flags.gmask)
-    spans = filler.fill([prompt], max_tokens=flags.max_tokens, sampling=sampling,
-                        seed=flags.seed)[0]
+    spans = filler.fill(
+      [prompt], max_tokens=flags.max_tokens, sampling=sampling, seed=flags.seed
+    )[0]
   print(filler.text(prompt, spans))
 
 
 def _flags() -> argparse.ArgumentParser:
   flags = cli.parser(
-    'generate', 'Fills the blanks of a text, or continues it, with a checkpoint.',
+    'generate',
+    'Fills the blanks of a text, or continues it, with a checkpoint.',
     "python -m glm_jax.generate --checkpoint=runs/quickstart --prompt='Return the [MASK] "
     "of a list.'",
   )
-  flags.add_argument('--checkpoint', required=True, metavar='DIR',
-                     help='a MODEL_DIR (its newest checkpoint) or one checkpoint folder')
-  flags.add_argument('--prompt', required=True, metavar='TEXT',
-                     help='text with [MASK] (a few words), [sMASK] (a sentence) or [gMASK] '
-                     '(the rest)')
+  flags.add_argument(
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a MODEL_DIR (its newest checkpoint) or one checkpoint folder',
+  )
+  flags.add_argument(
+    '--prompt',
+    required=True,
+    metavar='TEXT',
+    help='text with [MASK] (a few words), [sMASK] (a sentence) or [gMASK] (the rest)',
+  )
   flags.add_argument('--gmask', action='store_true', help='continue the text instead')
   flags.add_argument('--max_tokens', type=int, default=64, help='longest span (64)')
-  flags.add_argument('--temperature', type=float, default=0.0,
-                     help='0 takes the most probable token (0)')
+  flags.add_argument(
+    '--temperature', type=float, default=0.0, help='0 takes the most probable token (0)'
+  )
   flags.add_argument('--top_k', type=int, default=0, help='sample among so many; 0: all')
-  flags.add_argument('--top_p', type=float, default=1.0,
-                     help='sample among the most probable that reach this share (1)')
+  flags.add_argument(
+    '--top_p',
+    type=float,
+    default=1.0,
+    help='sample among the most probable that reach this share (1)',
+  )
   flags.add_argument('--seed', type=int, default=0, help='of sampling (0)')
   return flags
 

@@ -61,7 +61,8 @@ class MeshConfig:
     configs.check(
       all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
       'MeshConfig axes must be 1 or more, and one of them may be -1 (the rest)',
-      f'data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}', 'correct them',
+      f'data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}',
+      'correct them',
     )
 
 
@@ -109,12 +110,19 @@ def check_fits(model: Any, batch_size: int, microbatches: int, mesh: Mesh) -> No
     f'BATCH_SIZE={batch_size}, data x fsdp={rows}, microbatches={microbatches}',
     'change one of them',
   )
-  for name, axis in (('num_heads', 'tensor'), ('inner_size', 'tensor'),
-                     ('vocab_size', 'tensor'), ('hidden_size', 'fsdp')):
+  for name, axis in (
+    ('num_heads', 'tensor'),
+    ('inner_size', 'tensor'),
+    ('vocab_size', 'tensor'),
+    ('hidden_size', 'fsdp'),
+  ):
     size = getattr(model, name)
-    configs.check(size % mesh.shape[axis] == 0,
-                  f'the model\'s {name} must divide by the mesh axis {axis}',
-                  f'{name}={size}, {axis}={mesh.shape[axis]}', 'change one of them')
+    configs.check(
+      size % mesh.shape[axis] == 0,
+      f"the model's {name} must divide by the mesh axis {axis}",
+      f'{name}={size}, {axis}={mesh.shape[axis]}',
+      'change one of them',
+    )
 
 
 def shardings(logical: Any, mesh: Mesh) -> Any:

@@ -22,12 +22,21 @@ from glm_jax.data.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.models import GLMConfig
 from glm_jax.models import config as model_config
-from glm_jax.training import checkpoint, evaluation, loss, metrics, optimizer, report, run, state
+from glm_jax.sharding import MeshConfig
+from glm_jax.training import (
+  checkpoint,
+  evaluation,
+  loss,
+  metrics,
+  optimizer,
+  report,
+  run,
+  state,
+)
 from glm_jax.training import step as steps
 from glm_jax.training.checkpoint import CheckpointConfig
 from glm_jax.training.evaluation import EvaluationConfig
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +86,28 @@ class TrainConfig:
     configs.check_types(self)
     for name in ('batch_size', 'microbatches', 'train_steps', 'log_every'):
       value = getattr(self, name)
-      configs.check(value >= 1, f'TrainConfig.{name} must be positive', str(value),
-                    'give 1 or more')
-    configs.check(bool(self.model_dir), 'MODEL_DIR must name a folder', "''",
-                  "set it, such as --gin.MODEL_DIR=\"'runs/mine'\"")
+      configs.check(
+        value >= 1, f'TrainConfig.{name} must be positive', str(value), 'give 1 or more'
+      )
+    configs.check(
+      bool(self.model_dir),
+      'MODEL_DIR must name a folder',
+      "''",
+      'set it, such as --gin.MODEL_DIR="\'runs/mine\'"',
+    )
 
 
-CONFIGURABLES = (TrainConfig, GLMConfig, CorpusConfig, VocabularyConfig, ObjectiveConfig,
-                 OptimizerConfig, MeshConfig, CheckpointConfig, EvaluationConfig)
+CONFIGURABLES = (
+  TrainConfig,
+  GLMConfig,
+  CorpusConfig,
+  VocabularyConfig,
+  ObjectiveConfig,
+  OptimizerConfig,
+  MeshConfig,
+  CheckpointConfig,
+  EvaluationConfig,
+)
 
 
 def train(config: TrainConfig, config_text: str) -> None:
@@ -104,9 +127,12 @@ def train(config: TrainConfig, config_text: str) -> None:
   # Mesh.
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_fits(config.model, config.batch_size, config.microbatches, mesh)
-  configs.check(config.batch_size % jax.process_count() == 0,
-                'BATCH_SIZE must divide by the processes',
-                f'{config.batch_size} and {jax.process_count()}', 'change one of them')
+  configs.check(
+    config.batch_size % jax.process_count() == 0,
+    'BATCH_SIZE must divide by the processes',
+    f'{config.batch_size} and {jax.process_count()}',
+    'change one of them',
+  )
   rate = optimizer.schedule(config.optimizer, config.train_steps)
 
   # Data. The leader goes first, so that the others find its caches.
@@ -114,16 +140,26 @@ def train(config: TrainConfig, config_text: str) -> None:
     from glm_jax.data import pipeline, prepare
   process = pipeline.Process(index=jax.process_index(), count=jax.process_count())
   with distributed.leader_first():
-    data = prepare.prepare(config.task, config.feature_lengths, config.corpus,
-                           config.vocabulary, config.objectives)
+    data = prepare.prepare(
+      config.task,
+      config.feature_lengths,
+      config.corpus,
+      config.vocabulary,
+      config.objectives,
+    )
   length = config.feature_lengths['tokens']
   _check_sizes(config, data.vocabulary)
 
   # The folder: a new one, or this run's.
   identity = run.identity(
-    model_config.to_dict(config.model), data.vocabulary.fingerprint, task=config.task,
-    feature_lengths=config.feature_lengths, batch_size=config.batch_size,
-    seed=config.seed, objectives=config.objectives, data=data.fingerprint,
+    model_config.to_dict(config.model),
+    data.vocabulary.fingerprint,
+    task=config.task,
+    feature_lengths=config.feature_lengths,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    objectives=config.objectives,
+    data=data.fingerprint,
   )
   run.check_same(config.model_dir, identity)
   distributed.barrier('checked')
@@ -141,25 +177,39 @@ def train(config: TrainConfig, config_text: str) -> None:
   else:
     current = state.init_state(config.model, make_update, mesh, config.seed)
     if config.init_from:
-      current = state.with_params(current, state.params_from(
-        config.init_from, config.model, data.vocabulary.fingerprint, current['params']
-      ))
+      current = state.with_params(
+        current,
+        state.params_from(
+          config.init_from, config.model, data.vocabulary.fingerprint, current['params']
+        ),
+      )
       say(f'parameters from {config.init_from}')
   first = int(current['step'])
-  say(f'{state.count(current["params"]):,} parameters on {mesh.size} '
-      f'{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; '
-      f'{config.batch_size} x {length} positions a step')
+  say(
+    f'{state.count(current["params"]):,} parameters on {mesh.size} '
+    f'{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; '
+    f'{config.batch_size} x {length} positions a step'
+  )
 
   # Steps. Each waits for the one before it, while the next is being computed.
   loss_fn = loss.pretraining_loss(models.build(config.model))
-  train_step = steps.make_train_step(loss_fn, make_update, seed=config.seed,
-                                     microbatches=config.microbatches)
-  meta = {'model': model_config.to_dict(config.model), 'run': identity,
-          'vocabulary': data.vocabulary.to_dict(), 'config': config_text}
+  train_step = steps.make_train_step(
+    loss_fn, make_update, seed=config.seed, microbatches=config.microbatches
+  )
+  meta = {
+    'model': model_config.to_dict(config.model),
+    'run': identity,
+    'vocabulary': data.vocabulary.to_dict(),
+    'config': config_text,
+  }
   writer = metrics.Writer(config.model_dir, distributed.is_leader())
   stream = pipeline.batches(
-    config.task, config.feature_lengths, batch_size=config.batch_size, seed=config.seed,
-    start_step=first, process=process,
+    config.task,
+    config.feature_lengths,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    start_step=first,
+    process=process,
   )
   with sharding.active(mesh):
     train_step = jax.jit(train_step, donate_argnums=0)
@@ -171,8 +221,9 @@ def train(config: TrainConfig, config_text: str) -> None:
     for number in range(first + 1, config.train_steps + 1):
       batch = next(stream)
       meter.count(_tokens(batch), metrics.step_flops(config.model, batch))
-      current, found_metrics = train_step(current, sharding.place(batch._replace(index=None),
-                                                                  mesh))
+      current, found_metrics = train_step(
+        current, sharding.place(batch._replace(index=None), mesh)
+      )
       waiting.append(found_metrics)
       last = number == config.train_steps
       saves = last or number % config.checkpoint.every == 0
@@ -182,8 +233,11 @@ def train(config: TrainConfig, config_text: str) -> None:
         since = metrics.add(since, jax.device_get(waiting.pop(0)))
         _check_finite(since, number - len(waiting), config.model_dir)
       if logs:
-        values = {**metrics.averages(since), 'learning_rate': float(rate(number - 1)),
-                  **meter.report(number)}
+        values = {
+          **metrics.averages(since),
+          'learning_rate': float(rate(number - 1)),
+          **meter.report(number),
+        }
         if number == first + 1:  # its time is that of the compiler
           values = {k: v for k, v in values.items() if k in metrics.averages(since)}
           say(f'first step after {time.perf_counter() - began:.0f} s')
@@ -196,8 +250,7 @@ def train(config: TrainConfig, config_text: str) -> None:
         writer.write(number, 'validation', validated)
         say(evaluation.line(validated), flush=True)
       if saves:
-        checkpoints.save(current, {**meta, 'step': number},
-                         validated if validates else {})
+        checkpoints.save(current, {**meta, 'step': number}, validated if validates else {})
       meter.restart()
     checkpoints.close()
 
@@ -205,8 +258,10 @@ def train(config: TrainConfig, config_text: str) -> None:
     if first < config.train_steps or not (Path(config.model_dir) / 'summary.json').exists():
       report.report(config, data, current['params'], process, say)
   writer.close()
-  say(f'done: {config.train_steps} steps in {config.model_dir} '
-      f'({time.perf_counter() - began:.0f} s)')
+  say(
+    f'done: {config.train_steps} steps in {config.model_dir} '
+    f'({time.perf_counter() - began:.0f} s)'
+  )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -218,19 +273,25 @@ def main(argv: Sequence[str]) -> None:
     with cli.silenced_stderr():
       import tensorflow as _  # noqa: F401 (quietly, before a user's module imports it)
   cli.import_modules(flags.imports)
-  config, text = cli.load_config(TrainConfig, CONFIGURABLES, flags.gin_file,
-                                 flags.gin_search_paths, bindings)
-  distributed.initialize(distributed.Processes(
-    multiprocess=flags.multiprocess, coordinator_address=flags.coordinator_address,
-    process_count=flags.process_count, process_index=flags.process_index,
-  ))
+  config, text = cli.load_config(
+    TrainConfig, CONFIGURABLES, flags.gin_file, flags.gin_search_paths, bindings
+  )
+  distributed.initialize(
+    distributed.Processes(
+      multiprocess=flags.multiprocess,
+      coordinator_address=flags.coordinator_address,
+      process_count=flags.process_count,
+      process_index=flags.process_index,
+    )
+  )
   train(config, text)
 
 
 def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
   c = config.model
   configs.check(
-    vocabulary.size <= c.vocab_size, "the model's vocab_size must hold the vocabulary",
+    vocabulary.size <= c.vocab_size,
+    "the model's vocab_size must hold the vocabulary",
     f'vocab_size={c.vocab_size}, vocabulary of {vocabulary.size}',
     f'set GLMConfig.vocab_size to {math.ceil(vocabulary.size / 128) * 128}',
   )
@@ -263,9 +324,10 @@ def _check_finite(since: dict[str, Any], number: int, model_dir: str) -> None:
 
 def _flags() -> argparse.ArgumentParser:
   flags = cli.parser(
-    'train', 'Trains a model; run again, it goes on where it stopped.',
+    'train',
+    'Trains a model; run again, it goes on where it stopped.',
     'python -m glm_jax.train --gin_file=gin_configs/quickstart.gin '
-    "--gin.MODEL_DIR=\"'runs/a'\" --gin.TRAIN_STEPS=100",
+    '--gin.MODEL_DIR="\'runs/a\'" --gin.TRAIN_STEPS=100',
   )
   cli.add_gin_flags(flags)
   cli.add_process_flags(flags)

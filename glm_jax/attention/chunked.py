@@ -64,9 +64,7 @@ def _online_softmax(q, start, end, k_chunks, v_chunks, dropout_rate, dropout_key
     s = i * size + jnp.arange(size)
     visible = (start[..., None] <= s) & (s < end[..., None])
     visible = visible[:, :, None, None]  # [B, t, 1, 1, s]
-    scores = jnp.einsum(
-      'BTKGH,BSKH->BTKGS', q, k, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum('BTKGH,BSKH->BTKGS', q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores, MASKED)
     new_highest = jnp.maximum(highest, scores.max(-1))
     weights = jnp.where(visible, jnp.exp(scores - new_highest[..., None]), 0)
@@ -75,9 +73,7 @@ def _online_softmax(q, start, end, k_chunks, v_chunks, dropout_rate, dropout_key
     weights = weights.astype(v.dtype)
     if dropout_key is not None:
       weights = drop(weights, dropout_rate, jax.random.fold_in(dropout_key, i))
-    update = jnp.einsum(
-      'BTKGS,BSKH->BTKGH', weights, v, preferred_element_type=jnp.float32
-    )
+    update = jnp.einsum('BTKGS,BSKH->BTKGH', weights, v, preferred_element_type=jnp.float32)
     return (new_highest, total, out * shrink[..., None] + update), None
 
   numbers = jnp.arange(k_chunks.shape[0])

@@ -39,7 +39,8 @@ def fit_and_score(
   total = follows[tokens] + kinds[tokens]
   bigram = np.where(
     total > 0,
-    (count + kinds[tokens] * unigram[targets]) / np.maximum(total, 1), unigram[targets],
+    (count + kinds[tokens] * unigram[targets]) / np.maximum(total, 1),
+    unigram[targets],
   )
   return {
     'unigram': float(np.average(-np.log(unigram[targets]), weights=weights)),
@@ -52,6 +53,11 @@ def _pairs(batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray
   parts = []
   for batch in batches:
     scored = batch.loss_weights > 0
-    parts.append((batch.tokens[scored].astype(np.int64),
-                  batch.targets[scored].astype(np.int64), batch.loss_weights[scored]))
+    parts.append(
+      (
+        batch.tokens[scored].astype(np.int64),
+        batch.targets[scored].astype(np.int64),
+        batch.loss_weights[scored],
+      )
+    )
   return tuple(np.concatenate(column) for column in zip(*parts, strict=True))

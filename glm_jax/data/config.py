@@ -34,14 +34,25 @@ class CorpusConfig:
 
   def __post_init__(self):
     configs.check_types(self)
-    configs.check(bool(self.corpus), 'CorpusConfig.corpus must name a corpus', "''",
-                  "use 'documentation', a glob of files, or 'tfds:NAME'")
-    configs.check(0 < self.validation_fraction < 1,
-                  'CorpusConfig.validation_fraction must be in (0, 1)',
-                  str(self.validation_fraction), 'use 0.05')
+    configs.check(
+      bool(self.corpus),
+      'CorpusConfig.corpus must name a corpus',
+      "''",
+      "use 'documentation', a glob of files, or 'tfds:NAME'",
+    )
+    configs.check(
+      0 < self.validation_fraction < 1,
+      'CorpusConfig.validation_fraction must be in (0, 1)',
+      str(self.validation_fraction),
+      'use 0.05',
+    )
     choices = ('strict', 'replace', 'ignore')
-    configs.check(self.errors in choices, f'CorpusConfig.errors must be one of {choices}',
-                  repr(self.errors), 'choose one of these')
+    configs.check(
+      self.errors in choices,
+      f'CorpusConfig.errors must be one of {choices}',
+      repr(self.errors),
+      'choose one of these',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,5 +69,9 @@ class VocabularyConfig:
 
   def __post_init__(self):
     configs.check_types(self)
-    configs.check(self.size >= 512, 'VocabularyConfig.size must be 512 or more',
-                  str(self.size), "raise it, or use path='bytes'")
+    configs.check(
+      self.size >= 512,
+      'VocabularyConfig.size must be 512 or more',
+      str(self.size),
+      "raise it, or use path='bytes'",
+    )

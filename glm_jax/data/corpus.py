@@ -55,8 +55,10 @@ def fingerprint(config: CorpusConfig) -> str:
   if config.corpus == 'documentation':
     from glm_jax.data import documentation
 
-    parts = [_stats(path) for path in
-             sorted(Path(documentation.prepared(cache_dir(config)).data_dir).iterdir())]
+    parts = [
+      _stats(path)
+      for path in sorted(Path(documentation.prepared(cache_dir(config)).data_dir).iterdir())
+    ]
   elif config.corpus.startswith('tfds:'):
     parts = [config.corpus, config.text_key, config.tfds_data_dir]
   else:
@@ -87,27 +89,41 @@ def load_or_train_vocabulary(config: VocabularyConfig, corpus: CorpusConfig) -> 
     temporary.write_bytes(model)
     os.replace(temporary, path)
     found = vocabularies.load(str(path))
-    print(f'vocabulary: {found.size:,} pieces in {time.perf_counter() - began:.0f} s '
-          f'({path})', flush=True)
+    print(
+      f'vocabulary: {found.size:,} pieces in {time.perf_counter() - began:.0f} s ({path})',
+      flush=True,
+    )
     if found.size < config.size:
       print(f'  (the corpus has no more; {config.size:,} were asked for)', flush=True)
   return vocabularies.load(str(path))
 
 
 def _check_some(texts: list[str], config: CorpusConfig) -> None:
-  configs.check(any(text.strip() for text in texts), 'the corpus must hold some text',
-                f'none in {config.corpus!r}', 'give other files')
+  configs.check(
+    any(text.strip() for text in texts),
+    'the corpus must hold some text',
+    f'none in {config.corpus!r}',
+    'give other files',
+  )
 
 
 def _files(pattern: str) -> list[Path]:
   found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
   paths = [Path(path) for path in found if not os.path.isdir(path)]
-  configs.check(bool(paths), 'CorpusConfig.corpus must be a glob of .txt or .jsonl files, '
-                "'documentation' or 'tfds:NAME'", f'{pattern!r}, which matches no file',
-                'correct it, or the permissions of its folder')
+  configs.check(
+    bool(paths),
+    'CorpusConfig.corpus must be a glob of .txt or .jsonl files, '
+    "'documentation' or 'tfds:NAME'",
+    f'{pattern!r}, which matches no file',
+    'correct it, or the permissions of its folder',
+  )
   for path in paths:
-    configs.check(path.suffix in ('.txt', '.jsonl'), 'text files must end in .txt or .jsonl',
-                  str(path), 'rename or convert it')
+    configs.check(
+      path.suffix in ('.txt', '.jsonl'),
+      'text files must end in .txt or .jsonl',
+      str(path),
+      'rename or convert it',
+    )
   return paths
 
 
@@ -116,15 +132,17 @@ def _read(path: Path, config: CorpusConfig) -> Iterator[Document]:
   try:
     content = path.read_bytes()
   except OSError as error:
-    raise ValueError(f'text files must be readable, got {path} ({error.strerror}); correct '
-                     'its permissions.') from error
+    raise ValueError(
+      f'text files must be readable, got {path} ({error.strerror}); correct '
+      'its permissions.'
+    ) from error
   content = content.removeprefix(b'\xef\xbb\xbf')  # a byte-order mark is no text
   try:
     text = content.decode('utf-8', config.errors)
   except UnicodeDecodeError as error:
     raise ValueError(
       f'text files must be UTF-8, got {path} with byte 0x{content[error.start]:02x} at '
-      f'offset {error.start}; convert it, or set CorpusConfig.errors to \'replace\' or '
+      f"offset {error.start}; convert it, or set CorpusConfig.errors to 'replace' or "
       "'ignore'."
     ) from error
   if path.suffix == '.txt':
@@ -139,19 +157,30 @@ def _parse(line: str, where: str) -> Document:
   try:
     fields = json.loads(line)
   except json.JSONDecodeError as error:
-    raise ValueError(f'a .jsonl file must have a JSON object a line, got {where}: '
-                     f'{error.msg} (column {error.colno}); correct it.') from error
-  ok = isinstance(fields, dict) and isinstance(fields.get('text'), str) and isinstance(
-    fields.get('prompt', ''), str)
-  configs.check(ok, "a .jsonl line must be an object with a string 'text' and, optionally, "
-                "a string 'prompt'", f'{line[:80]!r} in {where}', 'correct it')
+    raise ValueError(
+      f'a .jsonl file must have a JSON object a line, got {where}: '
+      f'{error.msg} (column {error.colno}); correct it.'
+    ) from error
+  ok = (
+    isinstance(fields, dict)
+    and isinstance(fields.get('text'), str)
+    and isinstance(fields.get('prompt', ''), str)
+  )
+  configs.check(
+    ok,
+    "a .jsonl line must be an object with a string 'text' and, optionally, "
+    "a string 'prompt'",
+    f'{line[:80]!r} in {where}',
+    'correct it',
+  )
   # A lone surrogate can be written in JSON but is no character.
   for value in (fields['text'], fields.get('prompt', '')):
     try:
       value.encode('utf-8')
     except UnicodeEncodeError as error:
-      raise ValueError(f'text must be Unicode characters, got a lone surrogate in {where}; '
-                       'correct it.') from error
+      raise ValueError(
+        f'text must be Unicode characters, got a lone surrogate in {where}; correct it.'
+      ) from error
   return Document(fields['text'], fields.get('prompt', ''))
 
 
@@ -167,8 +196,10 @@ def _from_tfds(config: CorpusConfig, split: str) -> Iterator[Document]:
     dataset = tfds.as_numpy(builder.as_dataset(split=own))
   except Exception as error:  # TFDS raises many kinds
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ValueError(f'{config.corpus!r} must be a TFDS data set that is prepared, got: '
-                     f'{message}; see CorpusConfig.tfds_data_dir.') from error
+    raise ValueError(
+      f'{config.corpus!r} must be a TFDS data set that is prepared, got: '
+      f'{message}; see CorpusConfig.tfds_data_dir.'
+    ) from error
   found = (_tfds_text(example, config) for example in dataset)
   if 'validation' in splits:
     yield from found
@@ -178,21 +209,28 @@ def _from_tfds(config: CorpusConfig, split: str) -> Iterator[Document]:
 
 def _tfds_text(example: dict, config: CorpusConfig) -> Document:
   value = example.get(config.text_key)
-  configs.check(isinstance(value, bytes), 'CorpusConfig.text_key must be a text feature',
-                f'{config.text_key!r} of {sorted(example)}', 'choose one of these')
+  configs.check(
+    isinstance(value, bytes),
+    'CorpusConfig.text_key must be a text feature',
+    f'{config.text_key!r} of {sorted(example)}',
+    'choose one of these',
+  )
   return Document(value.decode('utf-8', config.errors))
 
 
 def _held_out(found: list[Document], config: CorpusConfig, split: str) -> list[Document]:
   """The documents of a split, told apart by a hash of their text."""
+  _check_some([d.text for d in found], config)
   ranks = [int(hashlib.sha256(d.text.encode('utf-8')).hexdigest()[:12], 16) for d in found]
   count = max(1, round(config.validation_fraction * len(found)))
   limit = sorted(ranks)[count - 1] if found else 0
   held_out = [rank <= limit for rank in ranks]
-  configs.check(0 < sum(held_out) < len(found),
-                'some documents must be held out for validation, and some remain',
-                f'{len(found)} documents in {config.corpus!r}',
-                'give more text, or CorpusConfig.validation')
+  configs.check(
+    0 < sum(held_out) < len(found),
+    'some documents must be held out for validation, and some remain',
+    f'{len(found)} documents in {config.corpus!r}',
+    'give more text, or CorpusConfig.validation',
+  )
   return [d for d, out in zip(found, held_out, strict=True) if out == (split != 'train')]
 
 

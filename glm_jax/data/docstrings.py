@@ -19,8 +19,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 _SHORTEST = 300  # characters; less is no document
-_SKIPPED = {'site-packages', 'dist-packages', '__pycache__', 'test', 'tests', 'testing',
-            'idlelib', 'glm_jax', 'lib2to3'}
+_SKIPPED = {
+  'site-packages',
+  'dist-packages',
+  '__pycache__',
+  'test',
+  'tests',
+  'testing',
+  'idlelib',
+  'glm_jax',
+  'lib2to3',
+}
 
 
 class Found(NamedTuple):
@@ -39,8 +48,10 @@ class Found(NamedTuple):
 
 def topics() -> list[Found]:
   """CPython's language reference, as `help()` shows it."""
-  return [Found('pydoc_data', name, text.strip())
-          for name, text in sorted(pydoc_data.topics.topics.items())]
+  return [
+    Found('pydoc_data', name, text.strip())
+    for name, text in sorted(pydoc_data.topics.topics.items())
+  ]
 
 
 def sources() -> list[tuple[str, str]]:

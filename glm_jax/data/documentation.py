@@ -37,7 +37,8 @@ class Documentation(tfds.core.GeneratorBasedBuilder):
       features=tfds.features.FeaturesDict(
         {name: tfds.features.Text() for name in ('text', 'package', 'source')}
       ),
-      description=__doc__, disable_shuffling=True,
+      description=__doc__,
+      disable_shuffling=True,
     )
 
   def __init__(self, documents: Sequence[docstrings.Found] | None = None, **kwargs: Any):
@@ -53,8 +54,10 @@ class Documentation(tfds.core.GeneratorBasedBuilder):
     del dl_manager  # nothing is downloaded
     documents = self._documents
     train, validation = split_by_package(_read() if documents is None else documents)
-    return {'train': self._generate_examples(train),
-            'validation': self._generate_examples(validation)}
+    return {
+      'train': self._generate_examples(train),
+      'validation': self._generate_examples(validation),
+    }
 
   def _generate_examples(self, documents: Sequence[docstrings.Found]):
     for number, document in enumerate(documents):
@@ -69,14 +72,21 @@ def prepared(cache_dir: Path) -> Documentation:
     # TFDS says what it does on stdout and stderr; of interest is what we found.
     with contextlib.redirect_stdout(io.StringIO()) as said:
       builder.download_and_prepare()
-    print(''.join(line for line in said.getvalue().splitlines(keepends=True)
-                  if line.startswith(_SAYS)), end='', flush=True)
+    print(
+      ''.join(
+        line for line in said.getvalue().splitlines(keepends=True) if line.startswith(_SAYS)
+      ),
+      end='',
+      flush=True,
+    )
   return builder
 
 
 def texts(builder: Documentation, split: str) -> Iterator[str]:
   """The texts of a split, in order."""
-  for example in tfds.as_numpy(builder.as_dataset(split=split)):
+  # Cached in memory, a data set that is read in part would be warned about.
+  reading = tfds.ReadConfig(try_autocache=False)
+  for example in tfds.as_numpy(builder.as_dataset(split=split, read_config=reading)):
     yield example['text'].decode('utf-8')
 
 
@@ -109,21 +119,31 @@ def split_by_package(
     f'{_SAYS}{len(kept):,} documents, {total / 1e6:.1f} MB '
     f'({len(documents) - len(kept)} near-duplicates removed); validation: '
     f'{int(clean.sum())} documents of {len(held_out)} packages ({int((~clean).sum())} '
-    f'removed), {remaining:.2%} of its 13-grams in training', flush=True,
+    f'removed), {remaining:.2%} of its 13-grams in training',
+    flush=True,
   )
-  return ([d for d, _ in train],
-          [d for (d, _), c in zip(validation, clean, strict=True) if c])
+  return (
+    [d for d, _ in train],
+    [d for (d, _), c in zip(validation, clean, strict=True) if c],
+  )
 
 
 def _read() -> list[docstrings.Found]:
   """All documents; files that Python cannot parse are counted and said."""
   found, unreadable = [], 0
-  for document in tqdm(docstrings.documents(), desc='reading documentation', unit=' files',
-                       mininterval=5, leave=False):
+  for document in tqdm(
+    docstrings.documents(),
+    desc='reading documentation',
+    unit=' files',
+    leave=False,
+    disable=None,
+  ):
     if document is None:
       unreadable += 1
     else:
       found.append(document)
   if unreadable:
-    print(f'{_SAYS}{unreadable} Python files could not be parsed and are left out', flush=True)
+    print(
+      f'{_SAYS}{unreadable} Python files could not be parsed and are left out', flush=True
+    )
   return found

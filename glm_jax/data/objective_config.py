@@ -60,28 +60,49 @@ class ObjectiveConfig:
     configs.check(
       min(weights) >= 0 and sum(weights) > 0 and math.isfinite(sum(weights)),
       f'{name}.blank, document and sentence must be 0 or more, and one above 0',
-      str(weights), 'give each its share, such as 0.5, 0.2, 0.3',
+      str(weights),
+      'give each its share, such as 0.5, 0.2, 0.3',
     )
-    configs.check(0 < self.mask_ratio < 1, f'{name}.mask_ratio must be in (0, 1)',
-                  str(self.mask_ratio), 'use 0.15 as the paper, or 0.1 to 0.2')
-    configs.check(0 < self.span_mean <= 20, f'{name}.span_mean must be in (0, 20]',
-                  str(self.span_mean), 'use 3 as the paper')
+    configs.check(
+      0 < self.mask_ratio < 1,
+      f'{name}.mask_ratio must be in (0, 1)',
+      str(self.mask_ratio),
+      'use 0.15 as the paper, or 0.1 to 0.2',
+    )
+    configs.check(
+      0 < self.span_mean <= 20,
+      f'{name}.span_mean must be in (0, 20]',
+      str(self.span_mean),
+      'use 3 as the paper',
+    )
     mean, _ = self._span_moments()
     # Spans never touch, so each needs a token of its own beside it.
     configs.check(
       self.mask_ratio * (1 + 1 / mean) < 1,
       f'{name}.mask_ratio must leave a token between spans, so be below '
       f'{mean / (mean + 1):.2f} for spans of mean {mean:.2f}',
-      str(self.mask_ratio), 'lower it or raise span_mean',
+      str(self.mask_ratio),
+      'lower it or raise span_mean',
     )
-    configs.check(0 < self.document_min_ratio < 1,
-                  f'{name}.document_min_ratio must be in (0, 1)',
-                  str(self.document_min_ratio), 'use 0.5 as the paper')
-    for field in ('single_span_probability', 'document_infill_probability',
-                  'dblock_probability', 'short_probability'):
+    configs.check(
+      0 < self.document_min_ratio < 1,
+      f'{name}.document_min_ratio must be in (0, 1)',
+      str(self.document_min_ratio),
+      'use 0.5 as the paper',
+    )
+    for field in (
+      'single_span_probability',
+      'document_infill_probability',
+      'dblock_probability',
+      'short_probability',
+    ):
       value = getattr(self, field)
-      configs.check(0 <= value <= 1, f'{name}.{field} must be in [0, 1]', str(value),
-                    'give a probability')
+      configs.check(
+        0 <= value <= 1,
+        f'{name}.{field} must be in [0, 1]',
+        str(value),
+        'give a probability',
+      )
 
   @property
   def weights(self) -> tuple[float, float, float]:
@@ -127,6 +148,10 @@ class ObjectiveConfig:
     row = length - 2
     while row > 0 and row + 2 * self.max_spans(row) > length:
       row -= 1
-    configs.check(row >= 8, 'TASK_FEATURE_LENGTHS must leave 8 tokens of text',
-                  f"{{'tokens': {length}}}", 'use longer rows')
+    configs.check(
+      row >= 8,
+      'TASK_FEATURE_LENGTHS must leave 8 tokens of text',
+      f"{{'tokens': {length}}}",
+      'use longer rows',
+    )
     return row

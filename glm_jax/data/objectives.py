@@ -94,7 +94,12 @@ def make_examples(
     below += weight
   masks = (s.mask, s.gmask, s.smask) if config.task_masks else (s.mask,) * 3
   example = _assemble(
-    source, kept, tf.gather(tf.constant(masks), objective), length, config, vocabulary,
+    source,
+    kept,
+    tf.gather(tf.constant(masks), objective),
+    length,
+    config,
+    vocabulary,
     noisy=objective == OBJECTIVES.index('blank'),
   )
   example['objective'] = tf.broadcast_to(objective[:, None], tf.shape(example['tokens']))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,19 +21,17 @@ def grams(texts: Sequence[str]) -> list[np.ndarray]:
     >>> len(a), bool((a == b).all())
     (1, True)
   """
-  numbers: dict[str, int] = {}
-  factors = np.array([pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in range(WORDS)],
-                     np.uint64)
+  number = functools.lru_cache(maxsize=None)(_hash)
+  factors = np.array(
+    [pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in range(WORDS)], np.uint64
+  )
   hashes = []
   for text in texts:
-    words = np.array([numbers.setdefault(word, len(numbers) + 1) for word in text.split()],
-                     np.uint64)
-    # Numbers of words are small; spread them over all bits before they are added up.
-    words = (words * np.uint64(0xBF58476D1CE4E5B9)) ^ (words << np.uint64(29))
+    words = np.array([number(word) for word in text.split()], np.uint64)
     count = max(len(words) - WORDS + 1, 1)
     total = np.zeros(count, np.uint64)
     for i in range(min(WORDS, len(words))):
-      total += words[i:i + count] * factors[i]
+      total += words[i : i + count] * factors[i]
     hashes.append(total)
   return hashes
 
@@ -39,8 +39,9 @@ def grams(texts: Sequence[str]) -> list[np.ndarray]:
 def near_duplicates(hashes: Sequence[np.ndarray]) -> np.ndarray:
   """[documents] bool: more than half of its 13-grams stand in documents before it."""
   owner = np.repeat(np.arange(len(hashes)), [len(h) for h in hashes])
-  _, first, inverse = np.unique(np.concatenate(hashes), return_index=True,
-                                return_inverse=True)
+  _, first, inverse = np.unique(
+    np.concatenate(hashes), return_index=True, return_inverse=True
+  )
   seen_before = owner[first][inverse] < owner
   return np.bincount(owner, seen_before) > 0.5 * np.bincount(owner)
 
@@ -51,3 +52,7 @@ def shared(hashes: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.nda
   found = np.isin(np.concatenate(hashes), known)
   owner = np.repeat(np.arange(len(hashes)), [len(h) for h in hashes])
   return np.bincount(owner, found) / np.bincount(owner)
+
+
+def _hash(word: str) -> int:
+  return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), 'little')

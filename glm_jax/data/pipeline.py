@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import seqio
@@ -34,6 +35,13 @@ class Process:
 
 
 def batches(
+  task: str, feature_lengths: Mapping[str, int], **reading: Any
+) -> Iterator[Batch]:
+  """`dataset` (which says what the arguments are) as numpy batches."""
+  return map(_to_numpy, dataset(task, feature_lengths, **reading).as_numpy_iterator())
+
+
+def dataset(
   task: str,
   feature_lengths: Mapping[str, int],
   *,
@@ -44,8 +52,8 @@ def batches(
   train: bool = True,
   max_rows: int = 0,
   process: Process = Process(),
-) -> Iterator[Batch]:
-  """Yields numpy batches of a registered seqio task or mixture.
+) -> tf.data.Dataset:
+  """Batches of a registered seqio task or mixture, as dicts of the contract's fields.
 
   Args:
     task: its name.
@@ -76,64 +84,73 @@ def batches(
   if whole_batches and isinstance(provider.source, IndexedRows):
     reading = Reading(batch_size, start_step, max_rows)
     provider = provider.replace(source=provider.source.at(reading))
-  dataset = provider.get_dataset(
-    sequence_length=dict(feature_lengths), split=split, shuffle=train, seed=seed,
-    shard_info=seqio.ShardInfo(process.index, process.count),
+  # Validation of other tasks: each process reads all of it and keeps its part of every
+  # batch, since all must see the same number of batches.
+  whole = not whole_batches and not train
+  examples = provider.get_dataset(
+    sequence_length=dict(feature_lengths),
+    split=split,
+    shuffle=train,
+    seed=seed,
+    shard_info=None if whole else seqio.ShardInfo(process.index, process.count),
     num_epochs=None if train and not whole_batches else 1,
     # seqio would cut what is too long without a word.
-    trim_output_features=False, try_in_mem_cache=False,
+    trim_output_features=False,
+    try_in_mem_cache=False,
   )
   if not whole_batches:
-    dataset = _to_batches(dataset, feature_lengths['tokens'], batch_size // process.count,
-                          train, max_rows // process.count)
-    dataset = dataset.skip(start_step)
+    examples = _padded(examples, feature_lengths['tokens'])
+    if train:
+      size = batch_size // process.count
+      examples = examples.batch(size, drop_remainder=True).skip(start_step)
+    else:
+      examples = examples.take(max_rows or -1).batch(batch_size)
+      examples = examples.map(lambda x: _share(x, batch_size, process))
   options = tf.data.Options()
   options.threading.max_intra_op_parallelism = 1
   options.threading.private_threadpool_size = _THREADS
   options.deterministic = True
-  dataset = dataset.with_options(options).prefetch(2)
-  return map(_to_numpy, dataset.as_numpy_iterator())
+  return examples.with_options(options).prefetch(2)
 
 
-def _to_batches(dataset, length, local_size, train, max_rows) -> tf.data.Dataset:
-  """Single examples to batches, padded to `length` with rows of no loss."""
+def _padded(examples: tf.data.Dataset, length: int) -> tf.data.Dataset:
+  """Single examples, padded to `length`; a longer one is an error."""
 
   @tf.autograph.experimental.do_not_convert
-  def pad(x):
-    padded = {}
+  def pad(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    padded = {'index': tf.cast(x.get('index', -1), tf.int64)}
     for name in _FIELDS:
       fits = tf.debugging.assert_less_equal(
         tf.size(x[name]), length, f'{name} is longer than its feature length'
       )
       with tf.control_dependencies([fits]):
-        padded[name] = tf.pad(x[name], [[0, length - tf.size(x[name])]])
-    padded['index'] = x.get('index', tf.constant(-1, tf.int64))
-    return {name: tf.ensure_shape(value, [] if name == 'index' else [length])
-            for name, value in padded.items()}
+        value = tf.pad(x[name], [[0, length - tf.size(x[name])]])
+      padded[name] = tf.ensure_shape(value, [length])
+    return padded
 
-  dataset = dataset.map(pad, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-  if train:
-    return dataset.batch(local_size, drop_remainder=True)
-  if max_rows:
-    dataset = dataset.take(max_rows)
-  return dataset.batch(local_size).map(lambda x: _fill_up(x, local_size))
+  return examples.map(pad, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 @tf.autograph.experimental.do_not_convert
-def _fill_up(x, size):
-  missing = size - tf.shape(x['index'])[0]
-  return {
-    name: tf.ensure_shape(
-      tf.pad(value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1)),
-      [size, *value.shape[1:]],
-    )
-    for name, value in x.items()
-  }
+def _share(
+  batch: dict[str, tf.Tensor], size: int, process: Process
+) -> dict[str, tf.Tensor]:
+  """This process's rows of a batch that is first filled up with empty ones."""
+  missing = size - tf.shape(batch['index'])[0]
+  local = size // process.count
+  own = {}
+  for name, value in batch.items():
+    value = tf.pad(value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1))
+    value = value[process.index * local : (process.index + 1) * local]
+    own[name] = tf.ensure_shape(value, [local, *value.shape[1:]])
+  return own
 
 
 def _to_numpy(example: dict[str, np.ndarray]) -> Batch:
-  return Batch(**{
-    name: np.asarray(example[name], dtype)
-    for name, dtype in zip(Batch._fields, DTYPES, strict=True)
-    if name in example
-  })
+  return Batch(
+    **{
+      name: np.asarray(example[name], dtype)
+      for name, dtype in zip(Batch._fields, DTYPES, strict=True)
+      if name in example
+    }
+  )

@@ -57,18 +57,27 @@ def prepare(
     if task != tasks.MIXTURE:
       objectives = objectives.only(task.removeprefix('glm_'))
     row_length = objectives.row_length(length)
-    rows = {split: row_store.build_rows(corpus, vocabulary, split, row_length)
-            for split in ('train', 'validation')}
+    rows = {
+      split: row_store.build_rows(corpus, vocabulary, split, row_length)
+      for split in ('train', 'validation')
+    }
     tasks.register(rows, vocabulary, objectives)
-    wanted = [f'glm_{name}' for name, weight in zip(OBJECTIVES, objectives.weights,
-                                                    strict=True) if weight]
+    wanted = [
+      f'glm_{name}'
+      for name, weight in zip(OBJECTIVES, objectives.weights, strict=True)
+      if weight
+    ]
     return Prepared(
-      vocabulary=vocabulary, fingerprint=rows['train'].stats['digest'],
-      evaluation_tasks=tuple(wanted), stats={k: v.stats for k, v in rows.items()},
+      vocabulary=vocabulary,
+      fingerprint=rows['train'].stats['digest'],
+      evaluation_tasks=tuple(wanted),
+      stats={k: v.stats for k, v in rows.items()},
     )
   configs.check(
-    task in registered, f'MIXTURE_OR_TASK_NAME must be one of {list(tasks.NAMES)} or a '
-    'registered task', repr(task), 'register it in a module named by --import',
+    task in registered,
+    f'MIXTURE_OR_TASK_NAME must be one of {list(tasks.NAMES)} or a registered task',
+    repr(task),
+    'register it in a module named by --import',
   )
   provider = seqio.get_mixture_or_task(task)
   feature = provider.output_features.get('tokens')
@@ -76,18 +85,24 @@ def prepare(
   configs.check(
     feature is not None and isinstance(feature.vocabulary, SeqioVocabulary),
     f'the task {task!r} must have the feature tokens with a SeqioVocabulary',
-    str(feature), 'use output_features() of glm_jax.data.preprocessors',
+    str(feature),
+    'use output_features() of glm_jax.data.preprocessors',
   )
   _length(feature_lengths)
   has_validation = 'validation' in provider.splits
   return Prepared(
-    vocabulary=vocabulary, fingerprint=f'task {task}',
-    evaluation_tasks=(task,) if has_validation else (), stats={},
+    vocabulary=vocabulary,
+    fingerprint=f'task {task}',
+    evaluation_tasks=(task,) if has_validation else (),
+    stats={},
   )
 
 
 def _length(feature_lengths: Mapping[str, int]) -> int:
-  configs.check(set(feature_lengths) == {'tokens'},
-                "TASK_FEATURE_LENGTHS must have the one key 'tokens'",
-                str(dict(feature_lengths)), "write {'tokens': 512}")
+  configs.check(
+    set(feature_lengths) == {'tokens'},
+    "TASK_FEATURE_LENGTHS must have the one key 'tokens'",
+    str(dict(feature_lengths)),
+    "write {'tokens': 512}",
+  )
   return feature_lengths['tokens']

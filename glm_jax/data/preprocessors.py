@@ -60,34 +60,43 @@ def glm_mixture(
   @tf.autograph.experimental.do_not_convert
   def check(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     fits = tf.debugging.assert_less_equal(
-      tf.size(x['tokens']), row_length,
+      tf.size(x['tokens']),
+      row_length,
       'a sequence is longer than its row; split documents with to_rows',
     )
     with tf.control_dependencies([fits]):
       return {**x, 'lengths': tf.size(x['tokens']), 'index': tf.constant(-1, tf.int64)}
 
-  shapes = {'tokens': [row_length], 'scored': [row_length], 'keys': [], 'lengths': [],
-            'index': []}
+  shapes = {
+    'tokens': [row_length],
+    'scored': [row_length],
+    'keys': [],
+    'lengths': [],
+    'index': [],
+  }
   padded = keyed.map(check).padded_batch(_GROUP, shapes)
   return padded.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
 
 
 def blank_infilling(dataset, sequence_length, *, vocabulary, config=ObjectiveConfig()):
   """Token spans only; arguments as `glm_mixture`."""
-  return glm_mixture(dataset, sequence_length, vocabulary=vocabulary,
-                     config=config.only('blank'))
+  return glm_mixture(
+    dataset, sequence_length, vocabulary=vocabulary, config=config.only('blank')
+  )
 
 
 def document(dataset, sequence_length, *, vocabulary, config=ObjectiveConfig()):
   """One long span only; arguments as `glm_mixture`."""
-  return glm_mixture(dataset, sequence_length, vocabulary=vocabulary,
-                     config=config.only('document'))
+  return glm_mixture(
+    dataset, sequence_length, vocabulary=vocabulary, config=config.only('document')
+  )
 
 
 def sentence(dataset, sequence_length, *, vocabulary, config=ObjectiveConfig()):
   """Whole sentences only; arguments as `glm_mixture`."""
-  return glm_mixture(dataset, sequence_length, vocabulary=vocabulary,
-                     config=config.only('sentence'))
+  return glm_mixture(
+    dataset, sequence_length, vocabulary=vocabulary, config=config.only('sentence')
+  )
 
 
 def tokenize(
@@ -138,7 +147,9 @@ def output_features(vocabulary: Vocabulary, rank: int = 1) -> dict[str, seqio.Fe
       continue
     features[name] = seqio.Feature(
       words if name in ('tokens', 'targets') else numbers,
-      add_eos=False, dtype=tf.as_dtype(dtype), rank=rank,
+      add_eos=False,
+      dtype=tf.as_dtype(dtype),
+      rank=rank,
     )
   return features
 
@@ -158,8 +169,10 @@ class SeqioVocabulary(seqio.PassThroughVocabulary):
     return self.vocabulary.decode(list(ids))
 
   def __eq__(self, other) -> bool:
-    return (isinstance(other, SeqioVocabulary)
-            and self.vocabulary.fingerprint == other.vocabulary.fingerprint)
+    return (
+      isinstance(other, SeqioVocabulary)
+      and self.vocabulary.fingerprint == other.vocabulary.fingerprint
+    )
 
 
 def _encoder(vocabulary: Vocabulary) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -183,8 +196,10 @@ def _add_key(x: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
 
   seqio hands the same seeds to every process; the content tells their examples apart.
   """
-  seed = stateless.mix(tf.cast(seed[0], tf.uint64) * (1 << 32) + tf.cast(seed[1], tf.uint64))
-  places = tf.range(tf.size(x['tokens'], out_type=tf.int64), dtype=tf.int64) << 32
+  seed = stateless.mix(
+    tf.cast(seed[0], tf.uint64) * (1 << 32) + tf.cast(seed[1], tf.uint64)
+  )
+  places = tf.range(tf.size(x['tokens'], out_type=tf.int64), dtype=tf.int64) * (1 << 32)
   content = stateless.mix(tf.cast(places + tf.cast(x['tokens'], tf.int64), tf.uint64))
   total = tf.reduce_sum(tf.bitcast(content, tf.int64))
   return {**x, 'keys': stateless.mix(seed + tf.bitcast(total, tf.uint64))}

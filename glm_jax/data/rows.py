@@ -96,8 +96,8 @@ def pack(
         yield row, scored
         row, scored = [specials.enc], [False]
       room = row_length - len(row)
-      row += tokens[at:at + room]
-      scored += flags[at:at + room]
+      row += tokens[at : at + room]
+      scored += flags[at : at + room]
       at += room
   if row:
     yield row, scored
@@ -113,18 +113,24 @@ def _write(config, vocabulary, split, row_length, folder: Path) -> None:
     encoded = _encode(corpora.documents(config, split), vocabulary, counts, split)
     rows = list(pack(encoded, vocabulary.specials, row_length))
     configs.check(
-      bool(rows), f'the {split} split must hold a document of two tokens or more',
-      f'none in {config.corpus!r} ({counts["skipped"]} skipped)', 'give more text',
+      bool(rows),
+      f'the {split} split must hold a document of two tokens or more',
+      f'none in {config.corpus!r} ({counts["skipped"]} skipped)',
+      'give more text',
     )
     tokens = np.full((len(rows), row_length), vocabulary.specials.pad, np.int32)
     scored = np.zeros((len(rows), row_length), bool)
     for number, (ids, flags) in enumerate(rows):
-      tokens[number, :len(ids)] = ids
-      scored[number, :len(ids)] = flags
+      tokens[number, : len(ids)] = ids
+      scored[number, : len(ids)] = flags
     lengths = np.array([len(ids) for ids, _ in rows], np.int32)
     sha = hashlib.sha256(tokens.tobytes() + scored.tobytes())
-    stats = {**counts, 'rows': len(rows), 'row_length': row_length,
-             'digest': sha.hexdigest()[:16]}
+    stats = {
+      **counts,
+      'rows': len(rows),
+      'row_length': row_length,
+      'digest': sha.hexdigest()[:16],
+    }
     for name, array in zip(_FILES, (tokens, scored, lengths), strict=True):
       array.tofile(temporary / name)
     (temporary / 'index.json').write_text(json.dumps(stats), encoding='utf-8')
@@ -136,18 +142,25 @@ def _write(config, vocabulary, split, row_length, folder: Path) -> None:
         raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-  print(f'{split}: {counts["documents"]:,} documents, {counts["tokens"]:,} tokens in '
-        f'{len(rows):,} rows of {row_length} ({counts["skipped"]} documents under two '
-        f'tokens skipped) in {time.perf_counter() - began:.0f} s', flush=True)
+  print(
+    f'{split}: {counts["documents"]:,} documents, {counts["tokens"]:,} tokens in '
+    f'{len(rows):,} rows of {row_length} ({counts["skipped"]} documents under two '
+    f'tokens skipped) in {time.perf_counter() - began:.0f} s',
+    flush=True,
+  )
 
 
 def _encode(documents, vocabulary, counts, split) -> Iterator[tuple[list[int], list[int]]]:
-  bar = iter(tqdm(documents, desc=f'tokenizing {split}', unit=' documents', mininterval=5,
-                  leave=False))
+  bar = iter(
+    tqdm(
+      documents, desc=f'tokenizing {split}', unit=' documents', leave=False, disable=None
+    )
+  )
   while group := list(itertools.islice(bar, _AT_ONCE)):
     prompts = vocabulary.encode_batch([d.prompt for d in group])
-    for prompt, text in zip(prompts, vocabulary.encode_batch([d.text for d in group]),
-                            strict=True):
+    for prompt, text in zip(
+      prompts, vocabulary.encode_batch([d.text for d in group]), strict=True
+    ):
       if len(text) < 2:
         counts['skipped'] += 1
         continue
@@ -163,10 +176,13 @@ def _load(folder: Path) -> Rows:
     # A file shorter than its shape is refused by memmap.
     tokens, scored, lengths = (
       np.memmap(folder / name, dtype, 'r', shape=size)
-      for name, dtype, size in zip(_FILES, (np.int32, np.bool_, np.int32),
-                                   (shape, shape, shape[:1]), strict=True)
+      for name, dtype, size in zip(
+        _FILES, (np.int32, np.bool_, np.int32), (shape, shape, shape[:1]), strict=True
+      )
     )
   except (OSError, ValueError, KeyError) as error:
-    raise ValueError(f'cached rows must be readable, got {folder} ({error}); delete that '
-                     'folder, and they are made again.') from error
+    raise ValueError(
+      f'cached rows must be readable, got {folder} ({error}); delete that '
+      'folder, and they are made again.'
+    ) from error
   return Rows(tokens, scored, np.array(lengths), stats)

@@ -80,8 +80,10 @@ class IndexedRows(seqio.DataSource):
   ) -> tf.data.Dataset:
     """See the class; `seed` must be given, since the stream is a function of it."""
     if seed is None:
-      raise ValueError('an indexed stream is a function of its seed, got None; pass '
-                       'seed=0 or another integer to get_dataset.')
+      raise ValueError(
+        'an indexed stream is a function of its seed, got None; pass '
+        'seed=0 or another integer to get_dataset.'
+      )
     rows, reading = self.rows[split], self.reading
     shard = shard_info or seqio.ShardInfo(0, 1)
     if reading.batch_size % shard.num_shards:
@@ -98,8 +100,11 @@ class IndexedRows(seqio.DataSource):
     # Memory-mapped tensors: only rows that are asked for are read, and no Python
     # function runs in the pipeline (one that does can hang at the process's exit).
     all_tokens, all_scored = (
-      tf.raw_ops.ImmutableConst(dtype=dtype, shape=rows.tokens.shape,
-                                memory_region_name=str(rows.tokens.filename.with_name(name)))
+      tf.raw_ops.ImmutableConst(
+        dtype=dtype,
+        shape=rows.tokens.shape,
+        memory_region_name=str(rows.tokens.filename.with_name(name)),
+      )
       for dtype, name in ((tf.int32, TOKENS_FILE), (tf.bool, SCORED_FILE))
     )
     all_lengths = tf.constant(rows.lengths)
@@ -109,10 +114,13 @@ class IndexedRows(seqio.DataSource):
       index = step * reading.batch_size + first
       if shuffle:
         epoch = tf.cast(index // n, tf.int64)
-        seeds = tf.stack([tf.fill([local], tf.cast(seed, tf.int64)), epoch,
-                          tf.zeros_like(epoch)], axis=1)
+        seeds = tf.stack(
+          [tf.fill([local], tf.cast(seed, tf.int64)), epoch, tf.zeros_like(epoch)], axis=1
+        )
         number = tf.raw_ops.RandomIndexShuffle(
-          index=index % n, seed=seeds, max_index=tf.fill([local], tf.cast(n - 1, tf.int64)),
+          index=index % n,
+          seed=seeds,
+          max_index=tf.fill([local], tf.cast(n - 1, tf.int64)),
           rounds=4,
         )
       else:

@@ -67,11 +67,14 @@ def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
   """
   B, K = tf.shape(rows.tokens)[0], max_spans
   # Lengths, until their sum reaches the budget.
-  pmf = [math.exp(k * math.log(config.span_mean) - math.lgamma(k + 1))
-         for k in range(1, LONGEST_SPAN + 1)]
+  pmf = [
+    math.exp(k * math.log(config.span_mean) - math.lgamma(k + 1))
+    for k in range(1, LONGEST_SPAN + 1)
+  ]
   cdf = tf.constant(np.cumsum(pmf) / np.sum(pmf), tf.float32)
-  lengths = tf.searchsorted(cdf, tf.reshape(stateless.uniform(rows.keys, _LENGTHS, K), [-1]),
-                            side='right')
+  lengths = tf.searchsorted(
+    cdf, tf.reshape(stateless.uniform(rows.keys, _LENGTHS, K), [-1]), side='right'
+  )
   lengths = tf.reshape(tf.minimum(lengths, LONGEST_SPAN - 1) + 1, [-1, K])
   budget = _budget(rows, config)
   drawn = tf.cumsum(lengths, axis=1, exclusive=True) < budget[:, None]
@@ -94,7 +97,9 @@ def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
   total = tf.maximum(tf.reduce_sum(lengths, axis=1, keepdims=True), 1)
   middle = tf.cumsum(lengths, axis=1, exclusive=True) + lengths // 2
   text = tf.reduce_sum(run_lengths, axis=1, keepdims=True)
-  run = tf.searchsorted(tf.cumsum(run_lengths, axis=1), middle * text // total, side='right')
+  run = tf.searchsorted(
+    tf.cumsum(run_lengths, axis=1), middle * text // total, side='right'
+  )
   run = tf.minimum(run, R - 1)
   needed = _sum_by_run(tf.where(lengths > 0, lengths + 1, 0), run, R)
   overfull = tf.gather(needed > run_lengths + 1, run, batch_dims=1)
@@ -108,8 +113,9 @@ def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
   # Places: sorted draws, each behind the spans (and a token a span) before it.
   needed = _sum_by_run(tf.where(lengths > 0, lengths + 1, 0), run, R)
   free = tf.gather(run_lengths + 1 - needed, run, batch_dims=1)
-  place = tf.cast(stateless.uniform(rows.keys, _PLACES, K) * tf.cast(free + 1, tf.float32),
-                  tf.int32)
+  place = tf.cast(
+    stateless.uniform(rows.keys, _PLACES, K) * tf.cast(free + 1, tf.float32), tf.int32
+  )
   place = tf.minimum(place, free)
   key = run * (rows.tokens.shape[1] + 1) + place
   order = tf.argsort(tf.where(lengths > 0, key, _FAR), stable=True)
@@ -132,9 +138,9 @@ def sentence_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   number = tf.cumsum(tf.cast(last, tf.int32), axis=1, exclusive=True)
   starts, lengths = _segments(rows.is_text, number, N)
   at_end = tf.range(N) == rows.lengths[:, None] - 1
-  finished = _sum_by_run(
-    tf.cast(last & (rows.ends_sentence | at_end), tf.int32), number, N
-  ) > 0
+  finished = (
+    _sum_by_run(tf.cast(last & (rows.ends_sentence | at_end), tf.int32), number, N) > 0
+  )
   any_finished = tf.reduce_any(finished, axis=1, keepdims=True)
   eligible = (lengths > 0) & (finished | ~any_finished)
 
@@ -171,7 +177,9 @@ def document_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   run_starts, run_lengths = _runs(rows.is_text)
   one_document = tf.reduce_sum(tf.cast(run_lengths > 0, tf.int32), axis=1) == 1
   run_start, text = run_starts[:, 0], run_lengths[:, 0]
-  infill = stateless.uniform(rows.keys, _INFILL, 1)[:, 0] < config.document_infill_probability
+  infill = (
+    stateless.uniform(rows.keys, _INFILL, 1)[:, 0] < config.document_infill_probability
+  )
   infill &= one_document
   size = tf.where(infill, tf.minimum(size, text), size)
   free = tf.maximum(text - size, 0)
@@ -180,7 +188,9 @@ def document_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   starts = tf.where(infill, run_start + place, lengths - size)
   others = [[0, 0], [0, max_spans - 1]]
   return Spans(
-    tf.pad(starts[:, None], others), tf.pad(size[:, None], others), infill,
+    tf.pad(starts[:, None], others),
+    tf.pad(size[:, None], others),
+    infill,
     tf.zeros_like(infill),
   )
 
@@ -211,7 +221,8 @@ def _segments(is_text, number, count):
 
 def _sum_by_run(values, number, count):
   total = tf.math.unsorted_segment_sum(
-    tf.reshape(values, [-1]), tf.reshape(_flat_numbers(number, count), [-1]),
+    tf.reshape(values, [-1]),
+    tf.reshape(_flat_numbers(number, count), [-1]),
     tf.shape(number)[0] * count,
   )
   return tf.reshape(total, [-1, count])

@@ -51,30 +51,54 @@ def read_context(
   positions = jnp.where(inside, positions, 0)
   end = jnp.where(inside, lengths_B[:, None], 0)
   logits_BTV, cache = model.apply(
-    {'params': params}, tokens_BT, positions, jnp.zeros_like(positions),
-    Visibility(jnp.zeros_like(end), end), cache=cache,
+    {'params': params},
+    tokens_BT,
+    positions,
+    jnp.zeros_like(positions),
+    Visibility(jnp.zeros_like(end), end),
+    cache=cache,
     cache_start=jnp.zeros_like(lengths_B),
   )
   return cache, logits_BTV
 
 
 def read_token(
-  model: Any, params: Any, cache: Cache, token_B: jax.Array, position_B: jax.Array,
-  block_B: jax.Array, slot_B: jax.Array,
+  model: Any,
+  params: Any,
+  cache: Cache,
+  token_B: jax.Array,
+  position_B: jax.Array,
+  block_B: jax.Array,
+  slot_B: jax.Array,
 ) -> tuple[Cache, jax.Array]:
   """Reads one more token a row into its slot; returns the cache and logits [B, V]."""
   end = slot_B[:, None] + 1
   logits_BTV, cache = model.apply(
-    {'params': params}, token_B[:, None], position_B[:, None], block_B[:, None],
-    Visibility(jnp.zeros_like(end), end), cache=cache, cache_start=slot_B,
+    {'params': params},
+    token_B[:, None],
+    position_B[:, None],
+    block_B[:, None],
+    Visibility(jnp.zeros_like(end), end),
+    cache=cache,
+    cache_start=slot_B,
   )
   return cache, logits_BTV[:, 0]
 
 
 def generate_span(
-  model: Any, params: Any, cache: Cache, position_B: jax.Array, slot_B: jax.Array,
-  active_B: jax.Array, key: jax.Array, *, sop: int, stop: tuple[int, ...],
-  allowed_V: jax.Array, max_tokens: int, sampling: Sampling,
+  model: Any,
+  params: Any,
+  cache: Cache,
+  position_B: jax.Array,
+  slot_B: jax.Array,
+  active_B: jax.Array,
+  key: jax.Array,
+  *,
+  sop: int,
+  stop: tuple[int, ...],
+  allowed_V: jax.Array,
+  max_tokens: int,
+  sampling: Sampling,
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
   """Generates one span a row, from `[sop]` until a stop token or `max_tokens`.
 
@@ -116,8 +140,13 @@ def generate_span(
     return step + 1, cache, tokens, token_B, done_B, count_B + ~done_B, slot_B
 
   start = (
-    jnp.int32(0), cache, jnp.zeros((B, max_tokens), jnp.int32),
-    jnp.full((B,), sop, jnp.int32), ~active_B, jnp.zeros((B,), jnp.int32), slot_B,
+    jnp.int32(0),
+    cache,
+    jnp.zeros((B, max_tokens), jnp.int32),
+    jnp.full((B,), sop, jnp.int32),
+    ~active_B,
+    jnp.zeros((B,), jnp.int32),
+    slot_B,
   )
   _, cache, tokens, _, _, count_B, slot_B = jax.lax.while_loop(unfinished, one, start)
   return cache, tokens, count_B, slot_B
@@ -142,8 +171,9 @@ class Filler:
     model = models.build(config)
     self._read = jax.jit(functools.partial(read_context, model))
     self._generate = jax.jit(
-      functools.partial(generate_span, model, sop=s.sop, stop=(s.eop, s.eos),
-                        allowed_V=jnp.asarray(allowed)),
+      functools.partial(
+        generate_span, model, sop=s.sop, stop=(s.eop, s.eos), allowed_V=jnp.asarray(allowed)
+      ),
       static_argnames=('max_tokens', 'sampling'),
     )
 
@@ -165,17 +195,26 @@ class Filler:
         blanks += 1
       else:
         ids.extend(self._vocabulary.encode(part))
-    configs.check(len(ids) > 1, 'the prompt must hold some text', repr(prompt),
-                  'give a text')
+    configs.check(
+      len(ids) > 1, 'the prompt must hold some text', repr(prompt), 'give a text'
+    )
     if gmask:
       return [*ids, s.gmask]
-    configs.check(blanks > 0, 'the prompt must hold a blank: [MASK], [sMASK] or [gMASK]',
-                  repr(prompt), 'mark one, or continue the text with --gmask')
+    configs.check(
+      blanks > 0,
+      'the prompt must hold a blank: [MASK], [sMASK] or [gMASK]',
+      repr(prompt),
+      'mark one, or continue the text with --gmask',
+    )
     return ids if ids[-1] == s.gmask else [*ids, s.eos]
 
   def fill(
-    self, prompts: Sequence[Sequence[int]], *, max_tokens: int = 64,
-    sampling: Sampling = Sampling(), seed: int = 0,
+    self,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 64,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
   ) -> list[list[list[int]]]:
     """Generates every blank of every prompt, blanks left to right.
 
@@ -195,17 +234,23 @@ class Filler:
     masks = (s.mask, s.gmask, s.smask)
     places = [[i for i, t in enumerate(p) if t in masks] for p in prompts]
     lengths = np.array([len(p) for p in prompts], np.int32)
-    configs.check(lengths.max() <= c.max_positions + 1,
-                  f'a prompt must have at most {c.max_positions + 1} tokens',
-                  f'{lengths.max()}', 'shorten it')
-    configs.check(1 <= max_tokens <= c.max_positions,
-                  f'--max_tokens must be in 1 .. {c.max_positions}', str(max_tokens),
-                  'generate less at a time')
+    configs.check(
+      lengths.max() <= c.max_positions + 1,
+      f'a prompt must have at most {c.max_positions + 1} tokens',
+      f'{lengths.max()}',
+      'shorten it',
+    )
+    configs.check(
+      1 <= max_tokens <= c.max_positions,
+      f'--max_tokens must be in 1 .. {c.max_positions}',
+      str(max_tokens),
+      'generate less at a time',
+    )
     most = max(map(len, places))
     width = -(-int(lengths.max()) // _BUCKET) * _BUCKET
     tokens = np.full((len(prompts), width), s.pad, np.int32)
     for row, prompt in enumerate(prompts):
-      tokens[row, :len(prompt)] = prompt
+      tokens[row, : len(prompt)] = prompt
     cache = init_cache(c, len(prompts), width + most * (max_tokens + 1))
     cache, _ = self._read(self._params, cache, tokens, lengths)
 
@@ -216,15 +261,25 @@ class Filler:
       position = np.array([p[number] if number < len(p) else 0 for p in places], np.int32)
       key = jax.random.fold_in(jax.random.key(seed), number)
       cache, made, count, slot = self._generate(
-        self._params, cache, position, slot, active, key,
-        max_tokens=max_tokens, sampling=sampling,
+        self._params,
+        cache,
+        position,
+        slot,
+        active,
+        key,
+        max_tokens=max_tokens,
+        sampling=sampling,
       )
       for row in np.flatnonzero(active):
-        spans[row].append(np.asarray(made[row, :count[row]]).tolist())
+        spans[row].append(np.asarray(made[row, : count[row]]).tolist())
     return spans
 
-  def text(self, prompt: Sequence[int], spans: Sequence[Sequence[int]],
-           mark: tuple[str, str] = ('', '')) -> str:
+  def text(
+    self,
+    prompt: Sequence[int],
+    spans: Sequence[Sequence[int]],
+    mark: tuple[str, str] = ('', ''),
+  ) -> str:
     """A prompt with its blanks filled, each between two marks."""
     s = self._vocabulary.specials
     left, rest, out = list(spans), [], []

@@ -26,12 +26,18 @@ class Sampling:
 
   def __post_init__(self):
     configs.check_types(self)
-    configs.check(self.temperature >= 0, 'temperature must be 0 or more',
-                  str(self.temperature), 'use 0 for greedy decoding')
-    configs.check(self.top_k >= 0, 'top_k must be 0 or more', str(self.top_k),
-                  'use 0 for no limit')
-    configs.check(0 < self.top_p <= 1, 'top_p must be in (0, 1]', str(self.top_p),
-                  'use 1 for no limit')
+    configs.check(
+      self.temperature >= 0,
+      'temperature must be 0 or more',
+      str(self.temperature),
+      'use 0 for greedy decoding',
+    )
+    configs.check(
+      self.top_k >= 0, 'top_k must be 0 or more', str(self.top_k), 'use 0 for no limit'
+    )
+    configs.check(
+      0 < self.top_p <= 1, 'top_p must be in (0, 1]', str(self.top_p), 'use 1 for no limit'
+    )
 
 
 def sample(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:

@@ -32,11 +32,15 @@ def params_from_megatron(
 
   def get(name: str, *shape: int) -> np.ndarray:
     if name not in tensors:
-      raise ValueError(f'the checkpoint must hold {name!r}, got {len(tensors)} other '
-                       'tensors; is it a THUDM/GLM model?')
+      raise ValueError(
+        f'the checkpoint must hold {name!r}, got {len(tensors)} other '
+        'tensors; is it a THUDM/GLM model?'
+      )
     if tensors[name].shape != shape:
-      raise ValueError(f'{name!r} must have shape {shape} by the model config, got '
-                       f'{tensors[name].shape}; correct the config.')
+      raise ValueError(
+        f'{name!r} must have shape {shape} by the model config, got '
+        f'{tensors[name].shape}; correct the config.'
+      )
     return tensors[name]
 
   def norm(name: str) -> dict[str, np.ndarray]:

@@ -55,25 +55,44 @@ class GLMConfig:
     configs.check_types(self)
     for name in ('num_layers', 'hidden_size', 'num_heads', 'vocab_size', 'max_positions'):
       value = getattr(self, name)
-      configs.check(value >= 1, f'GLMConfig.{name} must be positive', str(value),
-                    'give a size of 1 or more')
+      configs.check(
+        value >= 1,
+        f'GLMConfig.{name} must be positive',
+        str(value),
+        'give a size of 1 or more',
+      )
     configs.check(
       self.hidden_size % self.num_heads == 0,
       'GLMConfig.hidden_size must be divisible by num_heads',
       f'hidden_size={self.hidden_size}, num_heads={self.num_heads}',
       'choose a number of heads that divides the hidden size',
     )
-    configs.check(self.mlp_size >= 0, 'GLMConfig.mlp_size must not be negative',
-                  str(self.mlp_size), 'give a size, or 0 for 4 x hidden_size')
+    configs.check(
+      self.mlp_size >= 0,
+      'GLMConfig.mlp_size must not be negative',
+      str(self.mlp_size),
+      'give a size, or 0 for 4 x hidden_size',
+    )
     for name in ('embedding_dropout', 'attention_dropout', 'output_dropout'):
       value = getattr(self, name)
-      configs.check(0 <= value < 1, f'GLMConfig.{name} must be in [0, 1)', str(value),
-                    'use 0.1 as the original, or 0 for none')
-    for name, choices in (('dtype', ('float32', 'bfloat16')),
-                          ('remat', REMAT_POLICIES), ('attention', BACKENDS)):
+      configs.check(
+        0 <= value < 1,
+        f'GLMConfig.{name} must be in [0, 1)',
+        str(value),
+        'use 0.1 as the original, or 0 for none',
+      )
+    for name, choices in (
+      ('dtype', ('float32', 'bfloat16')),
+      ('remat', REMAT_POLICIES),
+      ('attention', BACKENDS),
+    ):
       value = getattr(self, name)
-      configs.check(value in choices, f'GLMConfig.{name} must be one of {choices}',
-                    repr(value), 'choose one of these')
+      configs.check(
+        value in choices,
+        f'GLMConfig.{name} must be one of {choices}',
+        repr(value),
+        'choose one of these',
+      )
 
   @property
   def head_size(self) -> int:
@@ -98,10 +117,18 @@ def from_dict(fields: dict[str, Any]) -> Any:
 
   fields = dict(fields)
   family = fields.pop('family', None)
-  configs.check(family in FAMILIES, f'model family must be one of {tuple(FAMILIES)}',
-                repr(family), 'the checkpoint was written by another version')
+  configs.check(
+    family in FAMILIES,
+    f'model family must be one of {tuple(FAMILIES)}',
+    repr(family),
+    'the checkpoint was written by another version',
+  )
   known = {field.name for field in dataclasses.fields(FAMILIES[family])}
   unknown = sorted(set(fields) - known)
-  configs.check(not unknown, f'{FAMILIES[family].__name__} has the fields {sorted(known)}',
-                str(unknown), 'the checkpoint was written by another version')
+  configs.check(
+    not unknown,
+    f'{FAMILIES[family].__name__} has the fields {sorted(known)}',
+    str(unknown),
+    'the checkpoint was written by another version',
+  )
   return FAMILIES[family](**fields)

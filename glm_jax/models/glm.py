@@ -43,10 +43,22 @@ class Block(nn.Module):
 
     with jax.named_scope('attention'):
       h_BTD, cache = layers.Attention(
-        c.num_heads, c.num_heads, c.head_size, c.init_std, out_std,
-        c.attention_dropout, c.attention, dtype, name='attention',
-      )(layers.LayerNorm(dtype, name='attention_norm')(x_BTD),
-        visibility, self.deterministic, cache, cache_start)
+        c.num_heads,
+        c.num_heads,
+        c.head_size,
+        c.init_std,
+        out_std,
+        c.attention_dropout,
+        c.attention,
+        dtype,
+        name='attention',
+      )(
+        layers.LayerNorm(dtype, name='attention_norm')(x_BTD),
+        visibility,
+        self.deterministic,
+        cache,
+        cache_start,
+      )
       x_BTD = layers.constrain(x_BTD + drop(h_BTD), 'act_length', 'act_embed')
     with jax.named_scope('mlp'):
       h_BTD = layers.MLP(c.inner_size, c.init_std, out_std, dtype, name='mlp')(

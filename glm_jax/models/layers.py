@@ -42,8 +42,8 @@ class Einsum(nn.Module):
     )
     bias = self.param(
       'bias',
-      _partitioned(nn.initializers.zeros, self.axes[-self.bias_axes:]),
-      self.shape[-self.bias_axes:],
+      _partitioned(nn.initializers.zeros, self.axes[-self.bias_axes :]),
+      self.shape[-self.bias_axes :],
     )
     x, weight, bias = (a.astype(self.dtype) for a in (x, weight, bias))
     return jnp.einsum(self.equation, x, weight) + bias
@@ -94,9 +94,7 @@ class Table(nn.Module):
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """[B, T, V] float32."""
     weight_VD = self.weight.astype(self.dtype)
-    return jnp.einsum(
-      'BTD,VD->BTV', x_BTD, weight_VD, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum('BTD,VD->BTV', x_BTD, weight_VD, preferred_element_type=jnp.float32)
 
 
 class Attention(nn.Module):
@@ -136,8 +134,13 @@ class Attention(nn.Module):
 
     def project(name: str, heads: int, axis: str) -> jax.Array:
       return Einsum(
-        'BTD,DNH->BTNH', (D, heads, H), ('embed', axis, 'head_dim'), 2, self.init_std,
-        self.dtype, name=name,
+        'BTD,DNH->BTNH',
+        (D, heads, H),
+        ('embed', axis, 'head_dim'),
+        2,
+        self.init_std,
+        self.dtype,
+        name=name,
       )(x_BTD)
 
     q_BTNH = constrain(project('q', N, 'heads'), 'act_length', 'act_heads', None)
@@ -152,13 +155,22 @@ class Attention(nn.Module):
       k_BSKH, v_BSKH = cache['k'], cache['v']
     drops = self.dropout > 0 and not deterministic
     out_BTNH = attend(
-      q_BTNH, k_BSKH, v_BSKH, visibility, backend=self.backend,
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      visibility,
+      backend=self.backend,
       dropout_rate=self.dropout,
       dropout_key=self.make_rng('dropout') if drops else None,
     )
     out_BTD = Einsum(
-      'BTNH,NHD->BTD', (N, H, D), ('heads', 'head_dim', 'embed'), 1,
-      self.out_init_std, self.dtype, name='out',
+      'BTNH,NHD->BTD',
+      (N, H, D),
+      ('heads', 'head_dim', 'embed'),
+      1,
+      self.out_init_std,
+      self.dtype,
+      name='out',
     )(out_BTNH)
     return out_BTD, cache
 
@@ -179,7 +191,12 @@ class MLP(nn.Module):
     )(x_BTD)
     h_BTF = constrain(h_BTF, 'act_length', 'act_mlp')
     return Einsum(
-      'BTF,FD->BTD', (F, D), ('mlp', 'embed'), 1, self.out_init_std, self.dtype,
+      'BTF,FD->BTD',
+      (F, D),
+      ('mlp', 'embed'),
+      1,
+      self.out_init_std,
+      self.dtype,
       name='down',
     )(jax.nn.gelu(h_BTF, approximate=True))
 

@@ -19,8 +19,17 @@ import numpy as np
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
-NAMES = ('[MASK]', '[gMASK]', '[sMASK]', '[sop]', '[eop]', '[ENC]', '[dBLOCK]', '<eos>',
-         '<pad>')
+NAMES = (
+  '[MASK]',
+  '[gMASK]',
+  '[sMASK]',
+  '[sop]',
+  '[eop]',
+  '[ENC]',
+  '[dBLOCK]',
+  '<eos>',
+  '<pad>',
+)
 
 # Sentence-ending marks of THUDM/GLM blocklm_utils.py contains_sentence_end.
 _ENDS = '.?!;:。？！；：…\n'
@@ -79,8 +88,9 @@ class Vocabulary:
 
   def ends_sentence(self) -> np.ndarray:
     """[size] bool: the piece holds a sentence-ending mark or a line break."""
-    text = [self.piece(token) for token in range(self.size - len(NAMES))]
-    ends = [any(mark in piece for mark in _ENDS) or piece == '<0x0A>' for piece in text]
+    pieces = [self.piece(token) for token in range(self.size - len(NAMES))]
+    as_bytes = {f'<0x{ord(mark):02X}>' for mark in _ENDS if mark.isascii()}
+    ends = [any(mark in piece for mark in _ENDS) or piece in as_bytes for piece in pieces]
     return np.array(ends + [False] * len(NAMES))
 
   def to_dict(self) -> dict[str, Any]:
@@ -115,17 +125,20 @@ class SentencePieceVocabulary(Vocabulary):
       for name in NAMES:
         # A model may have a piece of that name already, which then remains its own.
         unique = name if name not in known else f'glm_jax:{name}'
-        proto.pieces.add(piece=unique, score=0.0,
-                         type=spm_pb2.ModelProto.SentencePiece.CONTROL)
+        proto.pieces.add(
+          piece=unique, score=0.0, type=spm_pb2.ModelProto.SentencePiece.CONTROL
+        )
       self.serialized = proto.SerializeToString()
       self._processor = spm.SentencePieceProcessor(model_proto=self.serialized)
     except Exception as error:  # protobuf and sentencepiece have no common error
-      raise ValueError(f'a vocabulary must be a sentencepiece model, got {len(model)} '
-                       f'bytes that are none ({type(error).__name__}); give a .model file.'
-                       ) from error
+      raise ValueError(
+        f'a vocabulary must be a sentencepiece model, got {len(model)} '
+        f'bytes that are none ({type(error).__name__}); give a .model file.'
+      ) from error
     if not base:
-      raise ValueError('a sentencepiece model must have pieces, got none; give another '
-                       '.model file.')
+      raise ValueError(
+        'a sentencepiece model must have pieces, got none; give another .model file.'
+      )
     self._model = model
     pieces = [self._processor.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
     exact = all(self._processor.is_byte(piece) for piece in pieces)
@@ -187,8 +200,10 @@ def from_dict(fields: dict[str, Any]) -> Vocabulary:
     return ByteVocabulary()
   if fields.get('kind') == 'sentencepiece':
     return SentencePieceVocabulary(base64.b64decode(fields['model']))
-  raise ValueError("a stored vocabulary must be of kind 'bytes' or 'sentencepiece', got "
-                   f'{fields.get("kind")!r}; use the version that wrote it.')
+  raise ValueError(
+    "a stored vocabulary must be of kind 'bytes' or 'sentencepiece', got "
+    f'{fields.get("kind")!r}; use the version that wrote it.'
+  )
 
 
 def load(spec: str) -> Vocabulary:
@@ -203,8 +218,10 @@ def load(spec: str) -> Vocabulary:
   try:
     model = path.read_bytes()
   except OSError as error:
-    raise ValueError("VocabularyConfig.path must be 'bytes' or a readable .model file, "
-                     f'got {spec!r} ({error.strerror}); correct the path.') from error
+    raise ValueError(
+      "VocabularyConfig.path must be 'bytes' or a readable .model file, "
+      f'got {spec!r} ({error.strerror}); correct the path.'
+    ) from error
   try:
     return SentencePieceVocabulary(model)
   except ValueError as error:
@@ -228,21 +245,38 @@ def train_sentencepiece(texts: Iterable[str], size: int, max_lines: int = 200_00
     ValueError: no text, or a size that leaves no room beside the bytes.
   """
   if size < 512:
-    raise ValueError('VocabularyConfig.size must be 512 or more (256 bytes and 9 control '
-                     f"pieces are in it), got {size}; raise it, or use path='bytes'.")
+    raise ValueError(
+      'VocabularyConfig.size must be 512 or more (256 bytes and 9 control '
+      f"pieces are in it), got {size}; raise it, or use path='bytes'."
+    )
   lines = [line for text in texts for line in _lines(text)]
   if not lines:
-    raise ValueError('a vocabulary must be trained on some text, got none; give a corpus '
-                     "with text, or use VocabularyConfig.path='bytes'.")
+    raise ValueError(
+      'a vocabulary must be trained on some text, got none; give a corpus '
+      "with text, or use VocabularyConfig.path='bytes'."
+    )
   lines = lines[:: -(-len(lines) // max_lines)]
   model = io.BytesIO()
   spm.SentencePieceTrainer.train(
-    sentence_iterator=iter(lines), model_writer=model, model_type='unigram',
-    vocab_size=size - len(NAMES), hard_vocab_limit=False, byte_fallback=True,
-    character_coverage=0.9995, normalization_rule_name='identity',
-    add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-    split_digits=True, max_sentence_length=8192, num_threads=4, minloglevel=2,
-    unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+    sentence_iterator=iter(lines),
+    model_writer=model,
+    model_type='unigram',
+    vocab_size=size - len(NAMES),
+    hard_vocab_limit=False,
+    byte_fallback=True,
+    character_coverage=0.9995,
+    normalization_rule_name='identity',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+    split_digits=True,
+    max_sentence_length=8192,
+    num_threads=4,
+    minloglevel=2,
+    unk_id=0,
+    bos_id=-1,
+    eos_id=-1,
+    pad_id=-1,
   )
   return model.getvalue()
 
@@ -251,4 +285,4 @@ def _lines(text: str) -> Iterable[str]:
   """Lines of at most 2,000 characters; sentencepiece reads no NUL."""
   for line in text.replace('\0', '').splitlines():
     for start in range(0, len(line), 2000):
-      yield line[start:start + 2000]
+      yield line[start : start + 2000]

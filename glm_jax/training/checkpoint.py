@@ -48,8 +48,12 @@ class CheckpointConfig:
     configs.check_types(self)
     for name, least in (('every', 1), ('keep', 1), ('keep_best', 0)):
       value = getattr(self, name)
-      configs.check(value >= least, f'CheckpointConfig.{name} must be {least} or more',
-                    str(value), 'correct it')
+      configs.check(
+        value >= least,
+        f'CheckpointConfig.{name} must be {least} or more',
+        str(value),
+        'correct it',
+      )
 
 
 class Checkpoints:
@@ -64,16 +68,21 @@ class Checkpoints:
     self.folder = epath.Path(model_dir) / FOLDER
     policies = [checkpoint_managers.LatestN(config.keep)]
     if config.keep_best:
-      policies.append(checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: metrics.get(config.best_metric, math.inf),
-        reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False,
-      ))
+      policies.append(
+        checkpoint_managers.BestN(
+          get_metric_fn=lambda metrics: metrics.get(config.best_metric, math.inf),
+          reverse=True,
+          n=config.keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     self._manager = ocp.CheckpointManager(
       self.folder.absolute(),
       item_names=_ITEMS,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-        create=True, enable_async_checkpointing=True,
+        create=True,
+        enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(timeout_secs=300),
       ),
     )
@@ -99,16 +108,22 @@ class Checkpoints:
   def restore(self, step: int, abstract: State) -> State:
     """The state of a step, on the shardings of `abstract`."""
     optimizer = _optimizer_dict(abstract)
-    with _storage_errors():
-      items = self._manager.restore(step, args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract['params']),
-        optimizer=ocp.args.StandardRestore(optimizer),
-      ))
+    with _unreadable(self.folder / str(step)):
+      items = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(abstract['params']),
+          optimizer=ocp.args.StandardRestore(optimizer),
+        ),
+      )
     opt_state = serialization.from_state_dict(
       abstract['opt_state'], items['optimizer']['opt_state']
     )
-    return {'step': items['optimizer']['step'], 'params': items['params'],
-            'opt_state': opt_state}
+    return {
+      'step': items['optimizer']['step'],
+      'params': items['params'],
+      'opt_state': opt_state,
+    }
 
   def close(self) -> None:
     """Waits until everything is on disk."""
@@ -138,8 +153,12 @@ def find(path: str) -> epath.Path:
     steps = _complete_steps(folder)
     if steps:
       return folder / str(max(steps))
-  configs.check(_complete(path), 'a checkpoint must be a folder with params and meta, or '
-                'a MODEL_DIR that holds some', str(path), 'correct the path')
+  configs.check(
+    _complete(path),
+    'a checkpoint must be a folder with params and meta, or a MODEL_DIR that holds some',
+    str(path),
+    'correct the path',
+  )
   return path
 
 
@@ -149,14 +168,14 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
   Raises:
     ValueError: unreadable, or of another format version.
   """
-  try:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-      meta = reader.restore(folder.absolute() / 'meta')
-  except Exception as error:  # Orbax raises many kinds for a damaged file.
-    raise ValueError(f'the checkpoint must have a readable meta item, got {folder} '
-                     f'({type(error).__name__}); use another one.') from error
-  configs.check(meta.get('format') == FORMAT, f'checkpoints of format {FORMAT} are read',
-                f'format {meta.get("format")!r} in {folder}', 'use the version that wrote it')
+  with _unreadable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    meta = reader.restore(folder.absolute() / 'meta')
+  configs.check(
+    meta.get('format') == FORMAT,
+    f'checkpoints of format {FORMAT} are read',
+    f'format {meta.get("format")!r} in {folder}',
+    'use the version that wrote it',
+  )
   return meta
 
 
@@ -164,12 +183,12 @@ def read_params(folder: epath.Path, abstract: Any) -> Any:
   """The parameters of a checkpoint, on the shardings of `abstract`.
 
   Raises:
-    ValueError: they do not have the shapes of `abstract`.
+    ValueError: they do not have the shapes of `abstract`, or are damaged.
   """
-  with ocp.StandardCheckpointer() as reader:
-    found = reader.metadata(folder.absolute() / 'params').item_metadata
-    found = jax.tree.map(lambda leaf: tuple(leaf.shape), found.tree)
-    wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
+  wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
+  with _unreadable(folder), ocp.StandardCheckpointer() as reader:
+    found = reader.metadata(folder.absolute() / 'params').item_metadata.tree
+    found = jax.tree.map(lambda leaf: tuple(leaf.shape), found)
     if found != wanted:
       raise ValueError(
         f'the parameters in {folder} must have the shapes of the model, but differ in '
@@ -180,31 +199,55 @@ def read_params(folder: epath.Path, abstract: Any) -> Any:
 
 
 def _optimizer_dict(state: State) -> dict[str, Any]:
-  return {'step': state['step'],
-          'opt_state': serialization.to_state_dict(state['opt_state'])}
+  return {
+    'step': state['step'],
+    'opt_state': serialization.to_state_dict(state['opt_state']),
+  }
 
 
 def _complete_steps(folder: epath.Path) -> list[int]:
   if not folder.is_dir():
     return []
-  return [int(path.name) for path in folder.iterdir()
-          if path.name.isdigit() and _complete(path)]
+  return [
+    int(path.name) for path in folder.iterdir() if path.name.isdigit() and _complete(path)
+  ]
 
 
 def _complete(path: epath.Path) -> bool:
-  return all((path / item / '_METADATA').exists() or (path / item / 'metadata').exists()
-             for item in ('params', 'meta'))
+  return all(
+    (path / item / '_METADATA').exists() or (path / item / 'metadata').exists()
+    for item in ('params', 'meta')
+  )
 
 
 def _first_difference(found: Any, wanted: Any) -> str:
-  flat = {jax.tree_util.keystr(path): shape for path, shape in
-          jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda x: isinstance(x, tuple))}
+  flat = {
+    jax.tree_util.keystr(path): shape
+    for path, shape in jax.tree_util.tree_leaves_with_path(
+      found, is_leaf=lambda x: isinstance(x, tuple)
+    )
+  }
   for path, shape in jax.tree_util.tree_leaves_with_path(
-      wanted, is_leaf=lambda x: isinstance(x, tuple)):
+    wanted, is_leaf=lambda x: isinstance(x, tuple)
+  ):
     name = jax.tree_util.keystr(path)
     if flat.get(name) != shape:
       return f'{name}: {flat.get(name)} there, {shape} here'
   return f'names: {sorted(flat)[:3]} ... there'
+
+
+@contextlib.contextmanager
+def _unreadable(folder: epath.Path) -> Iterator[None]:
+  """Names the checkpoint; Orbax raises many kinds of errors for a damaged one."""
+  try:
+    yield
+  except Exception as error:
+    if isinstance(error, ValueError) and str(folder) in str(error):
+      raise
+    raise ValueError(
+      f'a checkpoint must be complete and undamaged, got {folder} '
+      f'({type(error).__name__}); use another one.'
+    ) from error
 
 
 @contextlib.contextmanager

@@ -36,8 +36,12 @@ class EvaluationConfig:
     configs.check_types(self)
     for name, least in (('every', 1), ('examples', 0), ('fill', 0)):
       value = getattr(self, name)
-      configs.check(value >= least, f'EvaluationConfig.{name} must be {least} or more',
-                    str(value), 'correct it')
+      configs.check(
+        value >= least,
+        f'EvaluationConfig.{name} must be {least} or more',
+        str(value),
+        'correct it',
+      )
 
 
 def validation_batches(config: Any, task: str, process: Any) -> Iterator[Batch]:
@@ -51,16 +55,23 @@ def validation_batches(config: Any, task: str, process: Any) -> Iterator[Batch]:
   from glm_jax.data import pipeline
 
   return pipeline.batches(
-    task, config.feature_lengths, batch_size=config.batch_size, seed=SEED,
-    split='validation', train=False, max_rows=config.evaluation.examples, process=process,
+    task,
+    config.feature_lengths,
+    batch_size=config.batch_size,
+    seed=SEED,
+    split='validation',
+    train=False,
+    max_rows=config.evaluation.examples,
+    process=process,
   )
 
 
 class Validation:
   """Losses of each task's validation split."""
 
-  def __init__(self, config: Any, tasks: Sequence[str], loss: LossFn, mesh: Any,
-               process: Any):
+  def __init__(
+    self, config: Any, tasks: Sequence[str], loss: LossFn, mesh: Any, process: Any
+  ):
     """
     Args:
       config: a `TrainConfig`.
@@ -89,6 +100,9 @@ class Validation:
 
 def line(values: Mapping[str, float]) -> str:
   """One line for a person."""
-  parts = [f'{k.removeprefix("loss/")} {v:.3f}' for k, v in sorted(values.items())
-           if k.startswith('loss/')]
+  parts = [
+    f'{k.removeprefix("loss/")} {v:.3f}'
+    for k, v in sorted(values.items())
+    if k.startswith('loss/')
+  ]
   return 'validation loss  ' + '  '.join(parts) if parts else 'no validation split'

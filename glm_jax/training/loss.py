@@ -38,8 +38,12 @@ def pretraining_loss(model: Any) -> LossFn:
 
   def loss(params: Any, batch: Batch, key: jax.Array | None):
     logits_BTV, _ = model.apply(
-      {'params': params}, batch.tokens, batch.positions, batch.block_positions,
-      batch.visibility, deterministic=key is None,
+      {'params': params},
+      batch.tokens,
+      batch.positions,
+      batch.block_positions,
+      batch.visibility,
+      deterministic=key is None,
       rngs=None if key is None else {'dropout': key},
     )
     with jax.named_scope('loss'):

@@ -14,10 +14,18 @@ import numpy as np
 
 # Peak dense bfloat16 FLOP/s of a device as JAX names it (vendors' data sheets).
 _PEAK_FLOPS = {
-  'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12,
-  'TPU v5p': 459e12, 'TPU v6 lite': 918e12, 'TPU v6e': 918e12, 'TPU7x': 2307e12,
-  'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H200': 989e12,
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'TPU7x': 2307e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
 }
 
 
@@ -30,8 +38,9 @@ def averages(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
 def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
   """Adds (sum, count) pairs by name."""
   return {
-    k: tuple(float(x) + float(y) for x, y in zip(a.get(k, (0, 0)), b.get(k, (0, 0)),
-                                                 strict=True))
+    k: tuple(
+      float(x) + float(y) for x, y in zip(a.get(k, (0, 0)), b.get(k, (0, 0)), strict=True)
+    )
     for k in {**a, **b}
   }
 
@@ -175,12 +184,16 @@ def plot_losses(model_dir: str, baselines: Mapping[str, float]) -> Path:
   FigureCanvasAgg(figure)
   axes = figure.subplots()
   train, validation = read(model_dir, 'train'), read(model_dir, 'validation')
-  axes.plot([r['step'] for r in train], [r['loss'] for r in train], label='training',
-            color='0.6')
+  axes.plot(
+    [r['step'] for r in train], [r['loss'] for r in train], label='training', color='0.6'
+  )
   for name in sorted({k for r in validation for k in r if k.startswith('loss/')}):
     points = [(r['step'], r[name]) for r in validation if name in r]
-    axes.plot(*zip(*points, strict=True), marker='.',
-              label=f'validation, {name.removeprefix("loss/")}')
+    axes.plot(
+      *zip(*points, strict=True),
+      marker='.',
+      label=f'validation, {name.removeprefix("loss/")}',
+    )
   for style, (label, value) in zip(('--', ':', '-.'), baselines.items(), strict=False):
     axes.axhline(value, ls=style, color='0.3', lw=1, label=label)
   axes.set(xlabel='step', ylabel='loss (nats a target token)')

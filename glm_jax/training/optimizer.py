@@ -50,24 +50,39 @@ class OptimizerConfig:
   def __post_init__(self):
     configs.check_types(self)
     name = 'OptimizerConfig'
-    configs.check(self.schedule in SCHEDULES, f'{name}.schedule must be one of {SCHEDULES}',
-                  repr(self.schedule), 'choose one of these')
+    configs.check(
+      self.schedule in SCHEDULES,
+      f'{name}.schedule must be one of {SCHEDULES}',
+      repr(self.schedule),
+      'choose one of these',
+    )
     for field in ('learning_rate', 'epsilon', 'clip_norm'):
       value = getattr(self, field)
-      configs.check(0 < value < math.inf, f'{name}.{field} must be positive', str(value),
-                    'correct it')
+      configs.check(
+        0 < value < math.inf, f'{name}.{field} must be positive', str(value), 'correct it'
+      )
     for field in ('beta1', 'beta2'):
       value = getattr(self, field)
-      configs.check(0 <= value < 1, f'{name}.{field} must be in [0, 1)', str(value),
-                    'correct it')
-    configs.check(0 <= self.final_ratio <= 1, f'{name}.final_ratio must be in [0, 1]',
-                  str(self.final_ratio), 'give the last rate as a share of the peak')
-    configs.check(0 < self.wsd_decay_share <= 1, f'{name}.wsd_decay_share must be in (0, 1]',
-                  str(self.wsd_decay_share), 'correct it')
+      configs.check(
+        0 <= value < 1, f'{name}.{field} must be in [0, 1)', str(value), 'correct it'
+      )
+    configs.check(
+      0 <= self.final_ratio <= 1,
+      f'{name}.final_ratio must be in [0, 1]',
+      str(self.final_ratio),
+      'give the last rate as a share of the peak',
+    )
+    configs.check(
+      0 < self.wsd_decay_share <= 1,
+      f'{name}.wsd_decay_share must be in (0, 1]',
+      str(self.wsd_decay_share),
+      'correct it',
+    )
     for field in ('warmup_steps', 'decay_steps', 'weight_decay'):
       value = getattr(self, field)
-      configs.check(value >= 0, f'{name}.{field} must not be negative', str(value),
-                    'correct it')
+      configs.check(
+        value >= 0, f'{name}.{field} must not be negative', str(value), 'correct it'
+      )
 
 
 def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.Array]:
@@ -93,8 +108,10 @@ def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.A
   warmup, end = config.warmup_steps, config.decay_steps or train_steps
   if config.schedule in ('cosine', 'linear', 'wsd'):
     configs.check(
-      warmup < end, 'OptimizerConfig.warmup_steps must be below decay_steps',
-      f'warmup_steps={warmup}, decay_steps={end}', 'shorten the warm-up',
+      warmup < end,
+      'OptimizerConfig.warmup_steps must be below decay_steps',
+      f'warmup_steps={warmup}, decay_steps={end}',
+      'shorten the warm-up',
     )
   peak, floor = config.learning_rate, config.learning_rate * config.final_ratio
 

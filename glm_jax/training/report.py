@@ -33,7 +33,9 @@ def report(
     process: this process's share of each batch.
     say: prints, on the leader.
   """
-  validation = metrics.read(config.model_dir, 'validation') if distributed.is_leader() else []
+  validation = (
+    metrics.read(config.model_dir, 'validation') if distributed.is_leader() else []
+  )
   params = _on_every_process(params)
   if not distributed.is_leader():
     return
@@ -57,11 +59,17 @@ def report(
     for filled in _filled(config, data, params):
       summary['filled'].append(filled)
       say(f'  {filled["filled"]}\n    was: {filled["was"]!r}')
-  lines = {f'{k} ({name})': v for name, scores in summary['baselines'].items()
-           for k, v in scores.items() if name == 'blank'}
+  lines = {
+    f'{k} ({name})': v
+    for name, scores in summary['baselines'].items()
+    for k, v in scores.items()
+    if name == 'blank'
+  }
   picture = metrics.plot_losses(config.model_dir, lines)
-  run.write_atomically(Path(config.model_dir) / 'summary.json',
-                       json.dumps(summary, indent=2, ensure_ascii=False) + '\n')
+  run.write_atomically(
+    Path(config.model_dir) / 'summary.json',
+    json.dumps(summary, indent=2, ensure_ascii=False) + '\n',
+  )
   say(f'\nloss curve in {picture}')
 
 
@@ -75,12 +83,14 @@ def _on_every_process(params: Any) -> Any:
 def _baselines(config: Any, task: str, vocabulary_size: int) -> dict[str, float]:
   from glm_jax.data import baselines, pipeline
 
-  train = pipeline.batches(task, config.feature_lengths, batch_size=config.batch_size,
-                           seed=config.seed)
+  train = pipeline.batches(
+    task, config.feature_lengths, batch_size=config.batch_size, seed=config.seed
+  )
   positions = config.batch_size * config.feature_lengths['tokens']
   return baselines.fit_and_score(
     itertools.islice(train, max(1, _BASELINE_POSITIONS // positions)),
-    evaluation.validation_batches(config, task, pipeline.Process()), vocabulary_size,
+    evaluation.validation_batches(config, task, pipeline.Process()),
+    vocabulary_size,
   )
 
 

@@ -18,8 +18,15 @@ FILE = 'run.json'
 
 
 def identity(
-  model: dict[str, Any], vocabulary: str, *, task: str, feature_lengths: dict[str, int],
-  batch_size: int, seed: int, objectives: Any, data: str,
+  model: dict[str, Any],
+  vocabulary: str,
+  *,
+  task: str,
+  feature_lengths: dict[str, int],
+  batch_size: int,
+  seed: int,
+  objectives: Any,
+  data: str,
 ) -> dict[str, Any]:
   """What must stay equal for a resumed run to be the same run.
 
@@ -50,20 +57,26 @@ def check_same(model_dir: str, wanted: dict[str, Any]) -> None:
   path = Path(model_dir) / FILE
   if not path.exists():
     others = sorted(os.listdir(model_dir)) if Path(model_dir).is_dir() else []
-    configs.check(not others, 'MODEL_DIR must be a new or empty folder, or that of a run',
-                  f'{model_dir!r}, which holds {others[:5]}', 'choose another folder')
+    configs.check(
+      not others,
+      'MODEL_DIR must be a new or empty folder, or that of a run',
+      f'{model_dir!r}, which holds {others[:5]}',
+      'choose another folder',
+    )
     return
   try:
     found = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
-    raise ValueError(f'{path} must be readable JSON, got {error}; restore it or choose '
-                     'another MODEL_DIR.') from error
+    raise ValueError(
+      f'{path} must be readable JSON, got {error}; restore it or choose another MODEL_DIR.'
+    ) from error
   differences = _differences(found, wanted)
   configs.check(
     not differences,
     f'MODEL_DIR {model_dir!r} holds a run of another configuration; a resumed run keeps '
     'its model, vocabulary, data, objectives, batch size and seed',
-    '; '.join(differences), 'set them back, or choose another MODEL_DIR',
+    '; '.join(differences),
+    'set them back, or choose another MODEL_DIR',
   )
 
 
@@ -88,7 +101,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _differences(found: Any, wanted: Any, name: str = '') -> list[str]:
   if isinstance(found, dict) and isinstance(wanted, dict):
-    return [line for key in sorted({*found, *wanted})
-            for line in _differences(found.get(key), wanted.get(key),
-                                     f'{name}.{key}' if name else key)]
+    return [
+      line
+      for key in sorted({*found, *wanted})
+      for line in _differences(
+        found.get(key), wanted.get(key), f'{name}.{key}' if name else key
+      )
+    ]
   return [] if found == wanted else [f'{name} was {found!r} and is now {wanted!r}']

@@ -78,18 +78,21 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
   shared = dataclasses.replace(
     config, max_positions=min(config.max_positions, theirs.max_positions)
   )
-  configs.check(theirs.max_positions <= config.max_positions,
-                'init_from must not have more positions than the model',
-                f'{theirs.max_positions} there, {config.max_positions} here',
-                'raise GLMConfig.max_positions')
+  configs.check(
+    theirs.max_positions <= config.max_positions,
+    'init_from must not have more positions than the model',
+    f'{theirs.max_positions} there, {config.max_positions} here',
+    'raise GLMConfig.max_positions',
+  )
   mesh = jax.tree.leaves(fresh)[0].sharding.mesh
   params = checkpoint.read_params(folder, abstract_params(shared, mesh))
 
   def extend(old: jax.Array, new: jax.Array) -> jax.Array:
     if old.shape == new.shape:
       return old
-    merge = jax.jit(lambda old, new: new.at[: old.shape[0]].set(old),
-                    out_shardings=new.sharding)
+    merge = jax.jit(
+      lambda old, new: new.at[: old.shape[0]].set(old), out_shardings=new.sharding
+    )
     return merge(old, new)
 
   return jax.tree.map(extend, params, fresh)
@@ -108,8 +111,11 @@ def count(params: Any) -> int:
 def _init(config: Any, optimizer: optax.GradientTransformation, seed: int) -> State:
   params = init_params(config, jax.random.key(seed))
   # Boxes are tree nodes, so the optimizer's moments inherit the logical axes.
-  return {'step': jnp.zeros((), jnp.int32), 'params': params,
-          'opt_state': optimizer.init(params)}
+  return {
+    'step': jnp.zeros((), jnp.int32),
+    'params': params,
+    'opt_state': optimizer.init(params),
+  }
 
 
 def _abstract(boxed: Any, mesh: Mesh | None) -> Any:

@@ -41,15 +41,16 @@ def make_train_step(
     if microbatches == 1:
       (_, metrics), gradients = differentiate(state['params'], batch, key)
     else:
-      metrics, gradients = _accumulate(differentiate, state['params'], batch, key,
-                                       microbatches)
+      metrics, gradients = _accumulate(
+        differentiate, state['params'], batch, key, microbatches
+      )
     total = metrics['loss'][1]
     scale = 1 / jnp.where(total > 0, total, 1)
     gradients = jax.tree.map(lambda g: g * scale, gradients)
     with jax.named_scope('optimizer'):
       updates, opt_state = optimizer.update(gradients, state['opt_state'], state['params'])
       params = optax.apply_updates(state['params'], updates)
-    metrics['gradient_norm'] = (optax.global_norm(gradients), jnp.ones(()))
+    metrics['gradient_norm'] = (optax.tree.norm(gradients), jnp.ones(()))
     return {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}, metrics
 
   return train_step

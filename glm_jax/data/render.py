@@ -1,0 +1,137 @@
+"""Examples as a person reads them, their statistics, and a picture of who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from glm_jax.batch import OBJECTIVES
+from glm_jax.text.vocabulary import Vocabulary
+
+_WIDTH = 96  # characters a line
+
+
+def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
+  """One example of one row as text: Part A, then each span of Part B in order.
+
+  Args:
+    example: [L] arrays of the batch contract.
+    vocabulary: of the tokens.
+  """
+  tokens, targets = example['tokens'], example['targets']
+  block, position = example['block_positions'], example['positions']
+  length = int((example['key_end'] > 0).sum())
+  part_a = int((block[:length] == 0).sum())
+  if not length:
+    return '(an empty row)'
+  name = OBJECTIVES[int(example['objective'][0])]
+  lines = [
+    f'{name}: {length} tokens, Part A {part_a}, '
+    f'{int((block == 1).sum())} span(s), {int(example["loss_weights"].sum())} scored'
+  ]
+  lines += _wrap('Part A  ', _text(tokens[:part_a], vocabulary))
+  starts = [t for t in range(part_a, length) if block[t] == 1]
+  for start, end in zip(starts, [*starts[1:], length], strict=True):
+    seen = f'sees {example["key_start"][start]}..{example["key_end"][start] - 1}'
+    lines += _wrap(
+      f'  position {position[start]}, block {block[start]}-{block[end - 1]}, {seen}:  ',
+      f'{_text(tokens[start:end], vocabulary)}  =>  {_text(targets[start:end], vocabulary)}',
+    )
+  return '\n'.join(lines)
+
+
+def statistics(batch: Mapping[str, np.ndarray]) -> str:
+  """Padding, mask ratio, spans, objectives, and what was lost, over many examples.
+
+  Args:
+    batch: [B, L] arrays of the batch contract, and `lost` and `capped` [B].
+  """
+  inside = batch['key_end'] > 0
+  block, objective = batch['block_positions'], batch['objective'][:, 0]
+  spans = (block == 1).sum(1)
+  lines = [
+    f'over {len(objective)} examples of {inside.shape[1]} positions:',
+    f'  padding {1 - inside.mean():.1%}; rows without a token: '
+    f'{int((~inside.any(1)).sum())}',
+  ]
+  for number, name in enumerate(OBJECTIVES):
+    rows = objective == number
+    if not rows.any():
+      continue
+    # A span of n tokens has n + 1 positions, or n where it runs to the end of its row.
+    hidden = _span_lengths({k: v[rows] for k, v in batch.items()})
+    text = inside[rows].sum() - 2 * spans[rows].sum()
+    text += int((hidden['open']).sum())
+    lines.append(
+      f'  {name}: {rows.mean():.1%} of examples, {hidden["lengths"].sum() / text:.1%} of '
+      f'tokens hidden, {spans[rows].mean():.1f} spans of {hidden["lengths"].mean():.1f}'
+    )
+    if name == 'blank':
+      counts = np.bincount(np.minimum(hidden['lengths'], 10), minlength=11)[1:]
+      shares = '  '.join(
+        f'{k}{"+" if k == 10 else ""}: {c / counts.sum():.1%}'
+        for k, c in enumerate(counts, 1)
+      )
+      lines.append(f'    lengths  {shares}')
+  lines.append(
+    f'  documents lost: 0; tokens outside a short window: {batch["lost"].sum()}; '
+    f'examples with room for fewer spans than drawn: {batch["capped"].sum()}'
+  )
+  return '\n'.join(lines)
+
+
+def picture(example: Mapping[str, np.ndarray], path: Path) -> None:
+  """Saves the visibility of one example as a PNG: rows see the dark columns."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  start, end = example['key_start'], example['key_end']
+  keys = np.arange(len(start))
+  mask = (start[:, None] <= keys) & (keys < end[:, None])
+  part_a = int(((example['block_positions'] == 0) & (end > 0)).sum())
+  figure = Figure(figsize=(5, 5), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  axes.imshow(mask, cmap='Blues', interpolation='nearest')
+  for line in (axes.axhline, axes.axvline):
+    line(part_a - 0.5, color='0.4', lw=0.8)
+  axes.set(
+    xlabel='key',
+    ylabel='query',
+    title=f'Part A is 0-{part_a - 1}, Part B follows; padding sees nothing',
+  )
+  figure.savefig(path, dpi=120)
+
+
+def _span_lengths(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Hidden tokens of each span, and whether it has no [eop]."""
+  lengths, is_open = [], []
+  for block, target in zip(batch['block_positions'], batch['targets'], strict=True):
+    starts = np.flatnonzero(block == 1)
+    ends = np.append(starts[1:], np.flatnonzero(block > 0)[-1:] + 1)
+    for start, end in zip(starts, ends, strict=True):
+      closed = target[end - 1] == batch['eop'][0]
+      lengths.append(end - start - closed)
+      is_open.append(not closed)
+  return {'lengths': np.array(lengths), 'open': np.array(is_open)}
+
+
+def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
+  """Tokens as text, with control pieces by their names."""
+  out, rest = [], []
+  first = vocabulary.specials.mask
+  for token in ids.tolist():
+    if token >= first:
+      out.append(vocabulary.decode(rest))
+      out.append(vocabulary.piece(token))
+      rest = []
+    else:
+      rest.append(token)
+  return ''.join([*out, vocabulary.decode(rest)]).replace('\n', '↵')
+
+
+def _wrap(head: str, text: str) -> list[str]:
+  body = [text[i : i + _WIDTH] for i in range(0, len(text), _WIDTH)] or ['']
+  return [head + body[0], *(' ' * 8 + line for line in body[1:])]

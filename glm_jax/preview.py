@@ -1,0 +1,73 @@
+"""Shows what a configuration trains on: examples as text, statistics, the mask."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from glm_jax import cli, configs
+from glm_jax.train import CONFIGURABLES, TrainConfig
+
+_COUNTED = 512  # examples that the statistics are over
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command."""
+  argv, bindings = cli.split_bindings(argv)
+  flags = _flags().parse_args(argv)
+  configs.check(
+    1 <= flags.examples <= _COUNTED,
+    f'--examples must be in 1 .. {_COUNTED}',
+    str(flags.examples),
+    'ask for fewer',
+  )
+  with cli.silenced_stderr():
+    from glm_jax.data import pipeline, prepare, render
+  cli.import_modules(flags.imports)
+  config, _ = cli.load_config(
+    TrainConfig, CONFIGURABLES, flags.gin_file, flags.gin_search_paths, bindings
+  )
+  data = prepare.prepare(
+    config.task, config.feature_lengths, config.corpus, config.vocabulary, config.objectives
+  )
+  stream = pipeline.dataset(
+    config.task, config.feature_lengths, batch_size=config.batch_size, seed=config.seed
+  ).as_numpy_iterator()
+  count = -(-_COUNTED // config.batch_size)
+  batches = list(itertools.islice(stream, count))
+  batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+  batch['eop'] = np.full(len(batch['tokens']), data.vocabulary.specials.eop)
+  for number in range(flags.examples):
+    example = {k: v[number] for k, v in batch.items()}
+    print(f'--- example {number}, {render.render(example, data.vocabulary)}\n')
+  print(render.statistics(batch))
+  path = Path(flags.output)
+  render.picture({k: v[0] for k, v in batch.items()}, path)
+  print(f'\nmask of example 0 in {path}')
+
+
+def _flags() -> argparse.ArgumentParser:
+  flags = cli.parser(
+    'preview',
+    'Prints training examples as text, with statistics.',
+    'python -m glm_jax.preview --gin_file=gin_configs/quickstart.gin --examples=3',
+  )
+  cli.add_gin_flags(flags)
+  flags.add_argument(
+    '--examples', type=int, default=3, metavar='N', help='how many to print (3)'
+  )
+  flags.add_argument(
+    '--output',
+    default='mask.png',
+    metavar='FILE',
+    help='where the picture of the mask goes (mask.png)',
+  )
+  return flags
+
+
+if __name__ == '__main__':
+  cli.main(main)

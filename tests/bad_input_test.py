@@ -1,0 +1,243 @@
+"""Bad input as a user meets it: one message, an exit code, nothing changed on disk."""
+
+import hashlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = [
+  "VocabularyConfig.path='bytes'",
+  'GLMConfig.num_layers=1',
+  'GLMConfig.hidden_size=32',
+  'GLMConfig.num_heads=2',
+  'GLMConfig.vocab_size=384',
+  'GLMConfig.max_positions=64',
+  "TASK_FEATURE_LENGTHS={'tokens':64}",
+  'TRAIN_STEPS=2',
+  'BATCH_SIZE=4',
+  'EvaluationConfig.examples=8',
+  'EvaluationConfig.fill=0',
+  'OptimizerConfig.warmup_steps=1',
+]
+
+
+def _command(module, *arguments, cwd=ROOT, timeout=300):
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  for name in ('NPROC', 'XLA_FLAGS'):
+    environment.pop(name, None)
+  return subprocess.run(
+    [sys.executable, '-m', f'glm_jax.{module}', *arguments],
+    cwd=cwd,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+
+
+def _train(
+  folder, *bindings, flags=(), text='text/*.txt', gin_file='gin_configs/quickstart.gin'
+):
+  places = [
+    f"MODEL_DIR='{folder}/run'",
+    f"CorpusConfig.corpus='{folder}/{text}'",
+    f"CorpusConfig.cache_dir='{folder}/cache'",
+  ]
+  return _command(
+    'train',
+    f'--gin_file={gin_file}',
+    *flags,
+    *(f'--gin.{binding}' for binding in [*TINY, *places, *bindings]),
+  )
+
+
+def _snapshot(folder):
+  """Every file's content; caches, which belong to nobody, are left out."""
+  return {
+    str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(pathlib.Path(folder).rglob('*'))
+    if path.is_file() and 'cache' not in path.relative_to(folder).parts
+  }
+
+
+def _refused(done, *words, code=65):
+  """One line on stderr that says all of `words`; the exit code; no traceback."""
+  assert done.returncode == code, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
+  assert 'Traceback' not in done.stdout + done.stderr
+  for word in words:
+    assert word in lines[0], (word, lines[0])
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  folder = tmp_path / 'text'
+  folder.mkdir()
+  for number in range(30):
+    (folder / f'{number:02}.txt').write_text(f'Document {number} says a few words. ' * 9)
+  return tmp_path
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of two steps."""
+  folder = tmp_path_factory.mktemp('finished')
+  (folder / 'text').mkdir()
+  for number in range(30):
+    (folder / 'text' / f'{number:02}.txt').write_text(f'Document {number} says words. ' * 9)
+  done = _train(folder)
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
+@pytest.mark.parametrize(
+  'binding,words',
+  [
+    ('GLMConfig.layers=3', ('layers',)),
+    ('TRAIN_STEP=3', ('TRAIN_STEP', 'did you mean TRAIN_STEPS')),
+    ("BATCH_SIZE='64'", ('batch_size must be int', "'64'")),
+    ('TRAIN_STEPS=1e6', ('train_steps must be int', '1000000.0')),
+    ('ObjectiveConfig.mask_ratio=1.5', ('mask_ratio', '1.5')),
+    ('GLMConfig.num_heads=5', ('hidden_size=32', 'num_heads=5')),
+  ],
+)
+def test_a_bad_configuration_stops_before_anything_is_read(corpus, binding, words):
+  before = _snapshot(corpus)
+  _refused(_train(corpus, binding), *words)
+  assert _snapshot(corpus) == before
+
+
+@pytest.mark.parametrize(
+  'bindings,flags,words',
+  [
+    (['MeshConfig.data=3'], ['--cpu_devices=2'], ('2 devices', 'data=3')),
+    (['BATCH_SIZE=3'], ['--cpu_devices=2'], ('BATCH_SIZE=3', 'data x fsdp=2')),
+    (
+      ['MeshConfig.tensor=4', 'GLMConfig.num_heads=2'],
+      ['--cpu_devices=4'],
+      ('num_heads=2', 'tensor=4'),
+    ),
+    (['OptimizerConfig.warmup_steps=9'], [], ('warmup_steps=9',)),
+  ],
+)
+def test_what_does_not_fit_the_devices_is_refused(corpus, bindings, flags, words):
+  before = _snapshot(corpus)
+  _refused(_train(corpus, *bindings, flags=flags), *words)
+  assert _snapshot(corpus) == before
+
+
+def test_flags_that_are_wrong_are_refused(corpus):
+  _refused(_train(corpus, flags=['--import=no_such_module']), 'no_such_module')
+  _refused(_train(corpus, gin_file='nowhere.gin'), 'nowhere.gin')
+  _refused(_train(corpus, flags=['--process_count=2']), 'go together')
+
+
+@pytest.mark.parametrize(
+  'bindings,text,words',
+  [
+    ([], 'nowhere/*.txt', ('matches no file', 'nowhere')),
+    ([], 'empty/*.txt', ('must hold some text', 'empty')),
+    ([], 'bad.txt', ('bad.txt', 'offset 5', 'CorpusConfig.errors')),
+    ([], 'bad.jsonl', ('bad.jsonl line 2',)),
+    (['MIXTURE_OR_TASK_NAME="glm_nothing"'], 'text/*.txt', ('glm_nothing', 'glm_mixture')),
+    (['GLMConfig.max_positions=20'], 'text/*.txt', ('max_positions=20', '64 positions')),
+    (['GLMConfig.vocab_size=256'], 'text/*.txt', ('vocab_size=256', '265')),
+    (["TASK_FEATURE_LENGTHS={'inputs':64}"], 'text/*.txt', ("'tokens'", 'inputs')),
+  ],
+)
+def test_bad_text_and_sizes_are_named(corpus, bindings, text, words):
+  (corpus / 'empty').mkdir()
+  for number in range(30):
+    (corpus / 'empty' / f'{number}.txt').write_text('')
+  (corpus / 'bad.txt').write_bytes(b'good \xff bad')
+  (corpus / 'bad.jsonl').write_text('{"text": "x"}\nno json\n')
+  before = _snapshot(corpus)
+  _refused(_train(corpus, *bindings, text=text), *words)
+  assert _snapshot(corpus) == before
+
+
+@pytest.mark.parametrize(
+  'binding,word',
+  [
+    ('TrainConfig.seed=1', 'seed was 0 and is now 1'),
+    ('BATCH_SIZE=8', 'batch_size was 4 and is now 8'),
+    ('GLMConfig.mlp_size=64', 'model.mlp_size was 0 and is now 64'),
+    ('ObjectiveConfig.mask_ratio=0.2', 'objectives.mask_ratio'),
+  ],
+)
+def test_a_folder_of_another_run_is_refused_and_left_alone(finished, binding, word):
+  before = _snapshot(finished)
+  _refused(_train(finished, binding), 'holds a run of another configuration', word)
+  assert _snapshot(finished) == before
+
+
+def test_other_data_in_the_same_folder_is_refused(finished):
+  path = finished / 'text' / '05.txt'
+  text = path.read_text()
+  path.write_text(text + 'One more sentence. ')
+  before = _snapshot(finished)
+  try:
+    _refused(_train(finished), 'data was')
+    assert _snapshot(finished) == before
+  finally:
+    path.write_text(text)
+
+
+def test_a_folder_with_something_else_in_it_is_refused(corpus):
+  (corpus / 'run').mkdir()
+  (corpus / 'run' / 'thesis.tex').write_text('years of work')
+  before = _snapshot(corpus)
+  _refused(_train(corpus), 'thesis.tex', 'choose another folder')
+  assert _snapshot(corpus) == before
+
+
+def test_a_folder_that_cannot_be_made_is_refused(corpus):
+  """Through a file, since permissions do not stop root."""
+  (corpus / 'file').write_text('')
+  before = _snapshot(corpus)
+  _refused(_train(corpus, f"MODEL_DIR='{corpus}/file/run'"), 'file', code=74)
+  assert _snapshot(corpus) == before
+
+
+def test_generation_from_a_finished_run_and_its_refusals(finished, tmp_path):
+  done = _command(
+    'generate',
+    f'--checkpoint={finished}/run',
+    '--prompt=Document [MASK] words.',
+    '--max_tokens=8',
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith('Document') and done.stdout.rstrip().endswith('words.')
+  for arguments, word in (
+    ([f'--checkpoint={tmp_path}', '--prompt=[MASK]'], 'must be a folder'),
+    ([f'--checkpoint={finished}/run', '--prompt=x'], 'hold a blank'),
+    ([f'--checkpoint={finished}/run', '--prompt='], 'some text'),
+    (
+      [f'--checkpoint={finished}/run', '--prompt=[MASK]', '--max_tokens=1000'],
+      'max_tokens',
+    ),
+  ):
+    _refused(_command('generate', *arguments), word)
+
+
+def test_an_unreadable_checkpoint_is_refused(finished, tmp_path):
+  import shutil
+
+  for number, (file, content) in enumerate(
+    (('meta/metadata', '{'), ('params/_METADATA', 'broken'))
+  ):
+    copy = tmp_path / str(number)
+    shutil.copytree(finished / 'run', copy)
+    (copy / 'checkpoints' / '2' / file).write_text(content)
+    _refused(_command('generate', f'--checkpoint={copy}', '--prompt=[MASK]'), 'checkpoint')
+
+
+@pytest.mark.parametrize('module', ['train', 'preview', 'generate'])
+def test_help_shows_an_example(module):
+  done = _command(module, '--help')
+  assert done.returncode == 0 and f'python -m glm_jax.{module} --' in done.stdout

@@ -1,0 +1,153 @@
+"""Generation: the cache equals the full forward, rows do not disturb each other."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import models
+from glm_jax.batch import prefix_visibility
+from glm_jax.inference.decode import Filler
+from glm_jax.inference.sampling import Sampling, sample
+from glm_jax.models import GLMConfig
+from glm_jax.text.vocabulary import ByteVocabulary
+from glm_jax.training import state
+
+VOCABULARY = ByteVocabulary()
+S = VOCABULARY.specials
+CONFIG = GLMConfig(
+  num_layers=2, hidden_size=32, num_heads=4, vocab_size=384, max_positions=80, init_std=0.3
+)
+
+
+@pytest.fixture(scope='module')
+def params():
+  return nn.unbox(state.init_params(CONFIG, jax.random.key(3)))
+
+
+@pytest.fixture(scope='module')
+def filler(params):
+  return Filler(CONFIG, params, VOCABULARY)
+
+
+def _teacher_forced(params, prompt, spans):
+  """Argmax of one full forward over the context and all spans laid out as in training."""
+  tokens, positions, blocks = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+  places = [i for i, t in enumerate(prompt) if t in (S.mask, S.gmask, S.smask)]
+  for place, span in zip(places, spans, strict=True):
+    tokens += [S.sop, *span]
+    positions += [place] * (len(span) + 1)
+    blocks += range(1, len(span) + 2)
+  row = lambda x: jnp.asarray(x, jnp.int32)[None]
+  visibility = prefix_visibility(
+    row(len(prompt))[0][None], row(len(tokens))[0][None], len(tokens)
+  )
+  logits, _ = models.build(CONFIG).apply(
+    {'params': params}, row(tokens), row(positions), row(blocks), visibility
+  )
+  allowed = np.arange(CONFIG.vocab_size) < VOCABULARY.size
+  allowed[[S.pad, S.enc, S.mask, S.gmask, S.smask, S.sop, S.dblock]] = False
+  return np.asarray(jnp.where(allowed, logits[0], -jnp.inf).argmax(-1))[len(prompt) :]
+
+
+def test_greedy_decoding_equals_teacher_forcing(filler, params):
+  prompts = [
+    filler.encode(text)
+    for text in ('one [MASK] two [MASK] three', '[MASK]', 'a longer text with [sMASK]')
+  ]
+  prompts.append(filler.encode('and then', gmask=True))
+  together = filler.fill(prompts, max_tokens=7)
+  for prompt, spans in zip(prompts, together, strict=True):
+    # Rows of a batch have lengths of their own and do not see each other.
+    assert filler.fill([prompt], max_tokens=7)[0] == spans
+    predicted = _teacher_forced(params, prompt, spans)
+    at = 0
+    for span in spans:
+      wanted = span if len(span) == 7 else [*span, predicted[at + len(span)]]
+      assert predicted[at : at + len(wanted)].tolist() == wanted
+      if len(span) < 7:
+        assert predicted[at + len(span)] in (S.eop, S.eos)
+      at += len(span) + 1
+  assert any(len(span) > 1 for spans in together for span in spans)
+
+
+def test_the_second_blank_is_conditioned_on_the_first(params):
+  """A cache slot that is written over, or one too many, would show here."""
+  filler = Filler(CONFIG, params, VOCABULARY)
+  prompt = filler.encode('x [MASK] y [MASK] z')
+  found = {
+    tuple(
+      map(
+        tuple,
+        filler.fill([prompt], max_tokens=5, seed=seed, sampling=Sampling(temperature=2.0))[
+          0
+        ],
+      )
+    )
+    for seed in range(4)
+  }
+  assert len(found) == 4
+
+
+def test_sampling_is_a_function_of_the_seed(filler):
+  prompt, hot = filler.encode('tell me [MASK]'), Sampling(temperature=1.0, top_p=0.9)
+  once, again = (
+    filler.fill([prompt], sampling=hot, seed=1, max_tokens=9) for _ in range(2)
+  )
+  assert once == again != filler.fill([prompt], sampling=hot, seed=2, max_tokens=9)
+
+
+def test_control_pieces_are_never_generated(filler):
+  spans = filler.fill(
+    [filler.encode('free [MASK]')], max_tokens=60, sampling=Sampling(temperature=50.0)
+  )[0]
+  assert spans[0] and max(spans[0]) < S.mask
+
+
+@pytest.mark.parametrize(
+  'sampling,allowed',
+  [
+    (Sampling(temperature=1.0, top_k=2), {1, 2}),
+    (Sampling(temperature=1.0, top_k=1), {1}),
+    (Sampling(temperature=1.0, top_p=0.6), {1}),
+    (Sampling(temperature=1.0, top_p=0.9), {1, 2}),
+    (Sampling(temperature=1.0, top_k=100), {0, 1, 2}),
+    (Sampling(), {1}),
+  ],
+)
+def test_only_the_most_probable_are_sampled(sampling, allowed):
+  logits = jnp.log(jnp.array([[0.1, 0.65, 0.25]]))
+  keys = jax.random.split(jax.random.key(0), 200)
+  found = jax.vmap(lambda key: sample(logits, sampling, key))(keys)
+  assert {*np.asarray(found).ravel().tolist()} == allowed
+
+
+def test_prompts_are_laid_out_as_in_training(filler):
+  assert filler.encode('ab [MASK] c') == [S.enc, 97, 98, S.mask, 32, 99, S.eos]
+  assert filler.encode('ab [gMASK]') == [S.enc, 97, 98, S.gmask]
+  assert filler.encode('ab', gmask=True) == [S.enc, 97, 98, S.gmask]
+  prompt = filler.encode('ab [MASK] c')
+  assert filler.text(prompt, [[32, 120]], ('<', '>')) == 'ab< x> c'
+
+
+@pytest.mark.parametrize(
+  'prompt,message',
+  [
+    ('no blank', 'must hold a blank'),
+    ('', 'must hold some text'),
+  ],
+)
+def test_prompts_without_a_blank_are_refused(filler, prompt, message):
+  with pytest.raises(ValueError, match=message):
+    filler.encode(prompt)
+
+
+def test_too_long_prompts_and_spans_are_refused(filler):
+  with pytest.raises(ValueError, match='at most 81 tokens'):
+    filler.fill([filler.encode('x' * 90 + '[MASK]')])
+  with pytest.raises(ValueError, match='max_tokens'):
+    filler.fill([filler.encode('x [MASK]')], max_tokens=81)
+  for bad in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1)):
+    with pytest.raises(ValueError, match='must be'):
+      Sampling(**bad)

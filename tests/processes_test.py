@@ -1,0 +1,319 @@
+"""Runs as users start them: killed and resumed, in two processes, with own tasks."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from glm_jax.training import checkpoint
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 12
+TINY = [
+  "VocabularyConfig.path='bytes'",
+  'GLMConfig.num_layers=2',
+  'GLMConfig.hidden_size=64',
+  'GLMConfig.num_heads=2',
+  'GLMConfig.vocab_size=384',
+  'GLMConfig.max_positions=64',
+  "TASK_FEATURE_LENGTHS={'tokens':64}",
+  f'TRAIN_STEPS={STEPS}',
+  'BATCH_SIZE=8',
+  'EvaluationConfig.examples=8',
+  'EvaluationConfig.every=6',
+  'EvaluationConfig.fill=0',
+  'OptimizerConfig.warmup_steps=1',
+  'TrainConfig.microbatches=2',
+  'CheckpointConfig.every=2',
+  'TrainConfig.log_every=1',
+  'GLMConfig.output_dropout=0.1',
+  'GLMConfig.attention_dropout=0.1',
+  'GLMConfig.embedding_dropout=0.1',
+]
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('text')
+  for number in range(40):
+    (folder / f'{number:02}.txt').write_text(f'Document {number} says some words. ' * 12)
+  return folder
+
+
+def _start(text, run, *bindings, flags=()):
+  environment = {**os.environ, 'PYTHONPATH': f'{ROOT}:{text}', 'PYTHONUNBUFFERED': '1'}
+  for name in ('NPROC', 'XLA_FLAGS'):
+    environment.pop(name, None)
+  places = [
+    f"MODEL_DIR='{run}'",
+    f"CorpusConfig.corpus='{text}/*.txt'",
+    f"CorpusConfig.cache_dir='{text}/cache'",
+  ]
+  return subprocess.Popen(
+    [
+      sys.executable,
+      '-m',
+      'glm_jax.train',
+      '--gin_file=gin_configs/quickstart.gin',
+      *flags,
+      *(f'--gin.{binding}' for binding in [*TINY, *places, *bindings]),
+    ],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def _finish(process, seconds=300):
+  output, _ = process.communicate(timeout=seconds)
+  assert process.returncode == 0, output
+  return output
+
+
+def _params(run):
+  """Parameters and optimizer of the last checkpoint, as numpy."""
+  import orbax.checkpoint as ocp
+
+  folder = checkpoint.find(str(run))
+  assert folder.name == str(STEPS)
+  with ocp.StandardCheckpointer() as reader:
+    import jax
+
+    return jax.tree.map(
+      np.asarray, [reader.restore(folder / 'params'), reader.restore(folder / 'optimizer')]
+    )
+
+
+def _equal(a, b):
+  import jax
+
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope='module')
+def straight(text, tmp_path_factory):
+  """An uninterrupted run."""
+  run = tmp_path_factory.mktemp('runs') / 'straight'
+  _finish(_start(text, run))
+  return run
+
+
+def test_killed_anywhere_a_run_continues_to_the_same_bits(text, straight, tmp_path):
+  """kill -9 between steps, and inside saves, whose temporary folders are waited for."""
+  run = tmp_path / 'killed'
+  kills = inside = 0
+  for attempt in range(30):
+    process = _start(text, run)
+    before = checkpoint.latest_step(str(run)) or 0
+    while process.poll() is None:
+      folders = [path.name for path in (run / 'checkpoints').glob('*')]
+      saving = any('tmp' in name for name in folders)
+      done = checkpoint.latest_step(str(run)) or 0
+      # Odd attempts aim inside a save, even ones after one.
+      if (done > before and (attempt % 2 == 0 or saving)) or (saving and attempt % 2):
+        time.sleep(0.003 * attempt)
+        process.send_signal(signal.SIGKILL)
+        kills, inside = kills + 1, inside + saving
+        break
+      time.sleep(0.002)
+    output, _ = process.communicate(timeout=300)
+    if process.returncode == 0:
+      break
+    assert process.returncode == -signal.SIGKILL, output
+  assert process.returncode == 0 and kills >= 3 and inside >= 1, (kills, inside)
+  _equal(_params(run), _params(straight))
+  records = [
+    json.loads(line)
+    for line in (run / 'metrics.jsonl').read_text().splitlines()
+    if line.endswith('}')
+  ]
+  by_step = {r['step']: r['loss'] for r in records if r['kind'] == 'train'}
+  wanted = {
+    json.loads(line)['step']: json.loads(line)['loss']
+    for line in (straight / 'metrics.jsonl').read_text().splitlines()
+    if json.loads(line)['kind'] == 'train'
+  }
+  assert by_step == wanted
+
+
+def test_two_processes_equal_one(text, straight, tmp_path):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  drops = [
+    'GLMConfig.output_dropout=0.0',
+    'GLMConfig.attention_dropout=0.0',
+    'GLMConfig.embedding_dropout=0.0',
+  ]
+  one = tmp_path / 'one'
+  alone = _start(text, one, *drops)
+  two = tmp_path / 'two'
+  both = [
+    _start(
+      text,
+      two,
+      *drops,
+      'MeshConfig.fsdp=2',
+      flags=[
+        f'--coordinator_address={address}',
+        '--process_count=2',
+        f'--process_index={i}',
+      ],
+    )
+    for i in range(2)
+  ]
+  _finish(alone)
+  outputs = [_finish(process) for process in both]
+  assert 'step' in outputs[0] and 'step' not in outputs[1]  # the leader speaks
+  import jax
+
+  for a, b in zip(*(jax.tree.leaves(_params(run)[0]) for run in (one, two)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  # The run goes on in one process: its number of processes may change.
+  output = _finish(_start(text, two, *drops, f'TRAIN_STEPS={STEPS + 2}'))
+  assert f'resumed {two} at step {STEPS}' in output
+
+
+def test_a_finished_run_says_so_and_changes_nothing(text, straight):
+  before = {path: path.stat().st_mtime_ns for path in (straight / 'checkpoints').rglob('*')}
+  output = _finish(_start(text, straight))
+  assert f'resumed {straight} at step {STEPS}' in output and 'step  ' not in output
+  assert before == {
+    path: path.stat().st_mtime_ns for path in (straight / 'checkpoints').rglob('*')
+  }
+
+
+def test_the_folder_holds_what_a_person_looks_for(straight):
+  names = {path.name for path in straight.iterdir()}
+  assert {
+    'config.gin',
+    'run.json',
+    'metrics.jsonl',
+    'tensorboard',
+    'checkpoints',
+    'summary.json',
+    'loss.png',
+  } <= names
+  summary = json.loads((straight / 'summary.json').read_text())
+  for name in ('blank', 'document', 'sentence'):
+    assert summary['baselines'][name]['bigram'] < summary['baselines'][name]['unigram']
+    assert f'loss/{name}' in summary['validation']
+  assert any((straight / 'tensorboard').iterdir())
+
+
+def test_a_new_run_begins_from_anothers_parameters(text, straight, tmp_path):
+  """Longer position tables keep the old rows; the step and the optimizer are new."""
+  run = tmp_path / 'next'
+  output = _finish(
+    _start(
+      text,
+      run,
+      f"TrainConfig.init_from='{straight}'",
+      'TRAIN_STEPS=1',
+      'GLMConfig.max_positions=100',
+      'OptimizerConfig.learning_rate=1e-9',
+      'OptimizerConfig.schedule="constant"',
+      'OptimizerConfig.warmup_steps=0',
+    )
+  )
+  assert 'parameters from' in output
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as reader:
+    new = reader.restore(checkpoint.find(str(run)) / 'params')
+  old = _params(straight)[0]
+  assert new['positions']['weight'].shape[0] == 101
+  np.testing.assert_allclose(
+    new['positions']['weight'][:65], old['positions']['weight'], atol=1e-6
+  )
+  np.testing.assert_allclose(new['words']['weight'], old['words']['weight'], atol=1e-6)
+  refused = _start(
+    text, tmp_path / 'bad', f"TrainConfig.init_from='{straight}'", 'GLMConfig.num_layers=3'
+  )
+  output, _ = refused.communicate(timeout=300)
+  assert refused.returncode == 65 and 'shapes of the model' in output
+
+
+def test_a_task_of_ones_own_trains_through_the_command(text, tmp_path):
+  (text / 'own_tasks.py').write_text("""
+import functools
+import seqio, tensorflow as tf
+from glm_jax.data import preprocessors
+from glm_jax.text.vocabulary import ByteVocabulary
+
+vocabulary = ByteVocabulary()
+def source(split, shuffle_files, seed=None):
+  return tf.data.Dataset.from_tensor_slices({'text': ['A sentence of my own. ' * 5] * 64})
+steps = (preprocessors.tokenize, preprocessors.to_rows, preprocessors.blank_infilling)
+seqio.TaskRegistry.add(
+  'my_task', source=seqio.FunctionDataSource(source, splits=('train', 'validation')),
+  preprocessors=[functools.partial(step, vocabulary=vocabulary) for step in steps],
+  output_features=preprocessors.output_features(vocabulary), shuffle_buffer_size=8)
+""")
+  output = _finish(
+    _start(
+      text,
+      tmp_path / 'run',
+      'MIXTURE_OR_TASK_NAME="my_task"',
+      'TRAIN_STEPS=4',
+      flags=['--import=own_tasks'],
+    )
+  )
+  assert 'validation loss' in output and 'done: 4 steps' in output
+
+
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(text, tmp_path):
+  """A limit on the size of a file stands for a full disk: writing fails alike."""
+  run = tmp_path / 'full'
+  _finish(_start(text, run, 'TRAIN_STEPS=2'))
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  places = [
+    f"MODEL_DIR='{run}'",
+    f"CorpusConfig.corpus='{text}/*.txt'",
+    f"CorpusConfig.cache_dir='{text}/cache'",
+    'TRAIN_STEPS=6',
+  ]
+  arguments = ' '.join(f'"--gin.{b}"' for b in [*TINY, *places])
+  done = subprocess.run(
+    [
+      'bash',
+      '-c',
+      f'ulimit -f 64; trap "" XFSZ; exec {sys.executable} -m glm_jax.train '
+      f'--gin_file=gin_configs/quickstart.gin {arguments}',
+    ],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 74, done.stdout + done.stderr
+  assert 'error: ' in done.stderr and 'Traceback' not in done.stderr
+  assert checkpoint.latest_step(str(run)) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
+  process = _start(
+    text,
+    tmp_path / 'run',
+    'OptimizerConfig.learning_rate=1e30',
+    'OptimizerConfig.clip_norm=1e30',
+    'OptimizerConfig.schedule="constant"',
+    'CheckpointConfig.every=100',
+  )
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 70 and 'must stay finite' in output
+  assert checkpoint.latest_step(str(tmp_path / 'run')) is None

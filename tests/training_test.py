@@ -1,0 +1,267 @@
+"""Steps, meshes and checkpoints: the same numbers however they are computed."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import models, sharding
+from glm_jax.sharding import MeshConfig
+from glm_jax.training import checkpoint, loss, metrics, state, step
+from glm_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=2), 100)
+
+
+def _devices(config):
+  sizes = dataclasses.astuple(config)
+  return jax.devices()[: int(np.prod(sizes))]
+
+
+def _run(config, batch, mesh_config, microbatches=1, steps=3, start=None):
+  """State and metrics after some steps on a mesh."""
+  mesh = sharding.make_mesh(mesh_config, _devices(mesh_config))
+  current = start or state.init_state(config, OPTIMIZER, mesh, 0)
+  train_step = step.make_train_step(
+    loss.pretraining_loss(models.build(config)),
+    OPTIMIZER,
+    microbatches=microbatches,
+    seed=0,
+  )
+  with sharding.active(mesh):
+    train_step = jax.jit(train_step, donate_argnums=0)
+    for _ in range(steps):
+      placed = sharding.place(batch._replace(index=None), mesh)
+      current, found = train_step(current, placed)
+      jax.block_until_ready(found)
+  return current, metrics.averages(found)
+
+
+@pytest.fixture(scope='module')
+def reference(config, batch):
+  current, found = _run(config, batch, MeshConfig(data=1))
+  return jax.device_get(current['params']), found
+
+
+def _largest_difference(a, b):
+  return max(
+    jax.tree.leaves(
+      jax.tree.map(lambda x, y: float(np.abs(np.asarray(x) - np.asarray(y)).max()), a, b)
+    )
+  )
+
+
+@pytest.mark.parametrize(
+  'mesh,microbatches',
+  [
+    (MeshConfig(data=4, fsdp=2), 1),
+    (MeshConfig(data=1, tensor=2), 1),
+    (MeshConfig(data=2, fsdp=2, tensor=2), 1),
+    (MeshConfig(data=2, fsdp=4), 2),
+  ],
+)
+def test_eight_devices_equal_one(config, batch, reference, mesh, microbatches):
+  current, found = _run(config, batch, mesh, microbatches)
+  params, wanted = reference
+  assert found == pytest.approx(wanted, abs=1e-5)
+  assert _largest_difference(jax.device_get(current['params']), params) <= 1e-5
+
+
+@pytest.mark.parametrize('parts', [2, 4, 16])
+def test_micro_batches_with_ragged_weights_equal_one_batch(config, batch, reference, parts):
+  weights = batch.loss_weights.reshape(parts, -1).sum(1)
+  assert np.ptp(weights) > 0
+  current, found = _run(config, batch, MeshConfig(data=1), parts)
+  # A loss of 6 has float32 steps of 5e-7.
+  assert found == pytest.approx(reference[1], rel=1e-6)
+  assert _largest_difference(current['params'], reference[0]) <= 1e-6
+
+
+def test_the_loss_is_the_weighted_mean_over_the_batch(config, batch):
+  params = nn.unbox(state.init_params(config, jax.random.key(0)))
+  model = models.build(config)
+  logits, _ = model.apply(
+    {'params': params},
+    batch.tokens,
+    batch.positions,
+    batch.block_positions,
+    batch.visibility,
+  )
+  log_probs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
+  ce = -np.take_along_axis(log_probs, batch.targets[..., None], -1)[..., 0]
+  _, found = loss.pretraining_loss(model)(params, batch._replace(index=None), None)
+  found = metrics.averages(found)
+  w = batch.loss_weights
+  assert found['loss'] == pytest.approx((ce * w).sum() / w.sum(), rel=1e-5)
+  for number, name in enumerate(('blank', 'document', 'sentence')):
+    chosen = w * (batch.objective == number)
+    assert found[f'loss/{name}'] == pytest.approx(
+      (ce * chosen).sum() / chosen.sum(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    MeshConfig(data=4, fsdp=2),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=1, tensor=2),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+  ],
+)
+def test_state_is_born_sharded(mesh):
+  """Bytes of parameters and optimizer on each device."""
+  config = models.GLMConfig(
+    num_layers=2, hidden_size=128, num_heads=4, vocab_size=1024, max_positions=32
+  )
+  built = sharding.make_mesh(mesh, _devices(mesh))
+  current = state.init_state(config, OPTIMIZER, built, 0)
+  for tree in (current['params'], current['opt_state']):
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+    total = sum(leaf.nbytes for leaf in leaves)
+    for device in built.devices.flat:
+      here = sum(
+        shard.data.nbytes
+        for leaf in leaves
+        for shard in leaf.addressable_shards
+        if shard.device == device
+      )
+      assert here <= total / (mesh.fsdp * mesh.tensor) * 1.1
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh(config):
+  one, many = (
+    state.init_state(config, OPTIMIZER, sharding.make_mesh(mesh, _devices(mesh)), 0)
+    for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2))
+  )
+  assert _largest_difference(one['params'], many['params']) == 0
+  other = state.init_state(
+    config, OPTIMIZER, sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1]), 1
+  )
+  assert _largest_difference(one['params'], other['params']) > 0.01
+
+
+def test_dropout_differs_by_step_and_repeats_by_seed(config, batch):
+  config = dataclasses.replace(
+    config, output_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3
+  )
+  train_step = jax.jit(
+    step.make_train_step(
+      loss.pretraining_loss(models.build(config)), OPTIMIZER, microbatches=2, seed=0
+    )
+  )
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  fresh = state.init_state(config, OPTIMIZER, mesh, 0)
+  rows = batch._replace(index=None)
+
+  def first_loss(start):
+    return metrics.averages(train_step(start, rows)[1])['loss']
+
+  at_step = [first_loss({**fresh, 'step': jnp.int32(number)}) for number in (0, 1, 2, 0)]
+  assert at_step[0] == at_step[3] and len({*at_step}) == 3
+  # Two equal micro-batches get masks of their own.
+  half = jax.tree.map(lambda x: np.repeat(x[:8], 2, axis=0), rows)
+  key = jax.random.key(0)
+  loss_fn = loss.pretraining_loss(models.build(config))
+  one = loss_fn(fresh['params'], jax.tree.map(lambda x: x[:8], rows), key)[0]
+  total = train_step(fresh, half)[1]['loss'][0]
+  assert abs(float(total) - 2 * float(one)) > 1e-3
+
+
+def test_the_step_with_chunked_attention_holds_no_square_array(config):
+  T = 4096
+  config = dataclasses.replace(config, attention='chunked', max_positions=T, num_layers=1)
+  ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+  rows = _batch_of(ids)
+  train_step = step.make_train_step(
+    loss.pretraining_loss(models.build(config)), OPTIMIZER, microbatches=1, seed=0
+  )
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  abstract = state.abstract_state(config, OPTIMIZER, mesh)
+  with sharding.active(mesh):
+    text = jax.jit(train_step).lower(abstract, rows).compile().as_text()
+  assert f'{T},{T}' not in text
+
+
+def _batch_of(ids):
+  from glm_jax.batch import Batch
+
+  weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
+  return Batch(ids, ids, weights, ids, ids, ids, ids, ids)
+
+
+def test_a_checkpoint_is_read_on_any_mesh(config, batch, tmp_path):
+  current, _ = _run(config, batch, MeshConfig(data=2, fsdp=2, tensor=2), steps=2)
+  wanted = jax.device_get(current)
+  written = Checkpoints(str(tmp_path), CheckpointConfig())
+  written.save(current, {'note': 'x'}, {'loss': 1.0})
+  written.close()
+  assert checkpoint.latest_step(str(tmp_path)) == 2
+  for mesh_config in (
+    MeshConfig(data=1),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=4, tensor=2),
+  ):
+    mesh = sharding.make_mesh(mesh_config, _devices(mesh_config))
+    reader = Checkpoints(str(tmp_path), CheckpointConfig())
+    found = reader.restore(2, state.abstract_state(config, OPTIMIZER, mesh))
+    reader.close()
+    assert _largest_difference(jax.device_get(found), wanted) == 0
+    assert jax.tree.structure(found) == jax.tree.structure(current)
+    assert {x.sharding.mesh.size for x in jax.tree.leaves(found)} == {mesh.size}
+
+
+def test_checkpoints_keep_the_newest_and_the_best(config, tmp_path):
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  current = state.init_state(config, OPTIMIZER, mesh, 0)
+  written = Checkpoints(str(tmp_path), CheckpointConfig(keep=2, keep_best=1))
+  for number, value in enumerate([3.0, 1.0, 2.0, 2.5, 4.0], 1):
+    written.save({**current, 'step': jnp.int32(number)}, {}, {'loss': value})
+  written.close()
+  kept = sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
+  assert kept == [2, 4, 5]
+  (tmp_path / 'checkpoints' / '99').mkdir()  # a stray folder is no checkpoint
+  assert checkpoint.latest_step(str(tmp_path)) == 5
+  assert checkpoint.find(str(tmp_path)).name == '5'
+  with pytest.raises(ValueError, match='must be a folder with params and meta'):
+    checkpoint.find(str(tmp_path / 'nowhere'))
+
+
+def test_parameters_of_another_model_are_refused(config, tmp_path):
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  written = Checkpoints(str(tmp_path), CheckpointConfig())
+  written.save(state.init_state(config, OPTIMIZER, mesh, 0), {}, {})
+  written.close()
+  other = dataclasses.replace(config, hidden_size=32)
+  with pytest.raises(ValueError, match='must have the shapes of the model'):
+    checkpoint.read_params(
+      checkpoint.find(str(tmp_path)), state.abstract_params(other, mesh)
+    )
+
+
+@pytest.mark.parametrize(
+  'config,message',
+  [
+    (MeshConfig(data=3), 'must multiply to the 8 devices'),
+    (MeshConfig(data=-1, fsdp=3), 'must multiply to the 8 devices'),
+  ],
+)
+def test_meshes_that_do_not_fit_are_refused(config, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(config)
+
+
+def test_models_and_batches_that_do_not_divide_are_refused(config):
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+  sharding.check_fits(config, 8, 4, mesh)
+  with pytest.raises(ValueError, match='BATCH_SIZE must divide'):
+    sharding.check_fits(config, 9, 1, mesh)
+  with pytest.raises(ValueError, match='num_heads must divide'):
+    sharding.check_fits(dataclasses.replace(config, num_heads=2), 8, 1, mesh)
+  for bad in (dict(data=0), dict(data=-1, fsdp=-1), dict(tensor=2.0)):
+    with pytest.raises(ValueError, match='MeshConfig'):
+      MeshConfig(**bad)
