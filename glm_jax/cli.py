@@ -295,15 +295,19 @@ def _be_quiet() -> None:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   import logging
+  import threading
   import warnings
 
   from absl import logging as absl_logging
 
-  absl_logging.set_verbosity(absl_logging.ERROR)
-  absl_logging.set_stderrthreshold(absl_logging.ERROR)
-  for name in ('absl', 'jax', 'orbax', 'tensorflow', 'etils'):
-    logging.getLogger(name).setLevel(logging.ERROR)
+  # Errors, too: Orbax logs them with a trace before it raises them.
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  absl_logging.set_stderrthreshold(absl_logging.FATAL)
+  for name in ('absl', 'asyncio', 'jax', 'orbax', 'tensorflow', 'etils'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   warnings.filterwarnings('ignore')
+  # Threads that write checkpoints print an error that is raised again in ours.
+  sys.unraisablehook = threading.excepthook = lambda _: None
 
 
 @contextlib.contextmanager

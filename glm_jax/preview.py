@@ -40,11 +40,14 @@ def main(argv: Sequence[str]) -> None:
   count = -(-_COUNTED // config.batch_size)
   batches = list(itertools.islice(stream, count))
   batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+  for name in ('lost', 'capped'):  # only the tasks of this package count them
+    batch.setdefault(name, np.zeros(len(batch['tokens']), int))
   batch['eop'] = np.full(len(batch['tokens']), data.vocabulary.specials.eop)
   for number in range(flags.examples):
     example = {k: v[number] for k, v in batch.items()}
     print(f'--- example {number}, {render.render(example, data.vocabulary)}\n')
-  print(render.statistics(batch))
+  skipped = data.stats['train']['skipped'] if data.stats else 0
+  print(render.statistics(batch, skipped))
   path = Path(flags.output)
   render.picture({k: v[0] for k, v in batch.items()}, path)
   print(f'\nmask of example 0 in {path}')

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from glm_jax.training import checkpoint
@@ -82,21 +84,23 @@ def _finish(process, seconds=300):
 
 
 def _params(run):
-  """Parameters and optimizer of the last checkpoint, as numpy."""
-  import orbax.checkpoint as ocp
-
+  """Parameters and optimizer of the last checkpoint, whoever wrote it."""
   folder = checkpoint.find(str(run))
   assert folder.name == str(STEPS)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with ocp.StandardCheckpointer() as reader:
-    import jax
 
-    return jax.tree.map(
-      np.asarray, [reader.restore(folder / 'params'), reader.restore(folder / 'optimizer')]
-    )
+    def read(item):
+      found = reader.metadata(folder / item).item_metadata.tree
+      target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), found
+      )
+      return reader.restore(folder / item, target)
+
+    return jax.tree.map(np.asarray, [read('params'), read('optimizer')])
 
 
 def _equal(a, b):
-  import jax
 
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -178,7 +182,6 @@ def test_two_processes_equal_one(text, straight, tmp_path):
   _finish(alone)
   outputs = [_finish(process) for process in both]
   assert 'step' in outputs[0] and 'step' not in outputs[1]  # the leader speaks
-  import jax
 
   for a, b in zip(*(jax.tree.leaves(_params(run)[0]) for run in (one, two)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -230,8 +233,6 @@ def test_a_new_run_begins_from_anothers_parameters(text, straight, tmp_path):
     )
   )
   assert 'parameters from' in output
-  import orbax.checkpoint as ocp
-
   with ocp.StandardCheckpointer() as reader:
     new = reader.restore(checkpoint.find(str(run)) / 'params')
   old = _params(straight)[0]

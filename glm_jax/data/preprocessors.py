@@ -102,13 +102,14 @@ def sentence(dataset, sequence_length, *, vocabulary, config=ObjectiveConfig()):
 def tokenize(
   dataset: tf.data.Dataset, *, vocabulary: Vocabulary, key: str = 'text'
 ) -> tf.data.Dataset:
-  """{key: text} to {tokens: [ENC] text <eos>}, for text sources of your own."""
+  """{key: text}, or bare text, to {tokens: [ENC] text <eos>}, for sources of your own."""
   s = vocabulary.specials
   encode = _encoder(vocabulary)
 
   @tf.autograph.experimental.do_not_convert
-  def one(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    return {'tokens': tf.concat([[s.enc], encode(x[key]), [s.eos]], 0)}
+  def one(x: tf.Tensor | dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    text = x[key] if isinstance(x, dict) else x
+    return {'tokens': tf.concat([[s.enc], encode(text), [s.eos]], 0)}
 
   return dataset.map(one, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 

@@ -37,16 +37,18 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
     seen = f'sees {example["key_start"][start]}..{example["key_end"][start] - 1}'
     lines += _wrap(
       f'  position {position[start]}, block {block[start]}-{block[end - 1]}, {seen}:  ',
-      f'{_text(tokens[start:end], vocabulary)}  =>  {_text(targets[start:end], vocabulary)}',
+      f'{_text(tokens[start:end], vocabulary)}  =>  '
+      f'{_text(targets[start:end], vocabulary)}',
     )
   return '\n'.join(lines)
 
 
-def statistics(batch: Mapping[str, np.ndarray]) -> str:
+def statistics(batch: Mapping[str, np.ndarray], skipped: int) -> str:
   """Padding, mask ratio, spans, objectives, and what was lost, over many examples.
 
   Args:
-    batch: [B, L] arrays of the batch contract, and `lost` and `capped` [B].
+    batch: [B, L] arrays of the batch contract, `lost` and `capped` [B], `eop` [B].
+    skipped: documents of the corpus that are in no row.
   """
   inside = batch['key_end'] > 0
   block, objective = batch['block_positions'], batch['objective'][:, 0]
@@ -76,7 +78,7 @@ def statistics(batch: Mapping[str, np.ndarray]) -> str:
       )
       lines.append(f'    lengths  {shares}')
   lines.append(
-    f'  documents lost: 0; tokens outside a short window: {batch["lost"].sum()}; '
+    f'  documents lost: {skipped}; tokens outside a short window: {batch["lost"].sum()}; '
     f'examples with room for fewer spans than drawn: {batch["capped"].sum()}'
   )
   return '\n'.join(lines)

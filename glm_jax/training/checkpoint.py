@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -255,8 +256,11 @@ def _storage_errors() -> Iterator[None]:
   """Storage failures of TensorStore as OSError, which commands report in one line."""
   try:
     yield
-  except (ValueError, RuntimeError, jax.errors.JaxRuntimeError) as error:
-    text = str(error)
-    if 'No space left' in text or 'RESOURCE_EXHAUSTED' in text or 'Errno' in text:
-      raise OSError(f'writing a checkpoint failed: {text.splitlines()[0][:300]}') from error
-    raise
+  except Exception as error:  # TensorStore has no kind of its own
+    cause = re.search(r'[A-Za-z][A-Za-z ]+(?= \[os_error_code)', str(error))
+    if cause is None:
+      raise
+    raise OSError(
+      f'writing a checkpoint failed ({cause[0]}); the one before it '
+      'is intact; make room and run the same command again.'
+    ) from error
