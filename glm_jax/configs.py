@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -42,6 +43,12 @@ def check(condition: bool, rule: str, received: str, remedy: str) -> None:
   """Raises ValueError saying the rule, the value received and the remedy."""
   if not condition:
     raise ValueError(f'{rule}, got {received}; {remedy}.')
+
+
+def check_finite(value: float, name: str, remedy: str) -> None:
+  """Raises FloatingPointError for a NaN or an infinity."""
+  if not math.isfinite(value):
+    raise FloatingPointError(f'{name} must stay finite, got {value}; {remedy}.')
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from glm_jax import configs
@@ -79,3 +81,17 @@ def leader_first() -> Iterator[None]:
   yield
   if is_leader():
     barrier('leader_first')
+
+
+def check_equal(name: str, value: str) -> None:
+  """Raises ValueError if the processes do not have the same value."""
+  if jax.process_count() == 1:
+    return
+  number = int(hashlib.sha256(value.encode()).hexdigest()[:7], 16)
+  numbers = np.asarray(multihost_utils.process_allgather(np.int32(number))).ravel()
+  configs.check(
+    bool((numbers == number).all()),
+    f'all processes must have the same {name}',
+    f'different ones ({value} in process {jax.process_index()})',
+    'use one CorpusConfig.cache_dir, or files that are the same everywhere',
+  )

@@ -147,6 +147,9 @@ def train(config: TrainConfig, config_text: str) -> None:
       config.vocabulary,
       config.objectives,
     )
+  distributed.check_equal(
+    'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
+  )
   length = config.feature_lengths['tokens']
   _check_sizes(config, data.vocabulary)
 
@@ -162,28 +165,27 @@ def train(config: TrainConfig, config_text: str) -> None:
     data=data.fingerprint,
   )
   run.check_same(config.model_dir, identity)
+
+  # Model and state: fresh, with another's parameters, or of this run. The folder is
+  # written once nothing else can be refused.
+  make_update = optimizer.make_optimizer(config.optimizer, config.train_steps)
+  found = checkpoint.latest_step(config.model_dir)
+  if found is None:
+    current = state.init_state(config.model, make_update, mesh, config.seed)
+    if config.init_from:
+      params = state.params_from(
+        config.init_from, config.model, data.vocabulary.fingerprint, current['params']
+      )
+      current = state.with_params(current, params)
+      say(f'parameters from {config.init_from}')
   distributed.barrier('checked')
   if distributed.is_leader():
     run.write(config.model_dir, identity, config_text)
   checkpoints = checkpoint.Checkpoints(config.model_dir, config.checkpoint)
-
-  # Model and state: of this run, or with another's parameters, or fresh.
-  make_update = optimizer.make_optimizer(config.optimizer, config.train_steps)
-  found = checkpoint.latest_step(config.model_dir)
   if found is not None:
     abstract = state.abstract_state(config.model, make_update, mesh)
     current = checkpoints.restore(found, abstract)
     say(f'resumed {config.model_dir} at step {found}')
-  else:
-    current = state.init_state(config.model, make_update, mesh, config.seed)
-    if config.init_from:
-      current = state.with_params(
-        current,
-        state.params_from(
-          config.init_from, config.model, data.vocabulary.fingerprint, current['params']
-        ),
-      )
-      say(f'parameters from {config.init_from}')
   first = int(current['step'])
   say(
     f'{state.count(current["params"]):,} parameters on {mesh.size} '
@@ -314,11 +316,12 @@ def _tokens(batch: Any) -> float:
 
 
 def _check_finite(since: dict[str, Any], number: int, model_dir: str) -> None:
-  if not math.isfinite(since['loss'][0]):
-    raise FloatingPointError(
-      f'the loss must stay finite, got {since["loss"][0]} at step {number}; the last '
-      f'checkpoint in {model_dir} is from before; lower the learning rate or lengthen '
-      'the warm-up and start again.'
+  for name in ('loss', 'gradient_norm'):
+    configs.check_finite(
+      since[name][0],
+      f'the {name.replace("_", " ")} at step {number}',
+      f'the last checkpoint in {model_dir} is from before; lower the learning rate or '
+      'lengthen the warm-up, and start again',
     )
 
 

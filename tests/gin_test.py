@@ -80,7 +80,7 @@ def test_later_files_and_bindings_win(tmp_path):
     ("BATCH_SIZE = '64'", 'TrainConfig.batch_size must be int'),
     ('TRAIN_STEPS = 1e6', 'TrainConfig.train_steps must be int'),
     ("GLMConfig.num_layers = '2'", 'GLMConfig.num_layers must be int'),
-    ('GLMConfig.hidden_size = 100', 'divisible by num_heads'),
+    ('GLMConfig.hidden_size = 101', 'divisible by num_heads'),
     ('ObjectiveConfig.mask_ratio = 1.5', r'must be in \(0, 1\)'),
     ("TASK_FEATURE_LENGTHS = {'tokens': '64'}", 'feature_lengths must be dict'),
     ("GLMConfig.dtype = 'float16'", 'must be one of'),

@@ -246,6 +246,7 @@ def test_a_new_run_begins_from_anothers_parameters(text, straight, tmp_path):
   )
   output, _ = refused.communicate(timeout=300)
   assert refused.returncode == 65 and 'shapes of the model' in output
+  assert not (tmp_path / 'bad').exists()
 
 
 def test_a_task_of_ones_own_trains_through_the_command(text, tmp_path):

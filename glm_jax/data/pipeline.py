@@ -81,7 +81,12 @@ def dataset(
       'glm_jax.data.preprocessors and use its output_features().'
     )
   whole_batches = features['tokens'].rank == 2
-  if whole_batches and isinstance(provider.source, IndexedRows):
+  if whole_batches:
+    if not isinstance(getattr(provider, 'source', None), IndexedRows):
+      raise ValueError(
+        f'a task of whole batches must read indexed rows, got {task!r}; give its features '
+        'rank 1, or mix corpora as files of one CorpusConfig.corpus.'
+      )
     reading = Reading(batch_size, start_step, max_rows)
     provider = provider.replace(source=provider.source.at(reading))
   # Validation of other tasks: each process reads all of it and keeps its part of every
