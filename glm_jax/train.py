@@ -260,6 +260,7 @@ def train(config: TrainConfig, config_text: str) -> None:
     if first < config.train_steps or not (Path(config.model_dir) / 'summary.json').exists():
       report.report(config, data, current['params'], process, say)
   writer.close()
+  distributed.barrier('done')
   say(
     f'done: {config.train_steps} steps in {config.model_dir} '
     f'({time.perf_counter() - began:.0f} s)'

@@ -32,7 +32,7 @@ TINY = [
   'BATCH_SIZE=8',
   'EvaluationConfig.examples=8',
   'EvaluationConfig.every=6',
-  'EvaluationConfig.fill=0',
+  'EvaluationConfig.fill=1',
   'OptimizerConfig.warmup_steps=1',
   'TrainConfig.microbatches=2',
   'CheckpointConfig.every=2',
@@ -47,7 +47,9 @@ TINY = [
 def text(tmp_path_factory):
   folder = tmp_path_factory.mktemp('text')
   for number in range(40):
-    (folder / f'{number:02}.txt').write_text(f'Document {number} says some words. ' * 12)
+    (folder / f'{number:02}.txt').write_text(
+      f'Document {number} says a number of plain words in one sentence. ' * 8
+    )
   return folder
 
 
@@ -182,6 +184,7 @@ def test_two_processes_equal_one(text, straight, tmp_path):
   _finish(alone)
   outputs = [_finish(process) for process in both]
   assert 'step' in outputs[0] and 'step' not in outputs[1]  # the leader speaks
+  assert len(json.loads((two / 'summary.json').read_text())['filled']) == 1
 
   for a, b in zip(*(jax.tree.leaves(_params(run)[0]) for run in (one, two)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -211,6 +214,7 @@ def test_the_folder_holds_what_a_person_looks_for(straight):
     'loss.png',
   } <= names
   summary = json.loads((straight / 'summary.json').read_text())
+  assert len(summary['filled']) == 1
   for name in ('blank', 'document', 'sentence'):
     assert summary['baselines'][name]['bigram'] < summary['baselines'][name]['unigram']
     assert f'loss/{name}' in summary['validation']

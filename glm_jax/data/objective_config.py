@@ -141,7 +141,7 @@ class ObjectiveConfig:
 
     Example:
       >>> ObjectiveConfig().row_length(512)
-      456
+      458
       >>> ObjectiveConfig(blank=0, document=1).row_length(512)
       510
     """

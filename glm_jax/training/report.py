@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from glm_jax import distributed
+from glm_jax import distributed, sharding
 from glm_jax.inference.decode import Filler
 from glm_jax.training import evaluation, metrics, run
 
@@ -56,9 +56,13 @@ def report(
 
   if data.stats and config.evaluation.fill:
     say('\nheld-out text, blanks filled by the model:')
-    for filled in _filled(config, data, params):
-      summary['filled'].append(filled)
-      say(f'  {filled["filled"]}\n    was: {filled["was"]!r}')
+    # The leader is alone now: its computations must not wait for other processes.
+    alone = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+    with sharding.active(alone):
+      params = jax.device_put(params, sharding.replicated(alone))
+      for filled in _filled(config, data, params):
+        summary['filled'].append(filled)
+        say(f'  {filled["filled"]}   (was: {filled["was"]})'.replace('\n', '↵'))
   lines = {
     f'{k} ({name})': v
     for name, scores in summary['baselines'].items()
@@ -74,7 +78,7 @@ def report(
 
 
 def _on_every_process(params: Any) -> Any:
-  """Parameters as arrays of this process's own, since only the leader goes on."""
+  """Parameters as arrays of this process alone, since only the leader goes on."""
   if jax.process_count() == 1:
     return params
   return multihost_utils.process_allgather(params, tiled=True)
