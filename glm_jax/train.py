@@ -164,7 +164,9 @@ def train(config: TrainConfig, config_text: str) -> None:
     objectives=config.objectives,
     data=data.fingerprint,
   )
-  run.check_same(config.model_dir, identity)
+  settings = {'optimizer': dataclasses.asdict(config.optimizer)}
+  for change in run.check_same(config.model_dir, identity, settings):
+    say(f'from here on, {change}')
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
@@ -180,7 +182,7 @@ def train(config: TrainConfig, config_text: str) -> None:
       say(f'parameters from {config.init_from}')
   distributed.barrier('checked')
   if distributed.is_leader():
-    run.write(config.model_dir, identity, config_text)
+    run.write(config.model_dir, identity, settings, config_text)
   checkpoints = checkpoint.Checkpoints(config.model_dir, config.checkpoint)
   if found is not None:
     abstract = state.abstract_state(config.model, make_update, mesh)

@@ -52,25 +52,41 @@ def identity(
   }
 
 
-def check_same(model_dir: str, wanted: dict[str, Any]) -> None:
-  """Raises ValueError if the folder belongs to another run, naming what differs."""
+def check_same(
+  model_dir: str, wanted: dict[str, Any], settings: dict[str, Any]
+) -> list[str]:
+  """Whether the folder is new, or this run's.
+
+  Args:
+    model_dir: the folder.
+    wanted: an `identity`.
+    settings: what may change, but not without a word.
+
+  Returns:
+    A line for each setting that differs.
+
+  Raises:
+    ValueError: it belongs to another run, or to something else.
+  """
   path = Path(model_dir) / FILE
   if not path.exists():
     others = sorted(os.listdir(model_dir)) if Path(model_dir).is_dir() else []
+    # A process killed in its first moment leaves the beginning of this file.
+    others = [name for name in others if not name.startswith(f'.{FILE}.')]
     configs.check(
       not others,
       'MODEL_DIR must be a new or empty folder, or that of a run',
       f'{model_dir!r}, which holds {others[:5]}',
       'choose another folder',
     )
-    return
+    return []
   try:
     found = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(
       f'{path} must be readable JSON, got {error}; restore it or choose another MODEL_DIR.'
     ) from error
-  differences = _differences(found, wanted)
+  differences = _differences(found['identity'], wanted)
   configs.check(
     not differences,
     f'MODEL_DIR {model_dir!r} holds a run of another configuration; a resumed run keeps '
@@ -78,9 +94,12 @@ def check_same(model_dir: str, wanted: dict[str, Any]) -> None:
     '; '.join(differences),
     'set them back, or choose another MODEL_DIR',
   )
+  return _differences(found['settings'], settings)
 
 
-def write(model_dir: str, wanted: dict[str, Any], config_text: str) -> None:
+def write(
+  model_dir: str, wanted: dict[str, Any], settings: dict[str, Any], config_text: str
+) -> None:
   """Creates the folder with run.json and config.gin.
 
   Raises:
@@ -88,8 +107,10 @@ def write(model_dir: str, wanted: dict[str, Any], config_text: str) -> None:
   """
   folder = Path(model_dir)
   folder.mkdir(parents=True, exist_ok=True)
+  # First what says whose folder this is.
+  content = {'identity': wanted, 'settings': settings}
+  write_atomically(folder / FILE, json.dumps(content, indent=2) + '\n')
   write_atomically(folder / 'config.gin', config_text)
-  write_atomically(folder / FILE, json.dumps(wanted, indent=2) + '\n')
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,42 @@
+"""The folder of a run: recognised, refused, or continued."""
+
+import json
+
+import pytest
+
+from glm_jax.training import run
+
+IDENTITY = {'seed': 0, 'model': {'num_layers': 2}}
+SETTINGS = {'optimizer': {'learning_rate': 1e-3}}
+
+
+def test_a_new_or_empty_folder_is_fine(tmp_path):
+  assert run.check_same(str(tmp_path / 'new'), IDENTITY, SETTINGS) == []
+  assert run.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+
+
+def test_the_same_run_is_recognised_and_changed_settings_are_said(tmp_path):
+  run.write(str(tmp_path), IDENTITY, SETTINGS, 'text')
+  assert run.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+  changed = run.check_same(str(tmp_path), IDENTITY, {'optimizer': {'learning_rate': 2e-3}})
+  assert changed == ['optimizer.learning_rate was 0.001 and is now 0.002']
+  with pytest.raises(ValueError, match='model.num_layers was 2 and is now 3'):
+    run.check_same(str(tmp_path), {**IDENTITY, 'model': {'num_layers': 3}}, SETTINGS)
+
+
+def test_a_process_killed_while_it_wrote_the_folder_may_begin_again(tmp_path):
+  (tmp_path / f'.{run.FILE}.123').write_text('{"iden')
+  assert run.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+  run.write(str(tmp_path), IDENTITY, SETTINGS, 'text')
+  (tmp_path / 'config.gin').unlink()  # killed between the two files
+  assert run.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+  assert json.loads((tmp_path / run.FILE).read_text())['identity'] == IDENTITY
+
+
+def test_folders_of_others_are_refused(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('')
+  with pytest.raises(ValueError, match=r'thesis\.tex.*choose another folder'):
+    run.check_same(str(tmp_path), IDENTITY, SETTINGS)
+  (tmp_path / run.FILE).write_text('{')
+  with pytest.raises(ValueError, match='readable JSON'):
+    run.check_same(str(tmp_path), IDENTITY, SETTINGS)
