@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OBJECTIVES = ('blank', 'document', 'sentence')
+MIXED = ('blank', 'document', 'sentence')
+"""The objectives that are mixed by (alpha, beta, gamma)."""
+OBJECTIVES = (*MIXED, 'causal')
 """Names of `Batch.objective` values, in order."""
 
 

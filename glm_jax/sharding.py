@@ -112,6 +112,7 @@ def check_fits(model: Any, batch_size: int, microbatches: int, mesh: Mesh) -> No
   )
   for name, axis in (
     ('num_heads', 'tensor'),
+    ('num_kv_heads', 'tensor'),
     ('inner_size', 'tensor'),
     ('vocab_size', 'tensor'),
     ('hidden_size', 'fsdp'),

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from glm_jax.models.config import GLMConfig
+from glm_jax.models.config import ChatGLM2Config, ChatGLMConfig, GLMConfig
 
-FAMILIES = {'glm': GLMConfig}
+FAMILIES = {'glm': GLMConfig, 'chatglm': ChatGLMConfig, 'chatglm2': ChatGLM2Config}
 
 
 def build(config: Any):
   """The Flax module for a model configuration."""
-  from glm_jax.models import glm  # Flax takes a second to import; a config does not.
+  from glm_jax.models import chatglm, chatglm2, glm  # Flax takes a second to import.
 
-  return {GLMConfig: glm.GLM}[type(config)](config)
+  modules = {
+    GLMConfig: glm.GLM,
+    ChatGLMConfig: chatglm.ChatGLM,
+    ChatGLM2Config: chatglm2.ChatGLM2,
+  }
+  return modules[type(config)](config)

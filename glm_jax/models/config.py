@@ -7,6 +7,7 @@ from typing import Any
 
 from glm_jax import configs
 from glm_jax.attention import BACKENDS
+from glm_jax.models.positions import PHASE_DTYPES
 
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
 
@@ -26,6 +27,8 @@ class GLMConfig:
     vocab_size: V, rows of the embedding table: at least the vocabulary's pieces,
       usually rounded up to a multiple of 128.
     max_positions: largest position; both position tables have one row more.
+    activation: 'gelu' (tanh), with which every released GLM was trained, or 'gelu_erf',
+      which the Hugging Face code of glm-10b and its siblings computes instead.
     embedding_dropout: on the sum of the three embeddings.
     attention_dropout: on attention probabilities.
     output_dropout: on what attention and MLP add to the residual stream.
@@ -43,6 +46,7 @@ class GLMConfig:
   mlp_size: int = 0
   vocab_size: int
   max_positions: int
+  activation: str = 'gelu'
   embedding_dropout: float = 0.1
   attention_dropout: float = 0.1
   output_dropout: float = 0.1
@@ -53,54 +57,207 @@ class GLMConfig:
 
   def __post_init__(self):
     configs.check_types(self)
-    for name in ('num_layers', 'hidden_size', 'num_heads', 'vocab_size', 'max_positions'):
-      value = getattr(self, name)
-      configs.check(
-        value >= 1,
-        f'GLMConfig.{name} must be positive',
-        str(value),
-        'give a size of 1 or more',
-      )
-    configs.check(
-      self.hidden_size % self.num_heads == 0,
-      'GLMConfig.hidden_size must be divisible by num_heads',
-      f'hidden_size={self.hidden_size}, num_heads={self.num_heads}',
-      'choose a number of heads that divides the hidden size',
-    )
+    _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'vocab_size')
+    _check_sizes(self, 'max_positions')
+    _check_divides(self, 'hidden_size', 'num_heads')
     configs.check(
       self.mlp_size >= 0,
       'GLMConfig.mlp_size must not be negative',
       str(self.mlp_size),
       'give a size, or 0 for 4 x hidden_size',
     )
-    for name in ('embedding_dropout', 'attention_dropout', 'output_dropout'):
-      value = getattr(self, name)
-      configs.check(
-        0 <= value < 1,
-        f'GLMConfig.{name} must be in [0, 1)',
-        str(value),
-        'use 0.1 as the original, or 0 for none',
-      )
-    for name, choices in (
-      ('dtype', ('float32', 'bfloat16')),
-      ('remat', REMAT_POLICIES),
-      ('attention', BACKENDS),
-    ):
-      value = getattr(self, name)
-      configs.check(
-        value in choices,
-        f'GLMConfig.{name} must be one of {choices}',
-        repr(value),
-        'choose one of these',
-      )
+    _check_choice(self, 'activation', ('gelu', 'gelu_erf'))
+    _check_dropouts(self)
+    _check_compute(self)
+
+  causal = False
+  two_positions = True
+  gated = False
 
   @property
   def head_size(self) -> int:
     return self.hidden_size // self.num_heads
 
   @property
+  def num_kv_heads(self) -> int:
+    return self.num_heads
+
+  @property
   def inner_size(self) -> int:
     return self.mlp_size or 4 * self.hidden_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatGLMConfig:
+  """ChatGLM-6B and GLM-130B; see `glm_jax.models.chatglm`.
+
+  Attributes:
+    num_layers: L.
+    hidden_size: D.
+    num_heads: N; the head size H is D / N.
+    mlp_size: F.
+    vocab_size: V, rows of the embedding table.
+    max_positions: longest row that the model was trained on; no table depends on it.
+    gated: the MLP is GEGLU (GLM-130B) instead of GELU.
+    two_positions: the first half of a head is rotated by the first position, the second
+      half by the block position (ChatGLM-6B); else all of it by the first (GLM-130B).
+      Without block positions, text after [gMASK] goes on counting; a span of [MASK]
+      keeps the position of its mask.
+    deepnorm_layers: alpha is sqrt(2 x this). ChatGLM-6B's code has 28 whatever its depth;
+      GLM-130B has its depth.
+    tied_head: the head is the embedding table.
+    norm_epsilon: of layer normalisation.
+    rope_theta: base of the rotary frequencies.
+    rope_frequency_dtype: the released code of ChatGLM-6B rounds frequencies to float16
+      when it is loaded, whatever it computes in afterwards.
+    rope_phase_dtype: of the angles, see `glm_jax.models.positions`.
+    embedding_gradient: share of the embeddings' gradient that is kept; 0.1 in GLM-130B.
+    embedding_dropout: on the embeddings.
+    attention_dropout: on attention probabilities.
+    output_dropout: on what attention and MLP add.
+    init_std: of the embedding table; the other weights have DeepNorm's initialisation.
+    dtype: as in `GLMConfig`.
+    remat: as in `GLMConfig`.
+    attention: as in `GLMConfig`.
+  """
+
+  num_layers: int
+  hidden_size: int
+  num_heads: int
+  mlp_size: int
+  vocab_size: int
+  max_positions: int
+  gated: bool = False
+  two_positions: bool = True
+  deepnorm_layers: int
+  tied_head: bool = True
+  norm_epsilon: float = 1e-5
+  rope_theta: float = 10000.0
+  rope_frequency_dtype: str = 'float16'
+  rope_phase_dtype: str = 'float32'
+  embedding_gradient: float = 1.0
+  embedding_dropout: float = 0.0
+  attention_dropout: float = 0.0
+  output_dropout: float = 0.0
+  init_std: float = 0.02
+  dtype: str = 'float32'
+  remat: str = 'none'
+  attention: str = 'auto'
+
+  def __post_init__(self):
+    configs.check_types(self)
+    _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'mlp_size')
+    _check_sizes(self, 'vocab_size', 'max_positions', 'deepnorm_layers')
+    _check_divides(self, 'hidden_size', 'num_heads')
+    parts = 4 if self.two_positions else 2
+    configs.check(
+      self.head_size % parts == 0,
+      f'ChatGLMConfig head size must be divisible by {parts} to be rotated',
+      f'hidden_size={self.hidden_size}, num_heads={self.num_heads}',
+      'choose another number of heads',
+    )
+    configs.check(
+      0 < self.embedding_gradient <= 1,
+      'ChatGLMConfig.embedding_gradient must be in (0, 1]',
+      str(self.embedding_gradient),
+      'use 1 for all of the gradient, 0.1 as GLM-130B',
+    )
+    for name in ('rope_phase_dtype', 'rope_frequency_dtype'):
+      _check_choice(self, name, PHASE_DTYPES)
+    _check_positive(self, 'norm_epsilon', 'rope_theta')
+    _check_dropouts(self)
+    _check_compute(self)
+
+  causal = False
+
+  @property
+  def head_size(self) -> int:
+    return self.hidden_size // self.num_heads
+
+  @property
+  def num_kv_heads(self) -> int:
+    return self.num_heads
+
+  @property
+  def inner_size(self) -> int:
+    return self.mlp_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatGLM2Config:
+  """ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B; see `glm_jax.models.chatglm2`.
+
+  Attributes:
+    num_layers: L.
+    hidden_size: D.
+    num_heads: N.
+    num_kv_heads: K, which divides N; query head n uses key head n // (N / K).
+    head_size: H.
+    mlp_size: F.
+    vocab_size: V, rows of the embedding table.
+    max_positions: longest row that the model was trained on; no table depends on it.
+    norm_epsilon: of RMS normalisation: 1e-5, for GLM-4-9B 1.5625e-07.
+    qkv_bias: whether q, k and v have biases.
+    tied_head: the head is the embedding table.
+    rotated_size: leading dimensions of a head that are rotated; 0 for half of it.
+    rope_theta: base of the rotary frequencies.
+    rope_ratio: 50 in ChatGLM3-6B-32k, 500 in GLM-4-9B; it stands in a released
+      checkpoint's config.json.
+    rope_scaling: what the ratio does: multiply theta ('theta'), or divide positions
+      ('positions', ChatGLM2-6B-32k).
+    rope_phase_dtype: of the angles, see `glm_jax.models.positions`.
+    init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
+    dtype: as in `GLMConfig`.
+    remat: as in `GLMConfig`.
+    attention: as in `GLMConfig`.
+  """
+
+  num_layers: int
+  hidden_size: int
+  num_heads: int
+  num_kv_heads: int
+  head_size: int
+  mlp_size: int
+  vocab_size: int
+  max_positions: int
+  norm_epsilon: float = 1e-5
+  qkv_bias: bool = True
+  tied_head: bool = False
+  rotated_size: int = 0
+  rope_theta: float = 10000.0
+  rope_ratio: float = 1.0
+  rope_scaling: str = 'theta'
+  rope_phase_dtype: str = 'float32'
+  init_std: float = 0.02
+  dtype: str = 'float32'
+  remat: str = 'none'
+  attention: str = 'auto'
+
+  def __post_init__(self):
+    configs.check_types(self)
+    _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'num_kv_heads')
+    _check_sizes(self, 'head_size', 'mlp_size', 'vocab_size', 'max_positions')
+    _check_divides(self, 'num_heads', 'num_kv_heads')
+    if not self.rotated_size:  # one number from here on, whoever compares
+      object.__setattr__(self, 'rotated_size', self.head_size // 2)
+    configs.check(
+      self.rotated_size % 2 == 0 and 0 < self.rotated_size <= self.head_size,
+      'ChatGLM2Config.rotated_size must be even and at most head_size',
+      f'rotated_size={self.rotated_size}, head_size={self.head_size}',
+      'use 0 for half of the head',
+    )
+    _check_choice(self, 'rope_scaling', ('theta', 'positions'))
+    _check_choice(self, 'rope_phase_dtype', PHASE_DTYPES)
+    _check_positive(self, 'norm_epsilon', 'rope_theta', 'rope_ratio')
+    _check_compute(self)
+
+  causal = True
+  two_positions = False
+  gated = True
+
+  @property
+  def inner_size(self) -> int:
+    return self.mlp_size
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -132,3 +289,63 @@ def from_dict(fields: dict[str, Any]) -> Any:
     'the checkpoint was written by another version',
   )
   return FAMILIES[family](**fields)
+
+
+def _name(config: Any, field: str) -> str:
+  return f'{type(config).__name__}.{field}'
+
+
+def _check_sizes(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    configs.check(
+      value >= 1, f'{_name(config, name)} must be positive', str(value), 'give 1 or more'
+    )
+
+
+def _check_positive(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    configs.check(
+      0 < value < float('inf'),
+      f'{_name(config, name)} must be positive',
+      str(value),
+      'correct it',
+    )
+
+
+def _check_divides(config: Any, whole: str, part: str) -> None:
+  values = {name: getattr(config, name) for name in (whole, part)}
+  configs.check(
+    values[whole] % values[part] == 0,
+    f'{_name(config, whole)} must be divisible by {part}',
+    ', '.join(f'{name}={value}' for name, value in values.items()),
+    'choose a number that divides it',
+  )
+
+
+def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+  value = getattr(config, name)
+  configs.check(
+    value in choices,
+    f'{_name(config, name)} must be one of {choices}',
+    repr(value),
+    'choose one of these',
+  )
+
+
+def _check_dropouts(config: Any) -> None:
+  for name in ('embedding_dropout', 'attention_dropout', 'output_dropout'):
+    value = getattr(config, name)
+    configs.check(
+      0 <= value < 1,
+      f'{_name(config, name)} must be in [0, 1)',
+      str(value),
+      'use 0.1 as the original, or 0 for none',
+    )
+
+
+def _check_compute(config: Any) -> None:
+  _check_choice(config, 'dtype', ('float32', 'bfloat16'))
+  _check_choice(config, 'remat', REMAT_POLICIES)
+  _check_choice(config, 'attention', BACKENDS)

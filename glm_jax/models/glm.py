@@ -18,12 +18,6 @@ from glm_jax.batch import Visibility
 from glm_jax.models import layers
 from glm_jax.models.config import GLMConfig
 
-_REMAT = {
-  'full': None,
-  'dots': jax.checkpoint_policies.dots_saveable,
-  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
 
 class Block(nn.Module):
   """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
@@ -46,8 +40,7 @@ class Block(nn.Module):
         c.num_heads,
         c.num_heads,
         c.head_size,
-        c.init_std,
-        out_std,
+        (c.init_std, c.init_std, out_std),
         c.attention_dropout,
         c.attention,
         dtype,
@@ -61,9 +54,9 @@ class Block(nn.Module):
       )
       x_BTD = layers.constrain(x_BTD + drop(h_BTD), 'act_length', 'act_embed')
     with jax.named_scope('mlp'):
-      h_BTD = layers.MLP(c.inner_size, c.init_std, out_std, dtype, name='mlp')(
-        layers.LayerNorm(dtype, name='mlp_norm')(x_BTD)
-      )
+      h_BTD = layers.MLP(
+        c.inner_size, c.activation, False, (c.init_std, out_std), dtype, name='mlp'
+      )(layers.LayerNorm(dtype, name='mlp_norm')(x_BTD))
       x_BTD = layers.constrain(x_BTD + drop(h_BTD), 'act_length', 'act_embed')
     return x_BTD, cache
 
@@ -93,7 +86,7 @@ class GLM(nn.Module):
       block_positions: [B, T] int32, likewise.
       visibility: intervals into the T tokens, or into the S slots of the cache.
       deterministic: no dropout; otherwise apply with `rngs={'dropout': key}`.
-      cache: {'k', 'v'}, each [L, B, S, K, H] (see `glm_jax.inference.cache`).
+      cache: {'k', 'v'}, each [L, B, S, K, H] (see `glm_jax.inference.decode`).
       cache_start: [B] int32, the slot of each row's first new token.
 
     Returns:
@@ -118,18 +111,9 @@ class GLM(nn.Module):
       x_BTD = nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x_BTD)
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
 
-    block = Block
-    if c.remat != 'none':
-      block = nn.remat(Block, prevent_cse=False, policy=_REMAT[c.remat])
-    x_BTD, cache = nn.scan(
-      block,
-      variable_axes={'params': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
-      length=c.num_layers,
-      metadata_params={nn.PARTITION_NAME: 'layers'},
-    )(c, deterministic, name='layers')(x_BTD, cache, visibility, cache_start)
-
+    x_BTD, cache = layers.stack(
+      Block, c, deterministic, x_BTD, cache, visibility, cache_start
+    )
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, name='final_norm')(x_BTD)
       logits_BTV = words.logits(x_BTD)

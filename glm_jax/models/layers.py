@@ -7,6 +7,7 @@ stand in `glm_jax.sharding`. Flax's DenseGeneral cannot hold such weights under
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,7 @@ class Einsum(nn.Module):
     equation: such as 'BTD,DNH->BTNH'.
     shape: of the weight.
     axes: a logical axis name for each of its dimensions.
-    bias_axes: how many of the last weight axes the bias has.
+    bias_axes: how many of the last weight axes the bias has; 0 for none.
     init_std: standard deviation of the normal initialisation; the bias begins at 0.
   """
 
@@ -40,13 +41,15 @@ class Einsum(nn.Module):
     weight = self.param(
       'weight', _partitioned(nn.initializers.normal(self.init_std), self.axes), self.shape
     )
+    out = jnp.einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype))
+    if not self.bias_axes:
+      return out
     bias = self.param(
       'bias',
       _partitioned(nn.initializers.zeros, self.axes[-self.bias_axes :]),
       self.shape[-self.bias_axes :],
     )
-    x, weight, bias = (a.astype(self.dtype) for a in (x, weight, bias))
-    return jnp.einsum(self.equation, x, weight) + bias
+    return out + bias.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -67,8 +70,28 @@ class LayerNorm(nn.Module):
     return (x_BTD * scale + bias).astype(self.dtype)
 
 
+class RMSNorm(nn.Module):
+  """Root-mean-square normalisation over D with scale; all of it in float32.
+
+  The product with the scale, too, as in ChatGLM2's code; Hugging Face's GlmRMSNorm
+  casts before it, which differs by a rounding in bfloat16.
+  """
+
+  dtype: Any
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    scale = self.param(
+      'scale', _partitioned(nn.initializers.ones, ('embed',)), (x_BTD.shape[-1],)
+    )
+    x_BTD = x_BTD.astype(jnp.float32)
+    x_BTD *= jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + self.epsilon)
+    return (x_BTD * scale).astype(self.dtype)
+
+
 class Table(nn.Module):
-  """An embedding table [rows, D]: look-up, and as the tied linear head."""
+  """A table [rows, D]: look-up of embeddings, and a linear head, tied to it or its own."""
 
   rows: int
   size: int
@@ -98,16 +121,29 @@ class Table(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention over `Visibility`, with an optional key/value cache."""
+  """Attention over `Visibility`, with an optional key/value cache.
+
+  Attributes:
+    num_heads: N.
+    num_kv_heads: K.
+    head_size: H.
+    init_stds: of the weights q (and k), v, out.
+    dropout: on the attention probabilities.
+    backend: see `glm_jax.attention.attend`.
+    dtype: of the computation.
+    qkv_bias: whether q, k and v have biases.
+    out_bias: whether out has.
+  """
 
   num_heads: int
   num_kv_heads: int
   head_size: int
-  init_std: float
-  out_init_std: float
+  init_stds: tuple[float, float, float]
   dropout: float
   backend: str
   dtype: Any
+  qkv_bias: bool = True
+  out_bias: bool = True
 
   @nn.compact
   def __call__(
@@ -117,6 +153,7 @@ class Attention(nn.Module):
     deterministic: bool,
     cache: dict[str, jax.Array] | None = None,
     cache_start: jax.Array | None = None,
+    rotate: Callable[[jax.Array], jax.Array] = lambda x: x,
   ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """Attends to `x_BTD` itself, or to a cache into which its keys are written.
 
@@ -126,26 +163,29 @@ class Attention(nn.Module):
       deterministic: no dropout.
       cache: {'k', 'v'}, each [B, S, K, H].
       cache_start: [B] int32, the slot of each row's first new key.
+      rotate: rotary positions, applied to queries and keys [B, T, heads, H].
 
     Returns:
       The output [B, T, D] and the cache with the new keys.
     """
     D, N, K, H = x_BTD.shape[-1], self.num_heads, self.num_kv_heads, self.head_size
+    qk_std, v_std, out_std = self.init_stds
 
-    def project(name: str, heads: int, axis: str) -> jax.Array:
-      return Einsum(
+    def project(name: str, heads: int, axis: str, std: float) -> jax.Array:
+      x_BTNH = Einsum(
         'BTD,DNH->BTNH',
         (D, heads, H),
         ('embed', axis, 'head_dim'),
-        2,
-        self.init_std,
+        2 if self.qkv_bias else 0,
+        std,
         self.dtype,
         name=name,
       )(x_BTD)
+      return constrain(x_BTNH, 'act_length', f'act_{axis}', None)
 
-    q_BTNH = constrain(project('q', N, 'heads'), 'act_length', 'act_heads', None)
-    k_BSKH = constrain(project('k', K, 'kv_heads'), 'act_length', 'act_kv_heads', None)
-    v_BSKH = constrain(project('v', K, 'kv_heads'), 'act_length', 'act_kv_heads', None)
+    q_BTNH = rotate(project('q', N, 'heads', qk_std))
+    k_BSKH = rotate(project('k', K, 'kv_heads', qk_std))
+    v_BSKH = project('v', K, 'kv_heads', v_std)
     if cache is not None:
       write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
       cache = {
@@ -167,38 +207,103 @@ class Attention(nn.Module):
       'BTNH,NHD->BTD',
       (N, H, D),
       ('heads', 'head_dim', 'embed'),
-      1,
-      self.out_init_std,
+      1 if self.out_bias else 0,
+      out_std,
       self.dtype,
       name='out',
     )(out_BTNH)
     return out_BTD, cache
 
 
+ACTIVATIONS = {
+  'gelu': lambda x: jax.nn.gelu(x, approximate=True),
+  'gelu_erf': lambda x: jax.nn.gelu(x, approximate=False),
+  'silu': jax.nn.silu,
+}
+
+
 class MLP(nn.Module):
-  """up, tanh-GELU, down."""
+  """`down(act(up x))`, or gated, `down(act(gate x) * (up x))`.
+
+  Attributes:
+    size: F.
+    activation: a key of `ACTIVATIONS`.
+    gated: whether there is a gate.
+    init_stds: of the weights up (and gate), down.
+    dtype: of the computation.
+    bias: whether the weights have biases.
+  """
 
   size: int
-  init_std: float
-  out_init_std: float
+  activation: str
+  gated: bool
+  init_stds: tuple[float, float]
   dtype: Any
+  bias: bool = True
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     D, F = x_BTD.shape[-1], self.size
-    h_BTF = Einsum(
-      'BTD,DF->BTF', (D, F), ('embed', 'mlp'), 1, self.init_std, self.dtype, name='up'
-    )(x_BTD)
-    h_BTF = constrain(h_BTF, 'act_length', 'act_mlp')
+    bias_axes, act = int(self.bias), ACTIVATIONS[self.activation]
+
+    def project(name: str) -> jax.Array:
+      h_BTF = Einsum(
+        'BTD,DF->BTF',
+        (D, F),
+        ('embed', 'mlp'),
+        bias_axes,
+        self.init_stds[0],
+        self.dtype,
+        name=name,
+      )(x_BTD)
+      return constrain(h_BTF, 'act_length', 'act_mlp')
+
+    h_BTF = act(project('gate')) * project('up') if self.gated else act(project('up'))
     return Einsum(
       'BTF,FD->BTD',
       (F, D),
       ('mlp', 'embed'),
-      1,
-      self.out_init_std,
+      bias_axes,
+      self.init_stds[1],
       self.dtype,
       name='down',
-    )(jax.nn.gelu(h_BTF, approximate=True))
+    )(h_BTF)
+
+
+_REMAT = {
+  'full': None,
+  'dots': jax.checkpoint_policies.dots_saveable,
+  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def stack(
+  block: type[nn.Module], config: Any, deterministic: bool, x_BTD: Any, cache: Any, *shared
+) -> tuple[jax.Array, Any]:
+  """`num_layers` blocks, one after the other, as a scan under the config's remat policy.
+
+  Args:
+    block: a module of (config, deterministic), called as `(x_BTD, cache, *shared)`, that
+      returns its output and its cache.
+    config: a model configuration.
+    deterministic: no dropout.
+    x_BTD: input of the first.
+    cache: {'k', 'v'} with a leading axis L, or None.
+    *shared: what every block is given alike.
+
+  Returns:
+    The output of the last and the caches.
+  """
+  if config.remat != 'none':
+    block = nn.remat(block, prevent_cse=False, policy=_REMAT[config.remat])
+  return nn.scan(
+    block,
+    variable_axes={'params': 0},
+    split_rngs={'params': True, 'dropout': True},
+    in_axes=(0, *[nn.broadcast] * len(shared)),
+    length=config.num_layers,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+  )(config, deterministic, name='layers')(x_BTD, cache, *shared)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -49,17 +49,20 @@ def step_flops(model: Any, batch: Any) -> float:
   """FLOPs that training on one batch asks for, however it is computed.
 
   6 a token and weight (2 forward, 4 backward) without look-ups, and 12 a visible
-  (query, key) pair, layer and unit of width; padding and recomputation do not count.
+  (query, key) pair, layer and unit of the heads' width; padding and recomputation do not
+  count.
 
   Args:
     model: a model configuration.
     batch: this process's numpy rows.
   """
-  D, L = model.hidden_size, model.num_layers
-  weights = L * (4 * D * D + 2 * D * model.inner_size) + D * model.vocab_size
+  D, L, H = model.hidden_size, model.num_layers, model.head_size
+  N, K = model.num_heads, model.num_kv_heads
+  mlp = (3 if model.gated else 2) * D * model.inner_size
+  weights = L * (2 * D * H * (N + K) + mlp) + D * model.vocab_size
   seen = np.asarray(batch.key_end, np.int64) - np.asarray(batch.key_start, np.int64)
   tokens, pairs = float((seen > 0).sum()), float(seen.sum())
-  return (6 * weights * tokens + 12 * L * D * pairs) * jax.process_count()
+  return (6 * weights * tokens + 12 * L * N * H * pairs) * jax.process_count()
 
 
 class Meter:
