@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from glm_jax.text import loading
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.vocabulary import NAMES, ByteVocabulary, SentencePieceVocabulary
 
@@ -76,11 +77,11 @@ def test_chinese_sentence_ends(trained):
 
 
 def test_a_vocabulary_survives_a_checkpoint(vocabulary):
-  again = vocabularies.from_dict(vocabulary.to_dict())
+  again = loading.from_dict(vocabulary.to_dict())
   assert again.fingerprint == vocabulary.fingerprint
   assert again.encode(CHINESE) == vocabulary.encode(CHINESE)
-  with pytest.raises(ValueError, match='must be of kind'):
-    vocabularies.from_dict({'kind': 'wordpiece'})
+  with pytest.raises(ValueError, match='must be of a kind'):
+    loading.from_dict({'kind': 'wordpiece'})
 
 
 def test_a_model_file_keeps_its_ids(trained, tmp_path):
@@ -91,18 +92,18 @@ def test_a_model_file_keeps_its_ids(trained, tmp_path):
   model = base64.b64decode(trained.to_dict()['model'])
   (tmp_path / 'own.model').write_bytes(model)
   theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
-  ours = vocabularies.load(str(tmp_path / 'own.model'))
+  ours = loading.load(str(tmp_path / 'own.model'))
   assert ours.encode(ENGLISH) == theirs.encode(ENGLISH)
   assert ours.size == theirs.get_piece_size() + 9
-  assert vocabularies.load('bytes').size == 265
+  assert loading.load('bytes').size == 265
 
 
 def test_unreadable_models_are_refused(tmp_path):
   with pytest.raises(ValueError, match='readable .model file'):
-    vocabularies.load(str(tmp_path / 'none.model'))
+    loading.load(str(tmp_path / 'none.model'))
   (tmp_path / 'bad.model').write_bytes(b'not a model at all')
   with pytest.raises(ValueError, match=r'bad\.model.*must be a sentencepiece model'):
-    vocabularies.load(str(tmp_path / 'bad.model'))
+    loading.load(str(tmp_path / 'bad.model'))
   with pytest.raises(ValueError, match='some text, got none'):
     vocabularies.train_sentencepiece(['', ' \n'.strip()], 600)
   with pytest.raises(ValueError, match='512 or more'):

@@ -1,8 +1,10 @@
 """Vocabularies: text to token ids and back, with pieces that text cannot spell.
 
-`[MASK] [gMASK] [sMASK] [sop] [eop] [ENC] [dBLOCK] <eos> <pad>` are added behind a
-vocabulary's own pieces, whose ids stay as they are. They are control pieces: whatever a
-text holds, `encode` never yields one of them.
+Every vocabulary of the family has control pieces (masks, the ends of spans, roles of a
+chat). Whatever a text holds, `encode` never yields one of them; a caller that means them
+says so, with `encode_marked`. The released vocabularies stand in `glm_jax.text.released`;
+here are the interface and the vocabularies that are trained or need no training, which
+have `[MASK] [gMASK] [sMASK] [sop] [eop] [ENC] [dBLOCK] <eos> <pad>` behind their pieces.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import base64
 import dataclasses
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,79 +37,177 @@ NAMES = (
 _ENDS = '.?!;:。？！；：…\n'
 
 _SPACE = '\u2581'
+CONTROL = spm_pb2.ModelProto.SentencePiece.CONTROL
 
 
-@dataclasses.dataclass(frozen=True)
+# Marks that fill in for text: the space before them is theirs (THUDM/GLM
+# data_utils/tokenization.py, `lstrip=True`).
+_MASKS = ('[MASK]', '[gMASK]', '[sMASK]')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Specials:
-  """Ids of the control pieces, in the order of `NAMES`."""
+  """Ids of the pieces that the objectives and generation use; None where there is none.
+
+  Attributes:
+    mask: stands for a span.
+    gmask: stands for the rest of a text.
+    smask: stands for a sentence.
+    sop: opens a span.
+    eop: closes it.
+    enc: opens a document.
+    dblock: noise in a span's input.
+    eos: ends a document.
+    pad: fills rows up; never seen.
+  """
 
   mask: int
-  gmask: int
-  smask: int
+  gmask: int | None
+  smask: int | None
   sop: int
   eop: int
-  enc: int
-  dblock: int
+  enc: int | None
+  dblock: int | None
   eos: int
   pad: int
-
-  @classmethod
-  def behind(cls, size: int) -> Specials:
-    """The ids that follow `size` pieces."""
-    return cls(*range(size, size + len(NAMES)))
 
 
 class Vocabulary:
   """What every vocabulary can do.
 
   Attributes:
-    size: pieces, control pieces included.
-    specials: ids of the control pieces.
+    kind: its name in `to_dict` and in `load`.
+    size: ids, control pieces included.
+    specials: ids that the objectives use.
+    control: id of every control piece by name; different names may share one.
+    prefix: control pieces that open every document ([ENC]; ChatGLM2: [gMASK] sop).
+    suffix: what follows a text with blanks (<eos>, or nothing).
+    padding_side: where the program of a released model pads; rows here are compact.
+    stops: ids that end a generated answer.
     fingerprint: 16 hexadecimal digits that tell vocabularies apart.
   """
 
+  kind: str
   size: int
   specials: Specials
+  control: dict[str, int]
+  prefix: tuple[int, ...]
+  suffix: tuple[int, ...]
+  padding_side: str = 'right'
+  stops: tuple[int, ...]
   fingerprint: str
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, never a control piece."""
-    raise NotImplementedError
+    return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of each text, in parallel where that is possible."""
-    return [self.encode(text) for text in texts]
-
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of token ids; control pieces, and ids beyond `size`, say nothing."""
     raise NotImplementedError
+
+  def encode_marked(self, text: str, names: Sequence[str] = ()) -> list[int]:
+    """As `encode`, but names of control pieces, such as '[MASK]', become their ids.
+
+    Space before a mask is dropped: a filled span brings its own.
+
+    Args:
+      text: with names in it.
+      names: those that are meant; by default all of `control`.
+    """
+    names = sorted(names or self.control, key=len, reverse=True)
+    parts = re.split('(' + '|'.join(map(re.escape, names)) + ')', text)
+    ids: list[int] = []
+    for part, following in zip(parts, [*parts[1:], ''], strict=True):
+      if part in names:
+        ids.append(self.control[part])
+      else:
+        ids.extend(self.encode(part.rstrip() if following in _MASKS else part))
+    return ids
+
+  def decode(self, ids: Sequence[int], *, control: bool = False) -> str:
+    """The text of token ids; ids that are no piece say nothing.
+
+    Args:
+      ids: of tokens.
+      control: control pieces by their names, instead of nothing.
+    """
+    names = self.names
+    parts: list[str] = []
+    rest: list[int] = []
+    for token in map(int, ids):
+      if token not in names:
+        if 0 <= token < self.size:
+          rest.append(token)
+      elif control:
+        parts += [self._decode(rest), names[token]]
+        rest = []
+    return self._join([part for part in (*parts, self._decode(rest)) if part])
 
   def piece(self, token: int) -> str:
     """One token for a reader: a control piece by its name, a byte as <0xE4>."""
-    raise NotImplementedError
+    return self.names.get(token) or self._piece(token)
+
+  @property
+  def names(self) -> dict[int, str]:
+    """Name of each control piece by id; the last one where several share an id."""
+    return {token: name for name, token in self.control.items()}
 
   def ends_sentence(self) -> np.ndarray:
     """[size] bool: the piece holds a sentence-ending mark or a line break."""
-    pieces = [self.piece(token) for token in range(self.size - len(NAMES))]
+    names = self.names
+    pieces = ['' if i in names else self._piece(i) for i in range(self.size)]
     as_bytes = {f'<0x{ord(mark):02X}>' for mark in _ENDS if mark.isascii()}
-    ends = [any(mark in piece for mark in _ENDS) or piece in as_bytes for piece in pieces]
-    return np.array(ends + [False] * len(NAMES))
+    return np.array(
+      [any(mark in piece for mark in _ENDS) or piece in as_bytes for piece in pieces]
+    )
 
   def to_dict(self) -> dict[str, Any]:
     """As JSON, content included, so that a checkpoint carries its vocabulary."""
     raise NotImplementedError
 
-  def _name(self, token: int) -> str | None:
-    first = self.size - len(NAMES)
-    return NAMES[token - first] if first <= token < self.size else None
+  def files(self) -> dict[str, bytes]:
+    """The files that the program of a released model reads it from, by name."""
+    return {}
+
+  def _decode(self, ids: list[int]) -> str:
+    """Text of ids that are no control pieces."""
+    raise NotImplementedError
+
+  def _piece(self, token: int) -> str:
+    raise NotImplementedError
+
+  def _join(self, parts: Sequence[str]) -> str:
+    return ''.join(parts)
+
+  def _add_own_control(self, first: int) -> None:
+    """The control pieces `NAMES` as the ids from `first` on."""
+    self.size = first + len(NAMES)
+    self.control = {name: first + i for i, name in enumerate(NAMES)}
+    at = self.control
+    self.specials = Specials(
+      mask=at['[MASK]'],
+      gmask=at['[gMASK]'],
+      smask=at['[sMASK]'],
+      sop=at['[sop]'],
+      eop=at['[eop]'],
+      enc=at['[ENC]'],
+      dblock=at['[dBLOCK]'],
+      eos=at['<eos>'],
+      pad=at['<pad>'],
+    )
+    self.prefix, self.suffix = (at['[ENC]'],), (at['<eos>'],)
+    self.stops = (at['[eop]'], at['<eos>'])
 
 
 class SentencePieceVocabulary(Vocabulary):
-  """A sentencepiece model with the control pieces behind its own.
+  """A sentencepiece model with control pieces behind its own.
 
   Attributes:
-    serialized: the model with the control pieces.
+    model: content of the `.model` file.
+    serialized: the same with the control pieces.
   """
+
+  kind = 'sentencepiece'
 
   def __init__(self, model: bytes):
     """
@@ -117,17 +217,19 @@ class SentencePieceVocabulary(Vocabulary):
     Raises:
       ValueError: it is none.
     """
+    self._add_own_control(self._load(model, NAMES))
+
+  def _load(self, model: bytes, names: Sequence[str]) -> int:
+    """Reads a model and adds pieces that no text yields; returns the first one's id."""
     proto = spm_pb2.ModelProto()
     try:
       proto.ParseFromString(model)
       known = {piece.piece for piece in proto.pieces}
       base = len(proto.pieces)
-      for name in NAMES:
+      for name in names:
         # A model may have a piece of that name already, which then remains its own.
         unique = name if name not in known else f'glm_jax:{name}'
-        proto.pieces.add(
-          piece=unique, score=0.0, type=spm_pb2.ModelProto.SentencePiece.CONTROL
-        )
+        proto.pieces.add(piece=unique, score=0.0, type=CONTROL)
       self.serialized = proto.SerializeToString()
       self._processor = spm.SentencePieceProcessor(model_proto=self.serialized)
     except Exception as error:  # protobuf and sentencepiece have no common error
@@ -139,16 +241,14 @@ class SentencePieceVocabulary(Vocabulary):
       raise ValueError(
         'a sentencepiece model must have pieces, got none; give another .model file.'
       )
-    self._model = model
+    self.model = model
     pieces = [self._processor.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
     exact = all(self._processor.is_byte(piece) for piece in pieces)
+    # Only a model that adds no space of its own can be cut at the mark below.
+    exact = exact and not proto.normalizer_spec.add_dummy_prefix
     self._bytes_of_space = pieces if exact else []
-    self.size = base + len(NAMES)
-    self.specials = Specials.behind(base)
-    self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
-
-  def encode(self, text: str) -> list[int]:
-    return self.encode_batch([text])[0]
+    self.fingerprint = hashlib.sha256(model + self.kind.encode()).hexdigest()[:16]
+    return base
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     ids = self._processor.encode(list(texts), num_threads=-1)
@@ -161,81 +261,49 @@ class SentencePieceVocabulary(Vocabulary):
           ids[i] = ids[i] + self._bytes_of_space + part
     return ids
 
-  def decode(self, ids: Sequence[int]) -> str:
-    first = self.specials.mask
-    return self._processor.decode([int(token) for token in ids if token < first])
+  def _decode(self, ids: list[int]) -> str:
+    return self._processor.decode(ids)
 
-  def piece(self, token: int) -> str:
-    return self._name(token) or self._processor.id_to_piece(int(token))
+  def _piece(self, token: int) -> str:
+    return self._processor.id_to_piece(int(token))
 
   def to_dict(self) -> dict[str, Any]:
-    return {'kind': 'sentencepiece', 'model': base64.b64encode(self._model).decode()}
+    return {'kind': self.kind, 'model': base64.b64encode(self.model).decode()}
 
 
 class ByteVocabulary(Vocabulary):
   """The 256 bytes of UTF-8: nothing to train, every text exact."""
 
+  kind = 'bytes'
+
   def __init__(self):
-    self.size = 256 + len(NAMES)
-    self.specials = Specials.behind(256)
+    self._add_own_control(256)
     self.fingerprint = 'bytes'
 
-  def encode(self, text: str) -> list[int]:
-    return list(text.encode('utf-8'))
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    return [list(text.encode('utf-8')) for text in texts]
 
-  def decode(self, ids: Sequence[int]) -> str:
-    return bytes(int(token) for token in ids if token < 256).decode('utf-8', 'replace')
+  def _decode(self, ids: list[int]) -> str:
+    return bytes(ids).decode('utf-8', 'replace')
 
-  def piece(self, token: int) -> str:
-    character = chr(token) if 32 <= token < 127 else f'<0x{token:02X}>'
-    return self._name(token) or character
+  def _piece(self, token: int) -> str:
+    return chr(token) if 32 <= token < 127 else f'<0x{token:02X}>'
 
   def to_dict(self) -> dict[str, Any]:
-    return {'kind': 'bytes'}
+    return {'kind': self.kind}
 
 
-def from_dict(fields: dict[str, Any]) -> Vocabulary:
-  """The inverse of `Vocabulary.to_dict`."""
-  if fields.get('kind') == 'bytes':
-    return ByteVocabulary()
-  if fields.get('kind') == 'sentencepiece':
-    return SentencePieceVocabulary(base64.b64decode(fields['model']))
-  raise ValueError(
-    "a stored vocabulary must be of kind 'bytes' or 'sentencepiece', got "
-    f'{fields.get("kind")!r}; use the version that wrote it.'
-  )
-
-
-def load(spec: str) -> Vocabulary:
-  """'bytes', or the path of a sentencepiece `.model` file.
-
-  Raises:
-    ValueError: the file is missing or no such model.
-  """
-  if spec == 'bytes':
-    return ByteVocabulary()
-  path = Path(spec).expanduser()
-  try:
-    model = path.read_bytes()
-  except OSError as error:
-    raise ValueError(
-      "VocabularyConfig.path must be 'bytes' or a readable .model file, "
-      f'got {spec!r} ({error.strerror}); correct the path.'
-    ) from error
-  try:
-    return SentencePieceVocabulary(model)
-  except ValueError as error:
-    raise ValueError(f'{spec}: {error}') from error
-
-
-def train_sentencepiece(texts: Iterable[str], size: int, max_lines: int = 200_000) -> bytes:
-  """Trains a unigram model in which every text, of any script, comes back exactly.
+def train_sentencepiece(
+  texts: Iterable[str], size: int, *, bpe: bool = False, max_lines: int = 200_000
+) -> bytes:
+  """Trains a model in which every text, of any script, comes back exactly.
 
   No normalisation, no added or removed space, and unknown characters as bytes.
 
   Args:
     texts: documents; cut into lines here.
     size: of the finished vocabulary, control pieces included.
+    bpe: byte pairs, and <s> and </s>, as ChatGLM's; else a unigram model.
     max_lines: an even sample of so many lines is used.
 
   Returns:
@@ -260,7 +328,7 @@ def train_sentencepiece(texts: Iterable[str], size: int, max_lines: int = 200_00
   spm.SentencePieceTrainer.train(
     sentence_iterator=iter(lines),
     model_writer=model,
-    model_type='unigram',
+    model_type='bpe' if bpe else 'unigram',
     vocab_size=size - len(NAMES),
     hard_vocab_limit=False,
     byte_fallback=True,
@@ -274,8 +342,8 @@ def train_sentencepiece(texts: Iterable[str], size: int, max_lines: int = 200_00
     num_threads=4,
     minloglevel=2,
     unk_id=0,
-    bos_id=-1,
-    eos_id=-1,
+    bos_id=1 if bpe else -1,
+    eos_id=2 if bpe else -1,
     pad_id=-1,
   )
   return model.getvalue()

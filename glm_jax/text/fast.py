@@ -1,0 +1,96 @@
+"""A sentencepiece vocabulary as a fast tokenizer.json, which transformers and vLLM read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2 as spm_pb2
+from tokenizers import (
+  AddedToken,
+  Regex,
+  Tokenizer,
+  decoders,
+  models,
+  normalizers,
+  processors,
+)
+
+from glm_jax.text.vocabulary import SentencePieceVocabulary, Vocabulary
+
+
+def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
+  """A tokenizer.json of the same ids; None where `files` has one already.
+
+  Raises:
+    ValueError: a sentencepiece model that is neither byte pairs nor unigram.
+  """
+  if not isinstance(vocabulary, SentencePieceVocabulary):
+    return None
+  proto = spm_pb2.ModelProto()
+  proto.ParseFromString(vocabulary.model)
+  pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+  ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+  kind = proto.trainer_spec.model_type
+  unknown = pieces[proto.trainer_spec.unk_id][0]
+  if kind == proto.trainer_spec.BPE:
+    model = models.BPE(
+      ids,
+      _merges(ids, pieces),
+      unk_token=unknown,
+      fuse_unk=True,
+      byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+  elif kind == proto.trainer_spec.UNIGRAM:
+    model = models.Unigram(
+      pieces, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback
+    )
+  else:
+    raise ValueError(
+      'a sentencepiece model must be byte pairs or unigram to be exported, got another '
+      'kind; export it without --to=glm.'
+    )
+  fast = Tokenizer(model)
+  spec = proto.normalizer_spec
+  steps: list[Any] = []
+  if spec.precompiled_charsmap:
+    steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+  if spec.remove_extra_whitespaces:
+    steps += [normalizers.Strip(), normalizers.Replace(Regex(' {2,}'), ' ')]
+  if spec.add_dummy_prefix:
+    steps.append(normalizers.Prepend('▁'))
+  steps.append(normalizers.Replace(' ', '▁'))
+  fast.normalizer = normalizers.Sequence(steps)
+  undo = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+  if spec.add_dummy_prefix:
+    undo.append(decoders.Strip(' ', 1, 0))
+  fast.decoder = decoders.Sequence(undo)
+  special = proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id
+  own = [pieces[i][0] for i in special if i >= 0]
+  added = sorted(vocabulary.control.items(), key=lambda pair: pair[1])
+  names = [*own, *(name for name, token in added if token >= len(pieces))]
+  fast.add_special_tokens(
+    [AddedToken(name, special=True, normalized=False) for name in names]
+  )
+  prefix = [vocabulary.names[token] for token in vocabulary.prefix]
+  if prefix:
+    fast.post_processor = processors.TemplateProcessing(
+      single=[*prefix, '$A'],
+      pair=[*prefix, '$A', '$B'],
+      special_tokens=list(zip(prefix, vocabulary.prefix, strict=True)),
+    )
+  return fast
+
+
+def _merges(
+  ids: Mapping[str, int], pieces: list[tuple[str, float]]
+) -> list[tuple[str, str]]:
+  """The pairs that a piece can be merged from, best first: scores are merge ranks."""
+  merges = []
+  for piece, score in pieces:
+    pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+    known = [(a, b) for a, b in pairs if a in ids and b in ids]
+    merges += [
+      (score, a, b) for a, b in sorted(known, key=lambda p: (ids[p[0]], ids[p[1]]))
+    ]
+  return [(a, b) for _, a, b in sorted(merges, key=lambda m: -m[0])]

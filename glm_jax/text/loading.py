@@ -1,0 +1,144 @@
+"""Vocabularies from files, from checkpoints, and from the folders of released models."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glm_jax.text import released
+from glm_jax.text.released import SENTENCEPIECE, TOKENIZERS
+from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
+
+KINDS = ('bytes', *SENTENCEPIECE, 'ice-130b', *TOKENIZERS)
+"""What may stand before the colon of a vocabulary's path."""
+
+# Names that GLM's repositories and Hugging Face use.
+_PAIRS = (('vocab.json', 'merges.txt'), ('gpt2-vocab.json', 'gpt2-merges.txt'))
+_ROBERTA = (('roberta-vocab.json', 'roberta-merges.txt'), ('vocab.json', 'merges.txt'))
+_IMAGES = 20_000
+# The first ChatGLM-6B and GLM-130B have tables of this many rows, images included.
+_TABLE_WITH_IMAGES = 150_528
+
+
+def from_dict(fields: Mapping[str, Any]) -> Vocabulary:
+  """The inverse of `Vocabulary.to_dict`."""
+  kind = fields.get('kind')
+  if kind == 'bytes':
+    return ByteVocabulary()
+  if kind in SENTENCEPIECE:
+    model = base64.b64decode(fields['model'])
+    images = {'images': fields['images']} if 'images' in fields else {}
+    return SENTENCEPIECE[kind](model, **images)
+  if kind in TOKENIZERS:
+    return TOKENIZERS[kind](fields['tokenizer'])
+  raise ValueError(
+    f'a stored vocabulary must be of a kind in {KINDS}, got {kind!r}; use the version that '
+    'wrote it.'
+  )
+
+
+def load(spec: str) -> Vocabulary:
+  """A vocabulary by name.
+
+  Args:
+    spec: 'bytes', the path of a sentencepiece `.model` file, or 'KIND:PATH' for one of a
+      released model, such as 'chatglm3:tokenizer.model', 'bert:vocab.txt', or
+      'gpt2:FOLDER' with vocab.json and merges.txt.
+
+  Raises:
+    ValueError: the file is missing or no such vocabulary.
+  """
+  if spec == 'bytes':
+    return ByteVocabulary()
+  kind, _, rest = spec.partition(':')
+  if not rest or kind not in KINDS:
+    kind, rest = SentencePieceVocabulary.kind, spec
+  path = Path(rest).expanduser()
+  try:
+    if kind in ('gpt2', 'roberta'):
+      pair = _find_pair(path, _ROBERTA if kind == 'roberta' else _PAIRS)
+      texts = [file.read_text(encoding='utf-8') for file in pair]
+      return TOKENIZERS[kind].from_files(*texts)
+    content = path.read_bytes()
+  except OSError as error:
+    raise ValueError(
+      "a vocabulary must be 'bytes', a readable .model file or KIND:PATH with KIND in "
+      f'{KINDS[1:]}, got {spec!r} ({error.strerror or error}); correct the path.'
+    ) from error
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{spec}: must be UTF-8 text ({error}); correct the path.') from error
+  try:
+    if kind == 'bert':
+      return released.BertVocabulary.from_files(content.decode('utf-8'))
+    if kind == 'glm4':
+      return released.GLM4Vocabulary(content.decode('utf-8'))
+    if kind == 'ice-130b':
+      return released.IceVocabulary(content, _IMAGES)
+    return SENTENCEPIECE[kind](content)
+  except ValueError as error:
+    raise ValueError(f'{spec}: {error}') from error
+
+
+def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
+  """The vocabulary in a released model's folder; None if there is none.
+
+  Args:
+    folder: of the model.
+    format: of the weights, see `glm_jax.interop.layouts.LAYOUTS`.
+    table_rows: of the embedding table.
+
+  Raises:
+    ValueError: a file that is no vocabulary.
+  """
+  has = {path.name for path in folder.iterdir()}
+
+  def spec(kind: str, name: str = '') -> Vocabulary:
+    return load(f'{kind}:{folder / name}')
+
+  if 'ice_text.model' in has:
+    return spec('ice-130b' if table_rows == _TABLE_WITH_IMAGES else 'ice', 'ice_text.model')
+  if 'cog-pretrain.model' in has:
+    return spec('cog-fixed' if _own_gmask(folder) else 'cog', 'cog-pretrain.model')
+  if format in ('chatglm2', 'glm') and 'tokenizer.model' in has:
+    return spec('chatglm3' if _has_roles(folder) else 'chatglm2', 'tokenizer.model')
+  if format in ('chatglm2', 'glm') and 'tokenizer.json' in has:
+    return spec('glm4', 'tokenizer.json')
+  if 'vocab.txt' in has:
+    return spec('bert', 'vocab.txt')
+  if 'roberta-vocab.json' in has:
+    return spec('roberta')
+  if any(pair[0] in has for pair in _PAIRS):
+    text = next((folder / pair[0]) for pair in _PAIRS if pair[0] in has)
+    roberta = json.loads(text.read_text(encoding='utf-8')).get('<s>') == 0
+    return spec('roberta' if roberta else 'gpt2')
+  return None
+
+
+def _find_pair(folder: Path, names: tuple[tuple[str, str], ...]) -> list[Path]:
+  for pair in names:
+    if all((folder / name).is_file() for name in pair):
+      return [folder / name for name in pair]
+  raise FileNotFoundError(f'{folder} has not {" and ".join(names[0])}')
+
+
+def _has_roles(folder: Path) -> bool:
+  """ChatGLM3's tokenizer files name the roles; ChatGLM2's do not."""
+  names = ('tokenizer_config.json', 'tokenization_chatglm.py', 'special_tokens_map.json')
+  names += ('tokenizer.json',)  # of an export
+  return any(
+    '<|user|>' in (folder / name).read_text(encoding='utf-8')
+    for name in names
+    if (folder / name).is_file()
+  )
+
+
+def _own_gmask(folder: Path) -> bool:
+  """GLM-Large-Chinese counts [gMASK] as 50009, GLM-10B-Chinese's own code does not."""
+  path = folder / 'added_tokens.json'
+  if not path.is_file():
+    return False
+  added = json.loads(path.read_text(encoding='utf-8'))
+  return added.get('[gMASK]') != added.get('<|endofpiece|>')

@@ -1,0 +1,400 @@
+"""The vocabularies of the released models, with the ids that their weights expect.
+
+Ids of control pieces: THUDM/GLM data_utils/tokenization.py (GLM), the
+tokenization_chatglm.py published with ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B, and
+GLM-4-9B's tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2 as spm_pb2
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from glm_jax.text.vocabulary import CONTROL, SentencePieceVocabulary, Specials, Vocabulary
+
+_SOP, _EOP, _END = '<|startofpiece|>', '<|endofpiece|>', '<|endoftext|>'
+ROLES = ('<|system|>', '<|user|>', '<|assistant|>', '<|observation|>')
+
+
+class TokenizersVocabulary(Vocabulary):
+  """A vocabulary that the tokenizers package computes."""
+
+  def __init__(self, tokenizer: str):
+    """
+    Args:
+      tokenizer: content of a tokenizer.json.
+    """
+    try:
+      self._tokenizer = Tokenizer.from_str(tokenizer)
+    except Exception as error:  # the package raises bare Exceptions
+      raise ValueError(
+        f'a vocabulary must be a tokenizer.json, got one that cannot be read ({error}); '
+        'fetch it again.'
+      ) from error
+    # Names of added pieces in a text are text.
+    self._tokenizer.encode_special_tokens = True
+    self._json = tokenizer
+    self.fingerprint = hashlib.sha256((tokenizer + self.kind).encode()).hexdigest()[:16]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in found]
+
+  def _decode(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+  def _piece(self, token: int) -> str:
+    return self._tokenizer.decode([token], skip_special_tokens=False)
+
+  def to_dict(self) -> dict[str, Any]:
+    return {'kind': self.kind, 'tokenizer': self._json}
+
+  def _set_glm_control(self, control: dict[str, int]) -> None:
+    """Control pieces of THUDM/GLM, by their names there."""
+    self.control = control
+    self.size = max(self._tokenizer.get_vocab_size(), 1 + max(control.values()))
+    self.specials = Specials(
+      mask=control['[MASK]'],
+      gmask=control['[gMASK]'],
+      smask=control['[sMASK]'],
+      sop=control[_SOP],
+      eop=control[_EOP],
+      enc=control['[CLS]'],
+      dblock=control['[dBLOCK]'],
+      eos=control.get(_END, 0),
+      pad=control.get(_END, 0),
+    )
+    self.prefix, self.suffix = (control['[CLS]'],), (self.specials.eos,)
+    self.stops = (self.specials.eop, self.specials.eos)
+
+
+class BertVocabulary(TokenizersVocabulary):
+  """Uncased wordpieces: GLM-Base, Large, 410M and 515M."""
+
+  kind = 'bert'
+
+  def __init__(self, tokenizer: str):
+    super().__init__(tokenizer)
+    names = (_SOP, _EOP, '[gMASK]', '[sMASK]', '[dBLOCK]')
+    first = self._tokenizer.get_vocab_size()
+    pieces = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
+    control = {name: self._tokenizer.token_to_id(name) for name in pieces}
+    missing = [name for name, token in control.items() if token is None]
+    if missing:
+      raise ValueError(
+        f'a BERT vocabulary must have the pieces {pieces}, got one without {missing}; give '
+        'the vocab.txt of bert-base-uncased.'
+      )
+    self._set_glm_control({**control, **{n: first + i for i, n in enumerate(names)}})
+
+  @classmethod
+  def from_files(cls, vocab_txt: str) -> BertVocabulary:
+    """From the lines of a vocab.txt."""
+    pieces = {piece: i for i, piece in enumerate(vocab_txt.split('\n')) if piece}
+    tokenizer = Tokenizer(models.WordPiece(pieces, unk_token='[UNK]'))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    return cls(tokenizer.to_str())
+
+  def _piece(self, token: int) -> str:
+    return self._tokenizer.id_to_token(token) or ''
+
+  def _join(self, parts: Sequence[str]) -> str:
+    return ' '.join(parts)
+
+  @property
+  def names(self) -> dict[int, str]:
+    # Unknown words are text, if of little worth.
+    names = super().names
+    del names[self.control['[UNK]']]
+    return names
+
+  def files(self) -> dict[str, bytes]:
+    ordered = sorted(self._tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    return {'vocab.txt': ''.join(f'{piece}\n' for piece, _ in ordered).encode()}
+
+
+class BytePairVocabulary(TokenizersVocabulary):
+  """Byte-level pairs as GPT-2's: GLM-2B and 10B."""
+
+  kind = 'gpt2'
+
+  def __init__(self, tokenizer: str):
+    super().__init__(tokenizer)
+    self._set_glm_control(self._control(self._tokenizer.get_vocab_size()))
+
+  def _control(self, pieces: int) -> dict[str, int]:
+    names = (_SOP, _EOP, '[CLS]', '[MASK]', '[SEP]', '[UNK]', '[gMASK]', '[sMASK]')
+    end = {_END: self._tokenizer.token_to_id(_END)}
+    return end | {n: pieces + i for i, n in enumerate((*names, '[dBLOCK]'))}
+
+  @classmethod
+  def from_files(cls, vocab_json: str, merges_txt: str) -> BytePairVocabulary:
+    """From the content of a vocab.json and a merges.txt."""
+    merges = [
+      tuple(line.split(' '))
+      for line in merges_txt.split('\n')
+      if line and not line.startswith('#version')
+    ]
+    try:
+      tokenizer = Tokenizer(models.BPE(json.loads(vocab_json), merges))
+    except Exception as error:  # the package raises bare Exceptions
+      raise ValueError(
+        f'vocab.json and merges.txt must be of one vocabulary, got {error}; fetch both '
+        'again.'
+      ) from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return cls(tokenizer.to_str())
+
+  def files(self) -> dict[str, bytes]:
+    model = json.loads(self._json)['model']
+    merges = [' '.join(m) if isinstance(m, list) else m for m in model['merges']]
+    return {
+      'vocab.json': json.dumps(model['vocab'], ensure_ascii=False).encode(),
+      'merges.txt': ('#version: 0.2\n' + ''.join(f'{m}\n' for m in merges)).encode(),
+    }
+
+
+class RobertaVocabulary(BytePairVocabulary):
+  """GPT-2's pairs with RoBERTa's ids: GLM-RoBERTa."""
+
+  kind = 'roberta'
+
+  def _control(self, pieces: int) -> dict[str, int]:
+    # Several names share RoBERTa's </s>; the tokens behind its own are GLM's.
+    first = 50264 if pieces > 50000 else pieces
+    names = ('[MASK]', _SOP, _EOP, '[gMASK]', '[sMASK]', '[dBLOCK]')
+    own = {_END: 2, '[SEP]': 2, '[CLS]': 0, '[UNK]': 3}
+    return own | {name: first + i for i, name in enumerate(names)}
+
+
+class CogVocabulary(SentencePieceVocabulary):
+  """cog-pretrain: GLM-10B-Chinese, whose [gMASK] is its <|endofpiece|>."""
+
+  kind = 'cog'
+  _names = (_END, '[SEP]', '[CLS]', '[MASK]', '[UNK]', '[UNUSED1]', _SOP, _EOP, '[sMASK]')
+  _more = ('[dBLOCK]',)
+
+  def __init__(self, model: bytes):
+    names = (*self._names, *self._more)
+    first = self._load(model, names)
+    self.size = first + len(names)
+    at = {name: first + i for i, name in enumerate(names)}
+    self.control = at if '[gMASK]' in at else {**at, '[gMASK]': at[_EOP]}
+    self.specials = Specials(
+      mask=at['[MASK]'],
+      gmask=self.control['[gMASK]'],
+      smask=at['[sMASK]'],
+      sop=at[_SOP],
+      eop=at[_EOP],
+      enc=at['[CLS]'],
+      dblock=at['[dBLOCK]'],
+      eos=at[_END],
+      pad=at[_END],
+    )
+    self.prefix, self.suffix = (at['[CLS]'],), (at[_END],)
+    self.stops = (at[_EOP], at[_END])
+
+  def files(self) -> dict[str, bytes]:
+    return {'cog-pretrain.model': self.model}
+
+
+class FixedCogVocabulary(CogVocabulary):
+  """The same with `--fix-command-token`, as GLM-Large-Chinese: [gMASK] is its own."""
+
+  kind = 'cog-fixed'
+  _more = ('[gMASK]', '[dBLOCK]')
+
+
+class IceVocabulary(SentencePieceVocabulary):
+  """ice_text.model: ChatGLM-6B, and GLM-130B behind 20,000 ids of images."""
+
+  kind = 'ice'
+  padding_side = 'left'
+  _names = ('[MASK]', '[gMASK]', '[sMASK]', '<unused_0>', '<sop>', '<eop>', '<ENC>')
+  _longest_blank = 80
+
+  def __init__(self, model: bytes, images: int = 0):
+    """
+    Args:
+      model: content of ice_text.model.
+      images: ids before the text's: 0, or 20000 in GLM-130B and the first ChatGLM-6B.
+    """
+    self._original, self._images = model, images
+    proto = spm_pb2.ModelProto()
+    names = (*self._names, '<dBLOCK>')
+    try:
+      proto.ParseFromString(model)
+      for piece in proto.pieces:
+        if piece.piece in names:  # no text yields it any more
+          piece.type = CONTROL
+      known = {piece.piece for piece in proto.pieces}
+      model = proto.SerializeToString()
+    except Exception:  # said below, with what a model must be
+      known = set()
+    first = self._load(model, [name for name in names if name not in known])
+    self.size = images + self._processor.vocab_size()
+    self.fingerprint += f'+{images}' if images else ''
+    at = {name: images + self._processor.piece_to_id(name) for name in names}
+    assert first, 'checked by _load'
+    self.control = at
+    self.specials = Specials(
+      mask=at['[MASK]'],
+      gmask=at['[gMASK]'],
+      smask=at['[sMASK]'],
+      sop=at['<sop>'],
+      eop=at['<eop>'],
+      enc=None,
+      dblock=at['<dBLOCK>'],
+      eos=at['<eop>'],
+      pad=images + 3,
+    )
+    self.prefix, self.suffix = (), ()
+    self.stops = (at['<eop>'],)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    ids = super().encode_batch([self._spell(text) for text in texts])
+    return [[self._images + token for token in row] for row in ids]
+
+  def _spell(self, text: str) -> str:
+    """Line breaks, tabs and runs of spaces as pieces (tokenization_chatglm.py)."""
+    text = text.replace('\n', '<n>').replace('\t', '<|tab|>')
+    for length in range(self._longest_blank, 1, -1):
+      text = text.replace(' ' * length, f'<|blank_{length}|>')
+    return text
+
+  def _decode(self, ids: list[int]) -> str:
+    text = super()._decode([t - self._images for t in ids if t >= self._images])
+    text = text.replace('<n>', '\n').replace('<|tab|>', '\t')
+    for length in range(2, self._longest_blank + 1):
+      text = text.replace(f'<|blank_{length}|>', ' ' * length)
+    return text
+
+  def _piece(self, token: int) -> str:
+    return super()._piece(token - self._images) if token >= self._images else ''
+
+  def to_dict(self) -> dict[str, Any]:
+    model = base64.b64encode(self._original).decode()
+    return {'kind': self.kind, 'model': model, 'images': self._images}
+
+  def files(self) -> dict[str, bytes]:
+    return {'ice_text.model': self._original}
+
+
+class ChatGLM2Vocabulary(SentencePieceVocabulary):
+  """tokenizer.model with five control pieces behind it: ChatGLM2-6B."""
+
+  kind = 'chatglm2'
+  padding_side = 'left'
+  roles: tuple[str, ...] = ()
+
+  def __init__(self, model: bytes):
+    names = ('[MASK]', '[gMASK]', '[sMASK]', 'sop', 'eop', *self.roles)
+    first = self._load(model, names)
+    self.size = first + len(names)
+    at = {name: first + i for i, name in enumerate(names)}
+    pieces = {'<s>': self._processor.bos_id(), '</s>': self._processor.eos_id()}
+    if min(pieces.values()) < 0:
+      raise ValueError(
+        'a ChatGLM2 vocabulary must have the pieces <s> and </s>, got a model without; '
+        'give the tokenizer.model of ChatGLM2-6B or ChatGLM3-6B.'
+      )
+    self.control = {**pieces, **at}
+    self.specials = Specials(
+      mask=at['[MASK]'],
+      gmask=at['[gMASK]'],
+      smask=at['[sMASK]'],
+      sop=at['sop'],
+      eop=at['eop'],
+      enc=None,
+      dblock=None,
+      eos=pieces['</s>'],
+      pad=0,
+    )
+    self.prefix, self.suffix = (at['[gMASK]'], at['sop']), ()
+    self.stops = (pieces['</s>'],)
+
+  def encode_marked(self, text: str, names: Sequence[str] = ()) -> list[int]:
+    # 'sop' and 'eop' are words of a text, too; nobody means the pieces by them.
+    bracketed = [name for name in self.control if not name.isalpha()]
+    return super().encode_marked(text, names or bracketed)
+
+  def files(self) -> dict[str, bytes]:
+    return {'tokenizer.model': self.model}
+
+
+class ChatGLM3Vocabulary(ChatGLM2Vocabulary):
+  """The same with the roles of a chat, two of which end an answer: ChatGLM3-6B."""
+
+  kind = 'chatglm3'
+  roles = ROLES
+
+  def __init__(self, model: bytes):
+    super().__init__(model)
+    self.stops += (self.control['<|user|>'], self.control['<|observation|>'])
+
+
+class GLM4Vocabulary(TokenizersVocabulary):
+  """tokenizer.json of GLM-4-9B."""
+
+  kind = 'glm4'
+  padding_side = 'left'
+
+  def __init__(self, tokenizer: str):
+    super().__init__(tokenizer)
+    self.control = {
+      token.content: number
+      for number, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
+    }
+    wanted = ('[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>', _END, *ROLES)
+    missing = [name for name in wanted if name not in self.control]
+    if missing:
+      raise ValueError(
+        f'a GLM-4 tokenizer.json must have the added tokens {wanted}, got one without '
+        f'{missing}; give that of GLM-4-9B.'
+      )
+    self.size = max(
+      self._tokenizer.get_vocab_size(with_added_tokens=True), 1 + max(self.control.values())
+    )
+    at = self.control
+    self.specials = Specials(
+      mask=at['[MASK]'],
+      gmask=at['[gMASK]'],
+      smask=at['[sMASK]'],
+      sop=at['<sop>'],
+      eop=at['<eop>'],
+      enc=None,
+      dblock=None,
+      eos=at[_END],
+      pad=at[_END],
+    )
+    self.prefix, self.suffix = (at['[gMASK]'], at['<sop>']), ()
+    self.stops = (at[_END], at['<|user|>'], at['<|observation|>'])
+
+  def files(self) -> dict[str, bytes]:
+    return {'tokenizer.json': self._json.encode()}
+
+
+SENTENCEPIECE = {
+  kind.kind: kind
+  for kind in (
+    SentencePieceVocabulary,
+    CogVocabulary,
+    FixedCogVocabulary,
+    IceVocabulary,
+    ChatGLM2Vocabulary,
+    ChatGLM3Vocabulary,
+  )
+}
+TOKENIZERS = {
+  kind.kind: kind
+  for kind in (BertVocabulary, BytePairVocabulary, RobertaVocabulary, GLM4Vocabulary)
+}
