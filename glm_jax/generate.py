@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
-from glm_jax import cli
+from glm_jax import cli, configs
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,16 +18,27 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.inference.decode import Filler
   from glm_jax.inference.sampling import Sampling
   from glm_jax.models import config as model_config
-  from glm_jax.text import vocabulary as vocabularies
+  from glm_jax.text import loading
   from glm_jax.training import checkpoint, state
 
   sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
   folder = checkpoint.find(flags.checkpoint)
   meta = checkpoint.read_meta(folder)
   config = model_config.from_dict(meta['model'])
-  vocabulary = vocabularies.from_dict(meta['vocabulary'])
+  if flags.dtype:
+    config = dataclasses.replace(config, dtype=flags.dtype)
+  configs.check(
+    meta['vocabulary'] is not None,
+    'the checkpoint must carry its vocabulary',
+    f'{flags.checkpoint} without one',
+    'convert it again with --vocabulary=KIND:PATH',
+  )
+  vocabulary = loading.from_dict(meta['vocabulary'])
   mesh = sharding.make_mesh(sharding.MeshConfig())
-  params = checkpoint.read_params(folder, state.abstract_params(config, mesh))
+  # Weights stay as they are stored: each is cast where it is used.
+  params = checkpoint.read_params(
+    folder, state.abstract_params(config, mesh), as_stored=True
+  )
 
   with sharding.active(mesh):
     filler = Filler(config, params, vocabulary)
@@ -69,6 +81,11 @@ def _flags() -> argparse.ArgumentParser:
     help='sample among the most probable that reach this share (1)',
   )
   flags.add_argument('--seed', type=int, default=0, help='of sampling (0)')
+  flags.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    help="of activations, instead of the checkpoint's",
+  )
   return flags
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from glm_jax import cli, configs
 from glm_jax.train import CONFIGURABLES, TrainConfig
+from glm_jax.training import start
 
 _COUNTED = 512  # examples that the statistics are over
 
@@ -31,8 +32,14 @@ def main(argv: Sequence[str]) -> None:
   config, _ = cli.load_config(
     TrainConfig, CONFIGURABLES, flags.gin_file, flags.gin_search_paths, bindings
   )
+  config, vocabulary, _ = start.resolve(config)
   data = prepare.prepare(
-    config.task, config.feature_lengths, config.corpus, config.vocabulary, config.objectives
+    config.task,
+    config.feature_lengths,
+    config.corpus,
+    config.vocabulary,
+    config.objectives,
+    vocabulary,
   )
   stream = pipeline.dataset(
     config.task, config.feature_lengths, batch_size=config.batch_size, seed=config.seed

@@ -124,7 +124,7 @@ def test_every_token_is_in_one_row_in_order():
     for _ in range(300)
   ]
   for length in (8, 9, 33):
-    packed = list(rows.pack(iter(documents), S, length))
+    packed = list(rows.pack(iter(documents), (S.enc,), S.eos, length))
     stream, flags = [], []
     for ids, scored in packed:
       assert ids[0] == S.enc and 2 <= len(ids) <= length and len(scored) == len(ids)

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
-from glm_jax.batch import OBJECTIVES
+from glm_jax.batch import MIXED
 from glm_jax.data import objectives, stateless
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.text.vocabulary import ByteVocabulary
@@ -124,7 +124,7 @@ def test_text_is_rebuilt_from_part_a_and_spans(config):
     assert not example['capped'].any()
 
 
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', MIXED)
 def test_rows_of_several_documents_keep_spans_inside_one(objective):
   rng = np.random.default_rng(2)
   tokens = rng.integers(97, 123, (300, 256)).astype(np.int32)

@@ -60,11 +60,16 @@ class VocabularyConfig:
   """Text to tokens.
 
   Attributes:
-    path: a sentencepiece .model file, or 'bytes'; '' trains one on the corpus, once.
+    path: a sentencepiece .model file, 'bytes', or KIND:PATH for that of a released model
+      (see `glm_jax.text.loading.load`); '' trains one on the corpus, once, or takes that
+      of the checkpoint that the model comes from.
+    kind: of a trained one: 'sentencepiece', or 'chatglm3', byte pairs with the control
+      pieces of ChatGLM3-6B.
     size: of a trained one, its 9 control pieces included.
   """
 
   path: str = ''
+  kind: str = 'sentencepiece'
   size: int = 8192
 
   def __post_init__(self):
@@ -74,4 +79,10 @@ class VocabularyConfig:
       'VocabularyConfig.size must be 512 or more',
       str(self.size),
       "raise it, or use path='bytes'",
+    )
+    configs.check(
+      self.kind in ('sentencepiece', 'chatglm3'),
+      "VocabularyConfig.kind must be 'sentencepiece' or 'chatglm3'",
+      repr(self.kind),
+      'choose one of these',
     )

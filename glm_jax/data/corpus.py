@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from glm_jax import configs
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.text import loading
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.vocabulary import Vocabulary
 
@@ -76,26 +77,30 @@ def cache_dir(config: CorpusConfig) -> Path:
 def load_or_train_vocabulary(config: VocabularyConfig, corpus: CorpusConfig) -> Vocabulary:
   """The vocabulary of a run; trained on the corpus at first use, then cached."""
   if config.path:
-    return vocabularies.load(config.path)
-  name = f'{fingerprint(corpus)}-{config.size}.model'
+    return loading.load(config.path)
+  # A trained vocabulary is a .model file, whatever pieces stand behind it.
+  kind = '' if config.kind == 'sentencepiece' else f'-{config.kind}'
+  name = f'{fingerprint(corpus)}-{config.size}{kind}.model'
   path = cache_dir(corpus) / 'vocabularies' / name
   if not path.exists():
     began = time.perf_counter()
     texts = [document.text for document in documents(corpus, 'train')]
     _check_some(texts, corpus)
-    model = vocabularies.train_sentencepiece(texts, config.size)
+    model = vocabularies.train_sentencepiece(
+      texts, config.size, bpe=config.kind == 'chatglm3'
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{name}.{os.getpid()}')
     temporary.write_bytes(model)
     os.replace(temporary, path)
-    found = vocabularies.load(str(path))
+    found = loading.load(f'{config.kind}:{path}')
     print(
       f'vocabulary: {found.size:,} pieces in {time.perf_counter() - began:.0f} s ({path})',
       flush=True,
     )
     if found.size < config.size:
       print(f'  (the corpus has no more; {config.size:,} were asked for)', flush=True)
-  return vocabularies.load(str(path))
+  return loading.load(f'{config.kind}:{path}')
 
 
 def _check_some(texts: list[str], config: CorpusConfig) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from glm_jax import configs
-from glm_jax.batch import OBJECTIVES
+from glm_jax.batch import MIXED
 
 LONGEST_SPAN = 39
 """Longest token span that is ever drawn (THUDM/GLM blocklm_utils.py)."""
@@ -37,6 +37,8 @@ class ObjectiveConfig:
       more) is used.
     task_masks: [gMASK] for documents and [sMASK] for sentences; else [MASK] for all.
     original_positions: first positions count the original text, not the corrupted.
+    block_positions: False for a model without them (GLM-130B): what follows [gMASK]
+      goes on counting first positions, where else it would keep the mask's.
   """
 
   blank: float = 1.0
@@ -52,6 +54,7 @@ class ObjectiveConfig:
   short_probability: float = 0.0
   task_masks: bool = True
   original_positions: bool = False
+  block_positions: bool = True
 
   def __post_init__(self):
     configs.check_types(self)
@@ -106,14 +109,12 @@ class ObjectiveConfig:
 
   @property
   def weights(self) -> tuple[float, float, float]:
-    """(alpha, beta, gamma), in the order of `glm_jax.batch.OBJECTIVES`."""
+    """(alpha, beta, gamma), in the order of `glm_jax.batch.MIXED`."""
     return (self.blank, self.document, self.sentence)
 
   def only(self, objective: str) -> ObjectiveConfig:
     """The same with every example of one objective."""
-    return dataclasses.replace(
-      self, **{name: float(name == objective) for name in OBJECTIVES}
-    )
+    return dataclasses.replace(self, **{name: float(name == objective) for name in MIXED})
 
   def _span_moments(self) -> tuple[float, float]:
     """Mean and variance of a zero-truncated Poisson."""

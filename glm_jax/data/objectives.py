@@ -8,13 +8,13 @@ Part A or 1.. inside the span (GLM paper, section 2.1 and figure 2).
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from glm_jax.batch import OBJECTIVES
+from glm_jax import configs
+from glm_jax.batch import MIXED
 from glm_jax.data import spans, stateless
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.text.vocabulary import Vocabulary
@@ -75,7 +75,7 @@ def make_examples(
     source = _shorten(source, config, vocabulary)
   s = vocabulary.specials
   special = np.zeros(vocabulary.size, bool)
-  special[list(dataclasses.astuple(s))] = True
+  special[list(vocabulary.names)] = True
   inside = tf.range(N) < source.lengths[:, None]
   is_text = inside & ~tf.gather(tf.constant(special), source.tokens)
   ends = tf.gather(tf.constant(vocabulary.ends_sentence()), source.tokens)
@@ -84,7 +84,7 @@ def make_examples(
   # Only objectives that can come up are sampled; one of them is kept for each row.
   total, u = sum(config.weights), stateless.uniform(source.keys, _OBJECTIVE, 1)[:, 0]
   kept, objective, below = None, tf.zeros_like(source.lengths), 0.0
-  for number, (name, weight) in enumerate(zip(OBJECTIVES, config.weights, strict=True)):
+  for number, (name, weight) in enumerate(zip(MIXED, config.weights, strict=True)):
     if not weight:
       continue
     drawn = _SAMPLERS[name](rows, config, max_spans)
@@ -93,6 +93,12 @@ def make_examples(
     objective = tf.where(chosen, number, objective)
     below += weight
   masks = (s.mask, s.gmask, s.smask) if config.task_masks else (s.mask,) * 3
+  configs.check(
+    None not in masks and (s.dblock is not None or not config.dblock_probability),
+    'the vocabulary must have the masks of the objectives',
+    str(s),
+    'set ObjectiveConfig.task_masks=False and dblock_probability=0',
+  )
   example = _assemble(
     source,
     kept,
@@ -100,7 +106,7 @@ def make_examples(
     length,
     config,
     vocabulary,
-    noisy=objective == OBJECTIVES.index('blank'),
+    objective=objective,
   )
   example['objective'] = tf.broadcast_to(objective[:, None], tf.shape(example['tokens']))
   example['lost'] = full - source.lengths
@@ -108,7 +114,7 @@ def make_examples(
   return example
 
 
-def _assemble(source, drawn, mask_ids, length, config, vocabulary, noisy):
+def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
   """Parts A and B, targets, positions and visibility from spans in text order."""
   s, N = vocabulary.specials, source.tokens.shape[1]
   starts, lengths, eop = drawn.starts, drawn.lengths, drawn.ends_with_eop
@@ -153,6 +159,7 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, noisy):
   tokens = tf.gather(source.tokens, tf.clip_by_value(index, 0, N - 1), batch_dims=1)
   if config.dblock_probability:
     u = stateless.uniform(source.keys, _DBLOCK, length)
+    noisy = objective == MIXED.index('blank')
     noise = in_b & noisy[:, None] & (u < config.dblock_probability)
     tokens = tf.where(noise, s.dblock, tokens)
   tokens = tf.where(in_b & (offset == 0), s.sop, tokens)
@@ -168,6 +175,9 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, noisy):
     positions = tf.where(in_a, p + shift, start)
   else:
     positions = tf.where(in_a, p, place)
+  if not config.block_positions:
+    goes_on = (objective == MIXED.index('document'))[:, None] & in_b
+    positions = tf.where(goes_on, p, positions)
   inside = in_a | in_b
   key_end = tf.where(inside, tf.maximum(part_a[:, None], p + 1), 0)
   with tf.control_dependencies([fits] if fits is not None else []):
@@ -183,8 +193,8 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, noisy):
 
 
 def _shorten(source: Source, config: ObjectiveConfig, vocabulary: Vocabulary) -> Source:
-  """Some rows become a random window of themselves, opened by [ENC]."""
-  N, enc = source.tokens.shape[1], vocabulary.specials.enc
+  """Some rows become a random window of themselves, opened as a document is."""
+  N, prefix = source.tokens.shape[1], vocabulary.prefix[:1]
   u = stateless.uniform(source.keys, _SHORT, 3)
   shortest = tf.minimum(32, source.lengths)
   room = tf.cast(source.lengths - shortest, tf.float32)
@@ -196,10 +206,10 @@ def _shorten(source: Source, config: ObjectiveConfig, vocabulary: Vocabulary) ->
   index = tf.minimum(start[:, None] + tf.range(N), N - 1)
   tokens = tf.gather(source.tokens, index, batch_dims=1)
   scored = tf.gather(source.scored, index, batch_dims=1)
-  opening = short[:, None] & (tf.range(N) == 0)
-  return source._replace(
-    tokens=tf.where(opening, enc, tokens), scored=scored & ~opening, lengths=size
-  )
+  if prefix:
+    opening = short[:, None] & (tf.range(N) == 0)
+    tokens, scored = tf.where(opening, prefix[0], tokens), scored & ~opening
+  return source._replace(tokens=tokens, scored=scored, lengths=size)
 
 
 def _choose(chosen, new: spans.Spans, old: spans.Spans) -> spans.Spans:

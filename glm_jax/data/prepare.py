@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import seqio
 
 from glm_jax import configs
-from glm_jax.batch import OBJECTIVES
+from glm_jax.batch import MIXED
 from glm_jax.data import corpus as corpora
 from glm_jax.data import rows as row_store
 from glm_jax.data import tasks
@@ -41,32 +41,47 @@ def prepare(
   corpus: CorpusConfig,
   vocabulary_config: VocabularyConfig,
   objectives: ObjectiveConfig,
+  vocabulary: Vocabulary | None = None,
 ) -> Prepared:
   """Makes (or finds, cached) everything that the task reads, and registers it.
 
   A task that is already registered, by `--import`, brings its own data; its
   vocabulary is that of its `tokens` feature.
 
+  Args:
+    task: its name.
+    feature_lengths: {'tokens': L}.
+    corpus: the text.
+    vocabulary_config: how it becomes tokens.
+    objectives: how tokens become examples.
+    vocabulary: that of a checkpoint, which the model goes on from; else
+      `vocabulary_config` says which.
+
   Raises:
     ValueError: a task that is not registered; bad text (see `corpus` and `rows`).
   """
   registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   if task in tasks.NAMES:
-    vocabulary = corpora.load_or_train_vocabulary(vocabulary_config, corpus)
+    if vocabulary is None:
+      vocabulary = corpora.load_or_train_vocabulary(vocabulary_config, corpus)
     length = _length(feature_lengths)
-    if task != tasks.MIXTURE:
-      objectives = objectives.only(task.removeprefix('glm_'))
-    row_length = objectives.row_length(length)
+    if task == tasks.CAUSAL:
+      row_length = length + 1  # the last token is a target alone
+    else:
+      if task != tasks.MIXTURE:
+        objectives = objectives.only(task.removeprefix('glm_'))
+      row_length = objectives.row_length(length)
     rows = {
       split: row_store.build_rows(corpus, vocabulary, split, row_length)
       for split in ('train', 'validation')
     }
-    tasks.register(rows, vocabulary, objectives)
-    wanted = [
-      f'glm_{name}'
-      for name, weight in zip(OBJECTIVES, objectives.weights, strict=True)
-      if weight
-    ]
+    if task == tasks.CAUSAL:
+      tasks.register_causal(rows, vocabulary)
+      wanted = [task]
+    else:
+      tasks.register(rows, vocabulary, objectives)
+      weights = zip(MIXED, objectives.weights, strict=True)
+      wanted = [f'glm_{name}' for name, weight in weights if weight]
     return Prepared(
       vocabulary=vocabulary,
       fingerprint=rows['train'].stats['digest'],

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 import seqio
 import tensorflow as tf
 
+from glm_jax import configs
 from glm_jax.batch import DTYPES, Batch
 from glm_jax.data import objectives, stateless
 from glm_jax.data.objective_config import ObjectiveConfig
-from glm_jax.text.vocabulary import SentencePieceVocabulary, Vocabulary
+from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 _GROUP = 32  # single sequences are worked on together, since an op costs the same for each
 
@@ -102,14 +103,18 @@ def sentence(dataset, sequence_length, *, vocabulary, config=ObjectiveConfig()):
 def tokenize(
   dataset: tf.data.Dataset, *, vocabulary: Vocabulary, key: str = 'text'
 ) -> tf.data.Dataset:
-  """{key: text}, or bare text, to {tokens: [ENC] text <eos>}, for sources of your own."""
-  s = vocabulary.specials
+  """{key: text}, or bare text, to {tokens: prefix text <eos>}, for sources of your own.
+
+  Raises:
+    ValueError: TensorFlow cannot compute the vocabulary.
+  """
+  prefix, eos = list(vocabulary.prefix), vocabulary.specials.eos
   encode = _encoder(vocabulary)
 
   @tf.autograph.experimental.do_not_convert
   def one(x: tf.Tensor | dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     text = x[key] if isinstance(x, dict) else x
-    return {'tokens': tf.concat([[s.enc], encode(text), [s.eos]], 0)}
+    return {'tokens': tf.concat([tf.constant(prefix, tf.int32), encode(text), [eos]], 0)}
 
   return dataset.map(one, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
@@ -121,14 +126,14 @@ def to_rows(
   vocabulary: Vocabulary,
   config: ObjectiveConfig = ObjectiveConfig(),
 ) -> tf.data.Dataset:
-  """Cuts longer sequences into rows that fit with their spans; each opens with [ENC]."""
-  body = config.row_length(sequence_length['tokens']) - 1
-  enc = vocabulary.specials.enc
+  """Cuts longer sequences into rows that fit with their spans; each with a prefix."""
+  prefix = tf.constant(list(vocabulary.prefix), tf.int32)
+  body = config.row_length(sequence_length['tokens']) - len(vocabulary.prefix)
 
   @tf.autograph.experimental.do_not_convert
   def cut(x: dict[str, tf.Tensor]) -> tf.data.Dataset:
-    rest = tf.data.Dataset.from_tensor_slices(x['tokens'][1:])
-    return rest.batch(body).map(lambda row: {'tokens': tf.concat([[enc], row], 0)})
+    rest = tf.data.Dataset.from_tensor_slices(x['tokens'][tf.size(prefix) :])
+    return rest.batch(body).map(lambda row: {'tokens': tf.concat([prefix, row], 0)})
 
   return dataset.flat_map(cut)
 
@@ -166,6 +171,9 @@ class SeqioVocabulary(seqio.PassThroughVocabulary):
   def pad_id(self) -> int:
     return self.vocabulary.specials.pad
 
+  def _encode(self, s):
+    return self.vocabulary.encode(s)
+
   def _decode(self, ids):
     return self.vocabulary.decode(list(ids))
 
@@ -178,10 +186,18 @@ class SeqioVocabulary(seqio.PassThroughVocabulary):
 
 def _encoder(vocabulary: Vocabulary) -> Callable[[tf.Tensor], tf.Tensor]:
   """A TensorFlow function from a text to its ids."""
-  if isinstance(vocabulary, SentencePieceVocabulary):
+  # A subclass may spell text in its own way before sentencepiece sees it.
+  own = type(vocabulary).encode_batch is not SentencePieceVocabulary.encode_batch
+  if isinstance(vocabulary, SentencePieceVocabulary) and not own:
     import tensorflow_text
 
     return tensorflow_text.SentencepieceTokenizer(model=vocabulary.serialized).tokenize
+  configs.check(
+    isinstance(vocabulary, ByteVocabulary),
+    'TensorFlow must be able to compute the vocabulary of a task with `tokenize`',
+    f'one of kind {vocabulary.kind!r}',
+    'use a glm_* task, whose rows are tokenised beforehand, or a source of tokens',
+  )
   return lambda text: tf.cast(tf.io.decode_raw(text, tf.uint8), tf.int32)
 
 

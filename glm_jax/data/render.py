@@ -27,6 +27,13 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
   if not length:
     return '(an empty row)'
   name = OBJECTIVES[int(example['objective'][0])]
+  if name == 'causal':
+    starts = np.flatnonzero(np.diff(example['key_start'][:length], prepend=-1))
+    scored = int(example['loss_weights'].sum())
+    lines = [f'causal: {length} tokens, {len(starts)} document(s), {scored} scored']
+    for start, end in zip(starts, [*starts[1:], length], strict=True):
+      lines += _wrap(f'  {start}..{end - 1}:  ', _text(tokens[start:end], vocabulary))
+    return '\n'.join(lines)
   lines = [
     f'{name}: {length} tokens, Part A {part_a}, '
     f'{int((block == 1).sum())} span(s), {int(example["loss_weights"].sum())} scored'
@@ -61,6 +68,13 @@ def statistics(batch: Mapping[str, np.ndarray], skipped: int) -> str:
   for number, name in enumerate(OBJECTIVES):
     rows = objective == number
     if not rows.any():
+      continue
+    if name == 'causal':
+      starts = np.diff(np.where(inside, batch['key_start'], -1)[rows], prepend=-1)
+      documents = ((starts != 0) & inside[rows]).sum() / rows.sum()
+      lines.append(
+        f'  causal: {rows.mean():.1%} of examples, {documents:.1f} documents each'
+      )
       continue
     # A span of n tokens has n + 1 positions, or n where it runs to the end of its row.
     hidden = _span_lengths({k: v[rows] for k, v in batch.items()})
@@ -122,16 +136,7 @@ def _span_lengths(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
   """Tokens as text, with control pieces by their names."""
-  out, rest = [], []
-  first = vocabulary.specials.mask
-  for token in ids.tolist():
-    if token >= first:
-      out.append(vocabulary.decode(rest))
-      out.append(vocabulary.piece(token))
-      rest = []
-    else:
-      rest.append(token)
-  return ''.join([*out, vocabulary.decode(rest)]).replace('\n', '↵')
+  return vocabulary.decode(ids.tolist(), control=True).replace('\n', '↵')
 
 
 def _wrap(head: str, text: str) -> list[str]:

@@ -1,8 +1,9 @@
 """The corpus as rows of tokens of one length: what the stream of examples indexes.
 
-Every document becomes `[ENC] prompt text <eos>`; documents follow each other in one
-stream that is cut into rows. A row that begins inside a document opens with an [ENC] of
-its own, so each row does. Every token of every document is in exactly one row.
+Every document becomes `prefix prompt text <eos>`, where the prefix is the vocabulary's:
+[ENC], or [gMASK] sop, or nothing. Documents follow each other in one stream that is cut
+into rows. A row that begins inside a document opens with a prefix of its own, so each
+row does. Every token of every document is in exactly one row.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Rows:
     tokens: [n, N] int32, memory-mapped.
     scored: [n, N] bool, tokens that may carry loss: text and <eos>, not prompts.
     lengths: [n] int32; what follows is padding (the last row, and rows that would
-      else end with a lone [ENC]).
+      else end with a lone prefix).
     stats: documents, skipped, tokens, rows, and a digest of the content.
   """
 
@@ -73,7 +74,10 @@ def build_rows(
 
 
 def pack(
-  documents: Iterator[tuple[list[int], list[int]]], specials: Any, row_length: int
+  documents: Iterator[tuple[list[int], list[int]]],
+  prefix: tuple[int, ...],
+  eos: int,
+  row_length: int,
 ) -> Iterator[tuple[list[int], list[bool]]]:
   """Rows of at most `row_length` tokens from (prompt ids, text ids) pairs.
 
@@ -82,19 +86,19 @@ def pack(
   """
   row, scored = [], []
   for prompt, text in documents:
-    tokens = [*prompt, *text, specials.eos]
+    tokens = [*prompt, *text, eos]
     flags = [False] * len(prompt) + [True] * (len(text) + 1)
-    # A row may not end with an [ENC] that has nothing behind it.
-    if len(row) >= row_length - 1:
+    # A row may not end with a prefix that has nothing behind it.
+    if len(row) >= row_length - len(prefix):
       yield row, scored
       row, scored = [], []
-    row.append(specials.enc)
-    scored.append(False)
+    row += prefix
+    scored += [False] * len(prefix)
     at = 0
     while at < len(tokens):
       if len(row) == row_length:
         yield row, scored
-        row, scored = [specials.enc], [False]
+        row, scored = [*prefix], [False] * len(prefix)
       room = row_length - len(row)
       row += tokens[at : at + room]
       scored += flags[at : at + room]
@@ -111,7 +115,8 @@ def _write(config, vocabulary, split, row_length, folder: Path) -> None:
   temporary.mkdir(parents=True)
   try:
     encoded = _encode(corpora.documents(config, split), vocabulary, counts, split)
-    rows = list(pack(encoded, vocabulary.specials, row_length))
+    eos = vocabulary.specials.eos
+    rows = list(pack(encoded, vocabulary.prefix, eos, row_length))
     configs.check(
       bool(rows),
       f'the {split} split must hold a document of two tokens or more',

@@ -1,15 +1,15 @@
-"""Filling blanks with a key/value cache.
+"""Filling blanks, and going on with a text, with a key/value cache.
 
 The context (Part A) is read once, bidirectionally; then each blank is generated from
 `[sop]`, left to right, every span seeing the context and the spans before it, as in
-training (THUDM/GLM generate_samples.py). Rows of a batch are compact: each has a length
-of its own in the cache, and nothing is padded in between.
+training (THUDM/GLM generate_samples.py). A causal model reads all but the last token of
+a text and generates from that one. Rows of a batch are compact: each has a length of its
+own in the cache, and nothing is padded in between.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,19 +37,34 @@ def init_cache(config: Any, rows: int, slots: int) -> Cache:
     rows: B.
     slots: S, tokens of context and spans together.
   """
-  shape = (config.num_layers, rows, slots, config.num_heads, config.head_size)
+  shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_size)
   return {name: jnp.zeros(shape, jnp.dtype(config.dtype)) for name in ('k', 'v')}
 
 
 def read_context(
-  model: Any, params: Any, cache: Cache, tokens_BT: jax.Array, lengths_B: jax.Array
+  model: Any,
+  params: Any,
+  cache: Cache,
+  tokens_BT: jax.Array,
+  lengths_B: jax.Array,
+  *,
+  causal: bool = False,
 ) -> tuple[Cache, jax.Array]:
-  """Reads Part A into slots 0 .. length; returns the cache and logits [B, T, V]."""
+  """Reads a context into slots 0 .. length; returns the cache and logits [B, T, V].
+
+  Args:
+    model: a Flax module.
+    params: its parameters.
+    cache: empty.
+    tokens_BT: the contexts, padded behind.
+    lengths_B: of them.
+    causal: each token sees those before it; else all of its context (Part A).
+  """
   B, T = tokens_BT.shape
   positions = jnp.broadcast_to(jnp.arange(T), (B, T))
   inside = positions < lengths_B[:, None]
   positions = jnp.where(inside, positions, 0)
-  end = jnp.where(inside, lengths_B[:, None], 0)
+  end = jnp.where(inside, positions + 1 if causal else lengths_B[:, None], 0)
   logits_BTV, cache = model.apply(
     {'params': params},
     tokens_BT,
@@ -89,28 +104,30 @@ def generate_span(
   model: Any,
   params: Any,
   cache: Cache,
+  first_B: jax.Array,
   position_B: jax.Array,
+  stride_B: jax.Array,
   slot_B: jax.Array,
   active_B: jax.Array,
   key: jax.Array,
   *,
-  sop: int,
   stop: tuple[int, ...],
   allowed_V: jax.Array,
   max_tokens: int,
   sampling: Sampling,
 ) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
-  """Generates one span a row, from `[sop]` until a stop token or `max_tokens`.
+  """Generates one span a row, from its first token to a stop token or `max_tokens`.
 
   Args:
     model: a Flax module.
     params: its parameters.
     cache: context and spans so far.
-    position_B: first position of the span, its mask's place in the context.
+    first_B: token that opens the span: `[sop]`, or the last of a causal context.
+    position_B: its first position: its mask's place in the context.
+    stride_B: by how much that grows a token: 0 for a span, 1 where positions go on.
     slot_B: first free slot of each row.
     active_B: rows that take part; the others keep their slot.
     key: consumed.
-    sop: id that opens the span.
     stop: ids that end it (not returned).
     allowed_V: bool, tokens that may be generated.
     max_tokens: longest span.
@@ -129,7 +146,7 @@ def generate_span(
     step, cache, tokens, token_B, done_B, count_B, slot_B = carry
     block_B = jnp.full_like(position_B, step + 1)
     cache, logits_BV = read_token(
-      model, params, cache, token_B, position_B, block_B, slot_B
+      model, params, cache, token_B, position_B + step * stride_B, block_B, slot_B
     )
     # A finished row writes into a slot that is not its own yet, and moves no further.
     slot_B = slot_B + ~done_B
@@ -143,7 +160,7 @@ def generate_span(
     jnp.int32(0),
     cache,
     jnp.zeros((B, max_tokens), jnp.int32),
-    jnp.full((B,), sop, jnp.int32),
+    first_B,
     ~active_B,
     jnp.zeros((B,), jnp.int32),
     slot_B,
@@ -153,7 +170,7 @@ def generate_span(
 
 
 class Filler:
-  """Fills the blanks of texts with one model."""
+  """Fills the blanks of texts with one model; a causal model goes on with them."""
 
   def __init__(self, config: Any, params: Any, vocabulary: Vocabulary):
     """
@@ -162,17 +179,16 @@ class Filler:
       params: its parameters.
       vocabulary: that it was trained with.
     """
-    s = vocabulary.specials
     allowed = np.arange(config.vocab_size) < vocabulary.size
-    allowed[[s.pad, s.enc, s.mask, s.gmask, s.smask, s.sop, s.dblock]] = False
-    # A padding piece that is also the end of the text must stay.
-    allowed[[s.eos, s.eop]] = True
+    if not config.causal:
+      allowed[list(vocabulary.names)] = False
+      allowed[list(vocabulary.stops)] = True
     self._config, self._params, self._vocabulary = config, params, vocabulary
     model = models.build(config)
-    self._read = jax.jit(functools.partial(read_context, model))
+    self._read = jax.jit(functools.partial(read_context, model, causal=config.causal))
     self._generate = jax.jit(
       functools.partial(
-        generate_span, model, sop=s.sop, stop=(s.eop, s.eos), allowed_V=jnp.asarray(allowed)
+        generate_span, model, stop=vocabulary.stops, allowed_V=jnp.asarray(allowed)
       ),
       static_argnames=('max_tokens', 'sampling'),
     )
@@ -181,32 +197,37 @@ class Filler:
     """`[ENC] text <eos>`, with '[MASK]', '[sMASK]' and '[gMASK]' spelt out.
 
     Space before a mask is dropped: a filled span brings its own. With `gmask`, the text
-    is to be continued: `[gMASK]` follows it and there is no <eos>.
+    is to be continued: `[gMASK]` follows it and there is no <eos>. What stands around
+    the text is the vocabulary's `prefix` and `suffix`. A causal model always continues,
+    and a mask is text to it.
 
     Raises:
       ValueError: nothing to fill, or an empty text.
     """
-    s = self._vocabulary.specials
+    v, s = self._vocabulary, self._vocabulary.specials
     masks = {'[MASK]': s.mask, '[sMASK]': s.smask, '[gMASK]': s.gmask}
-    ids, blanks = [s.enc], 0
-    for part in re.split(r'\s*(\[[sg]?MASK\])', prompt):
-      if part in masks:
-        ids.append(masks[part])
-        blanks += 1
-      else:
-        ids.extend(self._vocabulary.encode(part))
-    configs.check(
-      len(ids) > 1, 'the prompt must hold some text', repr(prompt), 'give a text'
-    )
+    known = [] if self._config.causal else [n for n, t in masks.items() if t is not None]
+    ids = v.encode_marked(prompt, known) if known else v.encode(prompt)
+    configs.check(bool(ids), 'the prompt must hold some text', repr(prompt), 'give a text')
+    blanks = [token for token in ids if token in [masks[name] for name in known]]
+    ids = [*v.prefix, *ids]
+    if self._config.causal:
+      return ids
     if gmask:
+      configs.check(
+        s.gmask is not None,
+        'the vocabulary must have [gMASK] to continue a text',
+        v.kind,
+        'mark a blank with [MASK]',
+      )
       return [*ids, s.gmask]
     configs.check(
-      blanks > 0,
+      bool(blanks),
       'the prompt must hold a blank: [MASK], [sMASK] or [gMASK]',
       repr(prompt),
       'mark one, or continue the text with --gmask',
     )
-    return ids if ids[-1] == s.gmask else [*ids, s.eos]
+    return ids if ids[-1] == s.gmask else [*ids, *v.suffix]
 
   def fill(
     self,
@@ -231,9 +252,10 @@ class Filler:
       ValueError: a prompt or span longer than the model's positions.
     """
     s, c = self._vocabulary.specials, self._config
-    masks = (s.mask, s.gmask, s.smask)
-    places = [[i for i, t in enumerate(p) if t in masks] for p in prompts]
-    lengths = np.array([len(p) for p in prompts], np.int32)
+    places = [self._blanks(p) for p in prompts]
+    # A causal model generates from the last token of its prompt.
+    contexts = [p[:-1] if c.causal else p for p in prompts]
+    lengths = np.array([len(p) for p in contexts], np.int32)
     configs.check(
       lengths.max() <= c.max_positions + 1,
       f'a prompt must have at most {c.max_positions + 1} tokens',
@@ -247,10 +269,10 @@ class Filler:
       'generate less at a time',
     )
     most = max(map(len, places))
-    width = -(-int(lengths.max()) // _BUCKET) * _BUCKET
+    width = -(-max(int(lengths.max()), 1) // _BUCKET) * _BUCKET
     tokens = np.full((len(prompts), width), s.pad, np.int32)
-    for row, prompt in enumerate(prompts):
-      tokens[row, : len(prompt)] = prompt
+    for row, context in enumerate(contexts):
+      tokens[row, : len(context)] = context
     cache = init_cache(c, len(prompts), width + most * (max_tokens + 1))
     cache, _ = self._read(self._params, cache, tokens, lengths)
 
@@ -259,11 +281,18 @@ class Filler:
     for number in range(most):
       active = np.array([number < len(p) for p in places])
       position = np.array([p[number] if number < len(p) else 0 for p in places], np.int32)
+      first = np.array([p[-1] if c.causal else s.sop for p in prompts], np.int32)
+      # Without block positions, positions go on after a causal context and after [gMASK].
+      blank = np.array([p[i] for p, i in zip(prompts, position, strict=True)])
+      goes_on = (not c.two_positions) & ((blank == s.gmask) | c.causal)
+      position = np.where(goes_on, slot, position).astype(np.int32)
       key = jax.random.fold_in(jax.random.key(seed), number)
       cache, made, count, slot = self._generate(
         self._params,
         cache,
+        first,
         position,
+        goes_on.astype(np.int32),
         slot,
         active,
         key,
@@ -274,6 +303,13 @@ class Filler:
         spans[row].append(np.asarray(made[row, : count[row]]).tolist())
     return spans
 
+  def _blanks(self, prompt: Sequence[int]) -> list[int]:
+    """Places of the masks; of the last token for a causal model."""
+    if self._config.causal:
+      return [len(prompt) - 1]
+    s = self._vocabulary.specials
+    return [i for i, t in enumerate(prompt) if t in (s.mask, s.gmask, s.smask)]
+
   def text(
     self,
     prompt: Sequence[int],
@@ -281,17 +317,22 @@ class Filler:
     mark: tuple[str, str] = ('', ''),
   ) -> str:
     """A prompt with its blanks filled, each between two marks."""
-    s = self._vocabulary.specials
+    decode = self._vocabulary.decode
+    if self._config.causal:
+      # Together: the space before the first new word is the prompt's end or its own.
+      given, whole = decode(prompt), decode([*prompt, *spans[0]])
+      return given + mark[0] + whole[len(given) :] + mark[1]
     left, rest, out = list(spans), [], []
 
     def flush() -> None:
-      out.append(self._vocabulary.decode(rest))
+      out.append(decode(rest))
       rest.clear()
 
-    for token in prompt:
-      if token in (s.mask, s.gmask, s.smask) and left:
+    blanks = set(self._blanks(prompt))
+    for place, token in enumerate(prompt):
+      if place in blanks and left:
         flush()
-        out.append(mark[0] + self._vocabulary.decode(left.pop(0)) + mark[1])
+        out.append(mark[0] + decode(left.pop(0)) + mark[1])
       else:
         rest.append(token)
     flush()

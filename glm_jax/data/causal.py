@@ -1,0 +1,84 @@
+"""Predicting the next token: what ChatGLM2, ChatGLM3 and GLM-4 are trained on further.
+
+Documents that share a row do not see each other, and each counts its positions from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import tensorflow as tf
+
+from glm_jax.batch import OBJECTIVES
+from glm_jax.text.vocabulary import Vocabulary
+
+
+def causal(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int],
+  *,
+  vocabulary: Vocabulary,
+) -> tf.data.Dataset:
+  """Rows of indexed sources (`glm_jax.data.source`) as examples of the batch contract.
+
+  Args:
+    dataset: batches of rows of L + 1 tokens.
+    sequence_length: {'tokens': L}.
+    vocabulary: of the tokens; the first piece of its prefix opens a document.
+
+  Returns:
+    A dataset of {field of `Batch`: [B, L]}.
+  """
+  length = sequence_length['tokens']
+  opening = vocabulary.prefix[0] if vocabulary.prefix else None
+
+  @tf.autograph.experimental.do_not_convert
+  def make(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    made = causal_examples(x['tokens'], x['lengths'], x['scored'], opening)
+    return {**made, 'index': x['index']}
+
+  if dataset.element_spec['tokens'].shape.as_list()[1:] != [length + 1]:
+    raise ValueError(
+      f'causal rows must have one token more than the feature length {length}, got '
+      f'{dataset.element_spec["tokens"].shape}; make them so.'
+    )
+  return dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def causal_examples(
+  tokens: tf.Tensor, lengths: tf.Tensor, scored: tf.Tensor, opening: int | None
+) -> dict[str, tf.Tensor]:
+  """A batch of examples.
+
+  Args:
+    tokens: [B, L + 1] int32.
+    lengths: [B] int32; what follows is padding.
+    scored: [B, L + 1] bool, tokens that may carry loss.
+    opening: the piece that opens a document; None if nothing does.
+
+  Returns:
+    The [B, L] features of `glm_jax.batch.Batch` (no index).
+  """
+  L = tokens.shape[1] - 1
+  t = tf.broadcast_to(tf.range(L), [tf.shape(tokens)[0], L])
+  inside = t + 1 < lengths[:, None]  # the last token of a row predicts nothing
+  opens = tf.equal(tokens[:, :-1], -1 if opening is None else opening)
+  start = tf.where(opens, t, 0)
+  step = 1
+  while step < L:  # the largest so far, in log L steps
+    start = tf.maximum(start, tf.pad(start, [[0, 0], [step, 0]])[:, :L])
+    step *= 2
+  start = tf.where(inside, start, 0)
+  # The first token of a document is not predicted from the one before it: `scored` says
+  # so already, since a prefix carries no loss.
+  weights = tf.cast(inside & scored[:, 1:], tf.float32)
+  return {
+    'tokens': tokens[:, :-1],
+    'targets': tf.where(inside, tokens[:, 1:], tokens[:, :-1]),
+    'loss_weights': weights,
+    'positions': tf.where(inside, t - start, 0),
+    'block_positions': tf.zeros_like(t),
+    'key_start': start,
+    'key_end': tf.where(inside, t + 1, 0),
+    'objective': tf.fill(tf.shape(t), OBJECTIVES.index('causal')),
+  }
