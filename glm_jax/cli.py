@@ -188,6 +188,9 @@ def load_config(
     if configurable.__name__ not in _registered:
       gin.external_configurable(configurable, configurable.__name__)
       _registered.add(configurable.__name__)
+  # Only plain files: gin's other reader imports packages to find files in them, and
+  # stumbles over a folder such as gin_configs, which is none.
+  gin.config._FILE_READERS[:] = gin.config._FILE_READERS[:1]
   # The package's folder first: gin looks in the last one added first.
   for folder in reversed(folders):
     gin.add_config_file_search_path(folder)

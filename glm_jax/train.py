@@ -20,7 +20,7 @@ import jax
 from glm_jax import cli, configs, distributed, models, sharding
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.objective_config import ObjectiveConfig
-from glm_jax.models import GLMConfig
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.models import config as model_config
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import (
@@ -31,12 +31,14 @@ from glm_jax.training import (
   optimizer,
   report,
   run,
+  start,
   state,
 )
 from glm_jax.training import step as steps
 from glm_jax.training.checkpoint import CheckpointConfig
 from glm_jax.training.evaluation import EvaluationConfig
 from glm_jax.training.optimizer import OptimizerConfig
+from glm_jax.training.start import CheckpointModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class TrainConfig:
   """A training run.
 
   Attributes:
-    model: sizes and computation of the model.
+    model: sizes and computation of the model, or `CheckpointModel`: those of a checkpoint.
     corpus: the text.
     vocabulary: how it becomes tokens.
     objectives: how tokens become examples.
@@ -64,7 +66,7 @@ class TrainConfig:
       '' for fresh ones.
   """
 
-  model: GLMConfig
+  model: GLMConfig | ChatGLMConfig | ChatGLM2Config | CheckpointModel
   corpus: CorpusConfig = CorpusConfig()
   vocabulary: VocabularyConfig = VocabularyConfig()
   objectives: ObjectiveConfig = ObjectiveConfig()
@@ -100,6 +102,9 @@ class TrainConfig:
 CONFIGURABLES = (
   TrainConfig,
   GLMConfig,
+  ChatGLMConfig,
+  ChatGLM2Config,
+  CheckpointModel,
   CorpusConfig,
   VocabularyConfig,
   ObjectiveConfig,
@@ -124,6 +129,9 @@ def train(config: TrainConfig, config_text: str) -> None:
   began = time.perf_counter()
   say = print if distributed.is_leader() else lambda *_, **__: None
 
+  # The model may stand in another checkpoint.
+  config, vocabulary, source = start.resolve(config)
+
   # Mesh.
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_fits(config.model, config.batch_size, config.microbatches, mesh)
@@ -146,6 +154,7 @@ def train(config: TrainConfig, config_text: str) -> None:
       config.corpus,
       config.vocabulary,
       config.objectives,
+      vocabulary,
     )
   distributed.check_equal(
     'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
@@ -175,7 +184,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   if found is None:
     current = state.init_state(config.model, make_update, mesh, config.seed)
     if config.init_from:
-      params = state.params_from(
+      params = start.params_from(
         config.init_from, config.model, data.vocabulary.fingerprint, current['params']
       )
       current = state.with_params(current, params)
@@ -205,6 +214,7 @@ def train(config: TrainConfig, config_text: str) -> None:
     'run': identity,
     'vocabulary': data.vocabulary.to_dict(),
     'config': config_text,
+    'source': source,
   }
   writer = metrics.Writer(config.model_dir, distributed.is_leader())
   stream = pipeline.batches(
@@ -294,18 +304,32 @@ def main(argv: Sequence[str]) -> None:
 
 def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
   c = config.model
+  name = type(c).__name__
+  if config.task.startswith('glm_'):
+    configs.check(
+      c.causal == (config.task == 'glm_causal'),
+      'MIXTURE_OR_TASK_NAME must be glm_causal for a causal model, and for no other',
+      f'{config.task!r} for {name}',
+      'set it so',
+    )
+    configs.check(
+      c.causal or c.two_positions == config.objectives.block_positions,
+      "ObjectiveConfig.block_positions must be the model's two_positions",
+      f'{config.objectives.block_positions} and {c.two_positions}',
+      'set it so',
+    )
   configs.check(
     vocabulary.size <= c.vocab_size,
     "the model's vocab_size must hold the vocabulary",
     f'vocab_size={c.vocab_size}, vocabulary of {vocabulary.size}',
-    f'set GLMConfig.vocab_size to {math.ceil(vocabulary.size / 128) * 128}',
+    f'set {name}.vocab_size to {math.ceil(vocabulary.size / 128) * 128}',
   )
   longest = config.feature_lengths['tokens']
   configs.check(
     longest <= c.max_positions + 1 or _row_length(config) <= c.max_positions + 1,
     "rows must fit the model's position table",
     f'rows of {longest} positions, max_positions={c.max_positions}',
-    'raise GLMConfig.max_positions or shorten TASK_FEATURE_LENGTHS',
+    f'raise {name}.max_positions or shorten TASK_FEATURE_LENGTHS',
   )
 
 

@@ -27,6 +27,7 @@ State = dict[str, Any]
 FORMAT = 1
 FOLDER = 'checkpoints'
 _ITEMS = ('params', 'optimizer', 'meta')
+_CHUNK_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +99,8 @@ class Checkpoints:
       self._manager.save(
         int(state['step']),
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(state['params']),
-          optimizer=ocp.args.StandardSave(_optimizer_dict(state)),
+          params=_save_args(state['params']),
+          optimizer=_save_args(_optimizer_dict(state)),
           meta=ocp.args.JsonSave({'format': FORMAT, **meta}),
         ),
         metrics=metrics or None,
@@ -180,23 +181,40 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
   return meta
 
 
-def read_params(folder: epath.Path, abstract: Any) -> Any:
+def read_params(folder: epath.Path, abstract: Any, *, as_stored: bool = False) -> Any:
   """The parameters of a checkpoint, on the shardings of `abstract`.
+
+  Args:
+    folder: the checkpoint.
+    abstract: shapes, dtypes and shardings.
+    as_stored: keep the dtypes of the files, which may be half as large, instead.
 
   Raises:
     ValueError: they do not have the shapes of `abstract`, or are damaged.
   """
   wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
   with _unreadable(folder), ocp.StandardCheckpointer() as reader:
-    found = reader.metadata(folder.absolute() / 'params').item_metadata.tree
-    found = jax.tree.map(lambda leaf: tuple(leaf.shape), found)
+    stored = reader.metadata(folder.absolute() / 'params').item_metadata.tree
+    found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
     if found != wanted:
       raise ValueError(
         f'the parameters in {folder} must have the shapes of the model, but differ in '
         f'{_first_difference(found, wanted)}; use the model configuration it was '
         'trained with.'
       )
+    if as_stored:
+      abstract = jax.tree.map(
+        lambda a, b: jax.ShapeDtypeStruct(a.shape, b.dtype, sharding=a.sharding),
+        abstract,
+        stored,
+      )
     return reader.restore(folder.absolute() / 'params', abstract)
+
+
+def _save_args(tree: Any) -> ocp.args.StandardSave:
+  """In small chunks, so that other meshes, and exports, read no more than they need."""
+  args = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+  return ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: args, tree))
 
 
 def _optimizer_dict(state: State) -> dict[str, Any]:

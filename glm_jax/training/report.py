@@ -55,7 +55,8 @@ def report(
     say(f'{name:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
 
   if data.stats and config.evaluation.fill:
-    say('\nheld-out text, blanks filled by the model:')
+    kind = 'continued' if config.model.causal else 'blanks filled'
+    say(f'\nheld-out text, {kind} by the model:')
     # The leader is alone now: its computations must not wait for other processes.
     alone = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
     with sharding.active(alone):
@@ -67,7 +68,7 @@ def report(
     f'{k} ({name})': v
     for name, scores in summary['baselines'].items()
     for k, v in scores.items()
-    if name == 'blank'
+    if name in ('blank', 'causal')
   }
   picture = metrics.plot_losses(config.model_dir, lines)
   run.write_atomically(
@@ -99,7 +100,7 @@ def _baselines(config: Any, task: str, vocabulary_size: int) -> dict[str, float]
 
 
 def _filled(config: Any, data: Any, params: Any) -> Iterator[dict[str, str]]:
-  """Sentences of held-out documents with a few words hidden."""
+  """Sentences of held-out documents with a few words hidden, or their ends."""
   filler = Filler(config.model, params, data.vocabulary)
   rng = np.random.default_rng(0)
   for sentence in itertools.islice(_sentences(config), config.evaluation.fill):
@@ -107,7 +108,10 @@ def _filled(config: Any, data: Any, params: Any) -> Iterator[dict[str, str]]:
     size = int(rng.integers(1, 4))
     first = int(rng.integers(2, len(words) - size))
     start, end = words[first].start(), words[first + size - 1].end()
-    prompt = filler.encode(sentence[:start] + '[MASK]' + sentence[end:])
+    if config.model.causal:
+      prompt, end = filler.encode(sentence[:start].rstrip()), len(sentence)
+    else:
+      prompt = filler.encode(sentence[:start] + '[MASK]' + sentence[end:])
     spans = filler.fill([prompt], max_tokens=16)[0]
     yield {'filled': filler.text(prompt, spans, ('[', ']')), 'was': sentence[start:end]}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -11,10 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from glm_jax import configs, models, sharding
+from glm_jax import models, sharding
 from glm_jax.batch import prefix_visibility
-from glm_jax.models import config as model_config
-from glm_jax.training import checkpoint
 
 State = dict[str, Any]
 """{'step': int32, 'params': tree, 'opt_state': the optimizer's}"""
@@ -49,53 +46,6 @@ def init_state(
   init = jax.jit(lambda: nn.unbox(_init(config, optimizer, seed)), out_shardings=shardings)
   with sharding.active(mesh):
     return init()
-
-
-def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
-  """Parameters of another checkpoint, for a new run to begin with.
-
-  A position table that is longer here keeps its fresh rows behind the others, as
-  THUDM/GLM train_utils.py does.
-
-  Args:
-    path: a checkpoint or a MODEL_DIR.
-    config: of the new model.
-    vocabulary: fingerprint of the new run's.
-    fresh: the new run's parameters, on their shardings.
-
-  Raises:
-    ValueError: another vocabulary, or shapes that differ in more than positions.
-  """
-  folder = checkpoint.find(path)
-  meta = checkpoint.read_meta(folder)
-  theirs = model_config.from_dict(meta['model'])
-  configs.check(
-    meta['run']['vocabulary'] == vocabulary,
-    'init_from must be a checkpoint of the same vocabulary',
-    f'{meta["run"]["vocabulary"]} there, {vocabulary} here',
-    'set VocabularyConfig.path to the one it was trained with',
-  )
-  shared = dataclasses.replace(
-    config, max_positions=min(config.max_positions, theirs.max_positions)
-  )
-  configs.check(
-    theirs.max_positions <= config.max_positions,
-    'init_from must not have more positions than the model',
-    f'{theirs.max_positions} there, {config.max_positions} here',
-    'raise GLMConfig.max_positions',
-  )
-  mesh = jax.tree.leaves(fresh)[0].sharding.mesh
-  params = checkpoint.read_params(folder, abstract_params(shared, mesh))
-
-  def extend(old: jax.Array, new: jax.Array) -> jax.Array:
-    if old.shape == new.shape:
-      return old
-    merge = jax.jit(
-      lambda old, new: new.at[: old.shape[0]].set(old), out_shardings=new.sharding
-    )
-    return merge(old, new)
-
-  return jax.tree.map(extend, params, fresh)
 
 
 def with_params(state: State, params: Any) -> State:

@@ -1,0 +1,357 @@
+"""Converts released weights into a checkpoint of this package, and back.
+
+The phases, in order: what SRC is, what DST becomes, checks (vocabulary, room on the
+disk), writing beside DST, and the renaming that makes it DST. An interrupted conversion
+goes on where it stopped when the same command is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from glm_jax import cli, configs
+from glm_jax.interop import files, hub, leaves, recognise
+from glm_jax.interop.layouts import LAYOUTS
+from glm_jax.models import config as model_config
+from glm_jax.text import loading
+from glm_jax.text.vocabulary import Vocabulary
+
+DTYPES = {
+  'float32': np.dtype(np.float32),
+  'float16': np.dtype(np.float16),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+}
+_CHECKPOINT = 'checkpoint'
+# What a model that came from nowhere is exported to.
+_DEFAULTS = {'glm': 'megatron', 'chatglm': 'chatglm', 'chatglm2': 'glm'}
+_PROGRESS = 'conversion.json'
+
+
+class Model(NamedTuple):
+  """What is converted.
+
+  Attributes:
+    config: of the model.
+    leaves: its parameters.
+    vocabulary: None where SRC has none.
+    source: of a checkpoint, what it was converted from: format, config.json, parts,
+      prefix, repeats_head.
+    step: of a checkpoint, training steps behind it.
+  """
+
+  config: Any
+  leaves: leaves.Leaves
+  vocabulary: Vocabulary | None
+  source: dict[str, Any]
+  step: int
+
+
+def convert(flags: argparse.Namespace) -> None:
+  """The command.
+
+  Args:
+    flags: src, dst, to, set, dtype, vocabulary, parts, shard_size.
+
+  Raises:
+    ValueError: anything about the files that a user can mend.
+    OSError: no room, or no permission.
+  """
+  began = time.perf_counter()
+  src, dst = Path(flags.src), Path(flags.dst)
+  configs.check(
+    not dst.exists(),
+    'DST must not exist',
+    repr(str(dst)),
+    'choose another folder, or remove it',
+  )
+
+  # What SRC is.
+  is_checkpoint = any((src / name).exists() for name in ('checkpoints', 'params'))
+  configs.check(
+    not (is_checkpoint and flags.set),
+    '--set is for checkpoints of other programs',
+    str(flags.set),
+    'leave it out',
+  )
+  model = _read_checkpoint(src) if is_checkpoint else _read_foreign(src, flags)
+  if flags.vocabulary:
+    model = model._replace(vocabulary=loading.load(flags.vocabulary))
+  if model.vocabulary is not None:
+    configs.check(
+      model.vocabulary.size <= model.config.vocab_size,
+      "the vocabulary must fit the model's embedding table",
+      f'{model.vocabulary.size} pieces ({model.vocabulary.kind}) and '
+      f'{model.config.vocab_size} rows',
+      'give the right one with --vocabulary=KIND:PATH',
+    )
+
+  # What DST becomes.
+  target = flags.to or (_default_format(model) if is_checkpoint else _CHECKPOINT)
+  dtype = DTYPES[flags.dtype] if flags.dtype else None
+  name = model_config.to_dict(model.config)['family']
+  if target != _CHECKPOINT:
+    configs.check(
+      LAYOUTS[target].config is type(model.config),
+      f'a model of the family {name!r} can be exported to one of '
+      f'{[k for k, v in LAYOUTS.items() if v.config is type(model.config)]}',
+      repr(target),
+      'choose one of these',
+    )
+  parts = flags.parts or (model.source.get('parts', 1) if target != _CHECKPOINT else 1)
+  configs.check(
+    parts >= 1 and (parts == 1 or target in ('megatron', 'glm-130b')),
+    "--parts must be 1 or more, and is for the formats 'megatron' and 'glm-130b'",
+    f'{parts} for {target!r}',
+    'leave it out',
+  )
+  size = sum(
+    int(np.prod(spec.shape, dtype=np.int64)) * (dtype or spec.dtype).itemsize
+    for spec in model.leaves.specs.values()
+  )
+  _check_room(dst, size)
+
+  # Writing, beside DST.
+  partial = dst.with_name(f'.{dst.name}.partial')
+  _continue_or_begin(partial, _identity(src, flags, target, model))
+  with _bar(size) as bar:
+    if target == _CHECKPOINT:
+      _write_checkpoint(partial, model, dtype, bar.update)
+    else:
+      _write_foreign(partial, model, target, dtype, parts, flags.shard_size, bar.update)
+
+  # It is complete: it may bear its name.
+  (partial / _PROGRESS).unlink()
+  os.replace(partial, dst)
+  count = sum(int(np.prod(s.shape, dtype=np.int64)) for s in model.leaves.specs.values())
+  words = (
+    'no vocabulary'
+    if model.vocabulary is None
+    else (f'vocabulary {model.vocabulary.kind} of {model.vocabulary.size:,}')
+  )
+  print(
+    f'{target}: {count:,} parameters, {size / 1e9:.2f} GB, {words}, in {dst} '
+    f'({time.perf_counter() - began:.0f} s)'
+  )
+
+
+def _read_checkpoint(src: Path) -> Model:
+  from glm_jax.training import checkpoint
+  from glm_jax.training.leaves import StoredLeaves
+
+  folder = checkpoint.find(str(src))
+  meta = checkpoint.read_meta(folder)
+  stored = meta['vocabulary']
+  return Model(
+    model_config.from_dict(meta['model']),
+    StoredLeaves(folder),
+    loading.from_dict(stored) if stored else None,
+    meta.get('source') or {},
+    int(meta.get('step', 0)),
+  )
+
+
+def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
+  from glm_jax.training import state
+  from glm_jax.training.leaves import flat
+
+  source = files.open_source(src)
+  found = recognise.recognise(source, _overrides(flags.set))
+  shapes = {k: v.shape for k, v in flat(state.abstract_params(found.config)).items()}
+  vocabulary = None
+  if not flags.vocabulary:
+    vocabulary = loading.find(src, found.format, found.config.vocab_size)
+  print(f'{src}: {LAYOUTS[found.format].describes}; {len(source.parts)} part(s)')
+  return Model(
+    found.config,
+    leaves.ForeignLeaves(source, found, shapes),
+    vocabulary,
+    {
+      'format': found.format,
+      'config': source.config,
+      'parts': len(source.parts),
+      'prefix': found.prefix,
+      'repeats_head': found.repeats_head,
+    },
+    0,
+  )
+
+
+def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> None:
+  from glm_jax.training import leaves as stored
+
+  specs = {
+    path: stored.LeafSpec(tuple(spec.shape), dtype or spec.dtype)
+    for path, spec in model.leaves.specs.items()
+  }
+
+  def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+    array = model.leaves.read(path, layer)
+    return array if dtype is None else array.astype(dtype)
+
+  meta = {
+    'model': model_config.to_dict(model.config),
+    'vocabulary': model.vocabulary and model.vocabulary.to_dict(),
+    'source': model.source,
+    'step': model.step,
+  }
+  stored.write(folder, specs, read, meta, progress)
+
+
+def _write_foreign(
+  folder: Path, model: Model, target: str, dtype, parts: int, shard_size: float, progress
+) -> None:
+  same = model.source.get('format') == target
+  prefix = model.source.get('prefix') if same else ('glm.' if target == 'glm-10b' else '')
+  # ChatGLM-6B's files hold a tied head twice.
+  repeats = model.source.get('repeats_head') if same else target == 'chatglm'
+  tied = getattr(model.config, 'tied_head', False)
+
+  def tensors(rank: int) -> list[leaves.Foreign]:
+    return list(
+      leaves.foreign_tensors(
+        model.leaves,
+        target,
+        model.config,
+        rank=rank,
+        parts=parts,
+        prefix=prefix or '',
+        repeats_head=bool(repeats and tied),
+        dtype=dtype,
+      )
+    )
+
+  if LAYOUTS[target].container == 'megatron':
+    leaves.write_megatron(
+      folder, str(model.step), [tensors(i) for i in range(parts)], progress
+    )
+    return
+  made = tensors(0)
+  leaves.write_shards(folder, leaves.shards(made, int(shard_size * 2**30)), progress)
+  kind = max(made, key=lambda tensor: tensor.nbytes).dtype.name
+  raw = model.source.get('config', {}) if same else {}
+  hub.write_config(folder, target, model.config, raw, kind, model.vocabulary)
+
+
+def _default_format(model: Model) -> str:
+  family = model_config.to_dict(model.config)['family']
+  return model.source.get('format') or _DEFAULTS[family]
+
+
+def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
+  overrides = {}
+  for assignment in assignments:
+    name, equals, value = assignment.partition('=')
+    configs.check(
+      bool(equals and name), '--set must be FIELD=VALUE', repr(assignment), 'write it so'
+    )
+    try:
+      overrides[name] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      overrides[name] = value  # a word, such as float16
+  return overrides
+
+
+def _check_room(dst: Path, size: int) -> None:
+  parent = dst.absolute().parent
+  while not parent.exists():
+    parent = parent.parent
+  free = shutil.disk_usage(parent).free
+  if size > free:
+    raise OSError(
+      f'DST needs {size / 1e9:.1f} GB, got {free / 1e9:.1f} GB free in {parent}; nothing '
+      'was written. Make room or choose another disk.'
+    )
+
+
+def _identity(src: Path, flags: argparse.Namespace, target: str, model: Model) -> dict:
+  """What must be the same for an interrupted conversion to go on."""
+  stats = sorted(
+    [str(path.relative_to(src)), path.stat().st_size, path.stat().st_mtime_ns]
+    for path in src.rglob('*')
+    if path.is_file()
+  )
+  words = model.vocabulary and model.vocabulary.fingerprint
+  flags_ = {k: v for k, v in vars(flags).items() if k not in ('src', 'dst')}
+  return {'files': stats, 'to': target, 'vocabulary': words, 'flags': flags_}
+
+
+def _continue_or_begin(partial: Path, identity: dict[str, Any]) -> None:
+  text = json.dumps(identity, sort_keys=True)
+  path = partial / _PROGRESS
+  if path.exists() and path.read_text(encoding='utf-8') == text:
+    print(f'going on with {partial}')
+    return
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  path.write_text(text, encoding='utf-8')
+
+
+def _bar(size: int) -> Any:
+  from tqdm import tqdm
+
+  return tqdm(
+    total=size, unit='B', unit_scale=True, desc='converting', leave=False, disable=None
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command."""
+  convert(_flags().parse_args(argv))
+
+
+def _flags() -> argparse.ArgumentParser:
+  flags = cli.parser(
+    'convert',
+    'Converts the weights of released models into a checkpoint, and back.',
+    'python -m glm_jax.convert chatglm3-6b/ runs/chatglm3\n'
+    '  python -m glm_jax.convert runs/mine exported/ --to=glm --dtype=bfloat16\n\n'
+    'formats:\n' + '\n'.join(f'  {k:<10} {v.describes}' for k, v in LAYOUTS.items()),
+  )
+  flags.add_argument('src', metavar='SRC', help='a released model, or a MODEL_DIR')
+  flags.add_argument('dst', metavar='DST', help='a folder that does not exist yet')
+  flags.add_argument(
+    '--to',
+    choices=(_CHECKPOINT, *LAYOUTS),
+    metavar='FORMAT',
+    help='by default a checkpoint from released weights; from a checkpoint, the format '
+    "that it came from, else 'glm'",
+  )
+  flags.add_argument(
+    '--set',
+    action='append',
+    default=[],
+    metavar='FIELD=VALUE',
+    help='a field of the model configuration that the files do not say, such as '
+    'num_heads=16; may be repeated',
+  )
+  flags.add_argument(
+    '--dtype', choices=tuple(DTYPES), help='cast the weights; by default they stay'
+  )
+  flags.add_argument(
+    '--vocabulary',
+    default='',
+    metavar='KIND:PATH',
+    help=f'instead of what SRC holds; KIND is one of {", ".join(loading.KINDS[2:])}',
+  )
+  flags.add_argument(
+    '--parts', type=int, default=0, metavar='N', help='mp_rank_* files to write (1)'
+  )
+  flags.add_argument(
+    '--shard_size', type=float, default=1.0, metavar='GB', help='of .safetensors files (1)'
+  )
+  return flags
+
+
+if __name__ == '__main__':
+  cli.main(main)

@@ -1,0 +1,356 @@
+"""Checkpoint files of other programs: what is in them, read one tensor at a time.
+
+Hugging Face folders hold `config.json` and `.safetensors` or `.bin` files, in shards
+with an index; THUDM's hold `mp_rank_*` files, one a part of the model. `.bin` and `.pt`
+files are pickles: PyTorch reads them, and only as plain data (`weights_only`), so no
+code in them ever runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+# Names of dtypes in safetensors headers; those that a weight of this family may have.
+DTYPES = {
+  'F64': np.dtype(np.float64),
+  'F32': np.dtype(np.float32),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+}
+_LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+INDICES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
+SINGLES = ('model.safetensors', 'pytorch_model.bin')
+_TAGS = ('latest_checkpointed_iteration.txt', 'latest')
+
+
+class Spec(NamedTuple):
+  """What a file says of a tensor.
+
+  Attributes:
+    shape: of it.
+    dtype: as stored.
+    file: that holds it.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  file: Path
+
+
+class Tensors:
+  """The tensors of one or more files, by name; nothing is read until asked for."""
+
+  def __init__(self, specs: dict[str, Spec]):
+    """
+    Args:
+      specs: by name.
+    """
+    self.specs = specs
+    self._last: tuple[str, np.ndarray] | None = None
+
+  def read(self, name: str) -> np.ndarray:
+    """A tensor in its stored dtype. The latest one is kept: fused ones are read thrice."""
+    if self._last is None or self._last[0] != name:
+      spec = self.specs[name]
+      self._last = None
+      self._last = (name, _read(name, spec))
+    return self._last[1]
+
+
+class Source(NamedTuple):
+  """A checkpoint of another program.
+
+  Attributes:
+    folder: where it is.
+    container: 'huggingface' or 'megatron'.
+    parts: its tensors; several for `mp_rank_*` files.
+    config: content of config.json; empty where there is none.
+    index: content of the shards' index, where there is one.
+  """
+
+  folder: Path
+  container: str
+  parts: tuple[Tensors, ...]
+  config: dict[str, Any]
+  index: dict[str, Any]
+
+
+def open_source(folder: Path) -> Source:
+  """Finds out what a folder holds, without reading a tensor.
+
+  Raises:
+    ValueError: no checkpoint, a damaged file, an index that does not fit its files.
+  """
+  if not folder.is_dir():
+    raise ValueError(
+      f'SRC must be a folder with a checkpoint, got {str(folder)!r}; correct the path.'
+    )
+  for name in INDICES:
+    if (folder / name).exists():
+      index = _json(folder / name)
+      tensors = _indexed(folder / name, index)
+      return Source(folder, 'huggingface', (tensors,), _config(folder), index)
+  for name in SINGLES:
+    if (folder / name).exists():
+      tensors = Tensors(_specs(folder / name))
+      return Source(folder, 'huggingface', (tensors,), _config(folder), {})
+  files = _parts(folder)
+  if not files:
+    raise ValueError(
+      'SRC must hold model.safetensors, pytorch_model.bin, an index of their shards, or '
+      f'mp_rank_* files, got {str(folder)!r} with {sorted(_names(folder))[:8]}; give the '
+      'folder of a checkpoint.'
+    )
+  parts = tuple(Tensors(_specs(file)) for file in files)
+  return Source(folder, 'megatron', parts, _config(folder), {})
+
+
+def _names(folder: Path) -> list[str]:
+  return [path.name for path in folder.iterdir()]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+  path = folder / 'config.json'
+  return _json(path) if path.exists() else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} must be JSON, got {error}; fetch it again.') from error
+  if not isinstance(content, dict):
+    raise ValueError(
+      f'{path} must be a JSON object, got {type(content).__name__}; fetch it again.'
+    )
+  return content
+
+
+def _indexed(path: Path, index: dict[str, Any]) -> Tensors:
+  """The shards that an index names, checked against it."""
+  where = index.get('weight_map')
+  if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+    raise ValueError(
+      f"{path} must have a 'weight_map' of names to files, got {str(where)[:80]}; fetch it "
+      'again.'
+    )
+  specs: dict[str, Spec] = {}
+  for file in sorted(set(where.values())):
+    if Path(file).name != file or file in ('.', '..'):
+      raise ValueError(
+        f'an index must name files of its own folder, got {file!r} in {path}; do not use '
+        'this checkpoint.'
+      )
+    if not (path.parent / file).is_file():
+      raise ValueError(
+        f'an index must name files that exist, got {file!r} in {path}; fetch the shard.'
+      )
+    found = _specs(path.parent / file)
+    missing = [name for name, at in where.items() if at == file and name not in found]
+    extra = [name for name in found if where.get(name) != file]
+    if missing or extra:
+      raise ValueError(
+        f'{path.parent / file} must hold what {path.name} says; it lacks {missing[:5]} and '
+        f'has {extra[:5]} besides; fetch both again.'
+      )
+    specs.update(found)
+  return Tensors({name: specs[name] for name in where})
+
+
+def _parts(folder: Path) -> list[Path]:
+  """`mp_rank_00...` files of the folder, or of the iteration that it calls its latest."""
+  for tag in _TAGS:
+    if (folder / tag).exists():
+      name = (folder / tag).read_text(encoding='utf-8').strip()
+      if not name or Path(name).name != name or not (folder / name).is_dir():
+        raise ValueError(
+          f'{folder / tag} must name a folder beside it, got {name!r}; correct it.'
+        )
+      folder = folder / name
+      break
+  ranks = {}
+  for path in folder.iterdir():
+    match = re.fullmatch(r'mp_rank_(\d+)(_model_states)?\.pt', path.name)
+    if match:
+      ranks[int(match[1])] = path
+  if sorted(ranks) != list(range(len(ranks))):
+    raise ValueError(
+      f'the parts of a checkpoint must be mp_rank_00, mp_rank_01, ..., got '
+      f'{sorted(path.name for path in ranks.values())} in {folder}; fetch the others.'
+    )
+  return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _specs(path: Path) -> dict[str, Spec]:
+  if path.suffix == '.safetensors':
+    return {
+      name: Spec(shape, dtype, path)
+      for name, (shape, dtype, _, _) in read_header(path).items()
+    }
+  with _pickled(path) as tensors:
+    return {
+      name: Spec(tuple(tensor.shape), _torch_dtype(path, name, tensor), path)
+      for name, tensor in tensors.items()
+    }
+
+
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int, int]]:
+  """{name: (shape, dtype, first byte, one past the last byte)} of a safetensors file.
+
+  The format is 8 bytes with the header's length, a JSON header, and the tensors. The
+  safetensors package says of a truncated file only that it is one; this names the tensor.
+
+  Raises:
+    ValueError: no such file, or a truncated one.
+  """
+  size = path.stat().st_size
+  with path.open('rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    if size < 8 or not 0 < length <= min(_LARGEST_HEADER, size - 8):
+      raise ValueError(
+        f'{path} must be a safetensors file, got {size} bytes whose header does not fit; '
+        'fetch it again.'
+      )
+    try:
+      header = json.loads(file.read(length))
+      header.pop('__metadata__', None)
+      found = {}
+      for name, entry in header.items():
+        first, last = (8 + length + int(offset) for offset in entry['data_offsets'])
+        shape = tuple(int(n) for n in entry['shape'])
+        found[name] = (shape, entry['dtype'], first, last)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise ValueError(
+        f'{path} must be a safetensors file, got a header that is none '
+        f'({type(error).__name__}); fetch it again.'
+      ) from error
+  for name, (shape, dtype, first, last) in found.items():
+    if dtype not in DTYPES:
+      raise ValueError(
+        f'{name!r} in {path} must be of {tuple(DTYPES)}, got {dtype}; convert the '
+        'checkpoint before it was quantised.'
+      )
+    bytes_needed = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    if not 8 + length <= first <= last or last - first != bytes_needed:
+      raise ValueError(
+        f'{name!r} in {path} must have {bytes_needed} bytes for its shape {shape}, got '
+        f'{last - first}; fetch the file again.'
+      )
+    if last > size:
+      raise ValueError(
+        f'{path} must hold all of its tensors, got a file of {size} bytes that ends '
+        f'before the end of {name!r} ({last}); fetch it again.'
+      )
+  return {k: (shape, DTYPES[d], a, b) for k, (shape, d, a, b) in found.items()}
+
+
+def _read(name: str, spec: Spec) -> np.ndarray:
+  if spec.file.suffix == '.safetensors':
+    # Read, not mapped: mapped pages would count as memory until the file is closed.
+    shape, dtype, first, _ = read_header(spec.file)[name]
+    count = int(np.prod(shape, dtype=np.int64))
+    found = np.fromfile(spec.file, dtype, count, offset=first)
+    if found.size != count:
+      raise ValueError(
+        f'{spec.file} must hold all of {name!r}, got {found.size} of {count} values; '
+        'fetch it again.'
+      )
+    return found.reshape(shape)
+  with _pickled(spec.file) as tensors:
+    return np.array(_to_numpy(tensors[name]))
+
+
+def require_torch(path: Path) -> Any:
+  """The torch package, for a file that only PyTorch reads or writes.
+
+  Raises:
+    ValueError: it is not installed.
+  """
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+      f'PyTorch must be installed for .bin and .pt files, got {path.name} and no torch; '
+      "pip install 'glm_jax[torch]', or use a checkpoint in .safetensors."
+    ) from error
+  return torch
+
+
+@contextlib.contextmanager
+def _pickled(path: Path) -> Iterator[dict[str, Any]]:
+  """The state dict of a PyTorch file, mapped while inside."""
+  torch = require_torch(path)
+  try:
+    # What DeepSpeed keeps beside the weights: plain data, too.
+    import argparse
+    import collections
+
+    safe = [argparse.Namespace, collections.OrderedDict, np.ndarray, np.dtype]
+    safe += [type(np.dtype(t)) for t in (np.uint32, np.int64, np.float64)]
+    # NumPy 1 and 2 pickle arrays and numbers through modules of different names.
+    for function in (np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]):
+      safe += [function, (function, f'numpy.core.multiarray.{function.__name__}')]
+    with torch.serialization.safe_globals(safe):
+      try:
+        content = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+      except RuntimeError as error:
+        if 'mmap can only be used' not in str(error):
+          raise
+        # Files of PyTorch before 1.6 cannot be mapped.
+        content = torch.load(path, map_location='cpu', weights_only=True)
+  except Exception as error:  # PyTorch raises many kinds
+    if 'weights_only' in str(error) or 'Unsupported' in str(error):
+      raise ValueError(
+        f'{path} must hold plain tensors, got a pickle that would run code '
+        f'({_first_line(error)}); nothing of it was run. Do not use this file.'
+      ) from error
+    raise ValueError(
+      f'{path} must be a complete PyTorch file, got one that cannot be read '
+      f'({_first_line(error)}); fetch it again.'
+    ) from error
+  content = content.get('module', content) if isinstance(content, dict) else content
+  if not isinstance(content, dict):
+    raise ValueError(
+      f'{path} must hold tensors by name, got {type(content).__name__}; give the weights.'
+    )
+  tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+  others = sorted(set(content) - set(tensors))
+  if others:
+    raise ValueError(
+      f'{path} must hold tensors by name, got {others[:5]} besides; give the weights alone.'
+    )
+  yield tensors
+
+
+def _first_line(error: Exception) -> str:
+  text = re.sub(r'\s+', ' ', str(error))
+  found = re.search(r'Unsupported [^:]*: (GLOBAL )?[\w.]+', text)
+  return (found[0] if found else text)[:160].strip()
+
+
+def _torch_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
+  known = {'torch.float64': 'F64', 'torch.float32': 'F32', 'torch.float16': 'F16'}
+  known['torch.bfloat16'] = 'BF16'
+  kind = str(tensor.dtype)
+  if kind not in known:
+    raise ValueError(
+      f'{name!r} in {path} must be of {tuple(known)}, got {kind}; convert the checkpoint '
+      'before it was quantised.'
+    )
+  return DTYPES[known[kind]]
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+  import torch
+
+  if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+  return tensor.contiguous().numpy()

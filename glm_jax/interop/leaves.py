@@ -1,0 +1,315 @@
+"""Foreign tensors as our leaves, and our leaves as foreign tensors.
+
+Both directions go layer by layer through the views of `layouts`, so that no more than a
+few layers are ever in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from glm_jax.interop import files
+from glm_jax.interop.files import Source
+from glm_jax.interop.layouts import HEADS, LAYOUTS, WORDS, Entry
+from glm_jax.interop.layouts import Path as Tree
+from glm_jax.interop.recognise import Found
+
+
+class Spec(NamedTuple):
+  """Shape and dtype of a leaf, all layers of it."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class Leaves(Protocol):
+  """Parameters, wherever they are.
+
+  Attributes:
+    specs: shape and dtype of each leaf, by path.
+  """
+
+  specs: Mapping[Tree, Any]
+
+  def read(self, path: Tree, layer: int | None) -> np.ndarray:
+    """A leaf, or one layer of a stacked one."""
+
+
+class ForeignLeaves:
+  """The tensors of another program's checkpoint, as our leaves.
+
+  Attributes:
+    specs: see `Leaves`; dtypes are those of the files.
+  """
+
+  def __init__(self, source: Source, found: Found, shapes: Mapping[Tree, tuple[int, ...]]):
+    """
+    Args:
+      source: the files.
+      found: what they are.
+      shapes: of every leaf of the model.
+
+    Raises:
+      ValueError: missing or unknown tensors, shapes that do not fit the config.
+    """
+    self._source, self._found = source, found
+    entries = LAYOUTS[found.format].entries(found.config, len(source.parts))
+    self._where: dict[tuple[Tree, int | None], tuple[Entry, Any]] = {}
+    for entry in entries:
+      for part in entry.parts:
+        self._where[part.path, part.layer] = (entry, part)
+    for rank, tensors in enumerate(source.parts):
+      _check_names(source, found, entries, set(tensors.specs), rank)
+      for entry in entries:
+        _check_shape(entry, tensors.specs[found.prefix + entry.name])
+    self.specs = {path: Spec(shape, self._dtype(path)) for path, shape in shapes.items()}
+
+  def read(self, path: Tree, layer: int | None) -> np.ndarray:
+    """See `Leaves`.
+
+    Raises:
+      ValueError: parts of a checkpoint that should hold the same do not.
+    """
+    entry, part = self._where[path, layer]
+    name = self._found.prefix + entry.name
+    views = [part.view(tensors.read(name)) for tensors in self._source.parts]
+    if part.axis is not None:
+      return np.concatenate(views, axis=part.axis) if len(views) > 1 else views[0]
+    for rank, view in enumerate(views):
+      if not np.array_equal(view, views[0], equal_nan=True):
+        raise ValueError(
+          f'{name!r} must be the same in every part of the checkpoint, but differs '
+          f'between mp_rank_00 and mp_rank_{rank:02}; fetch both again.'
+        )
+    return views[0]
+
+  def _dtype(self, path: Tree) -> np.dtype:
+    found = {
+      tensors.specs[self._found.prefix + entry.name].dtype
+      for (where, _), (entry, _) in self._where.items()
+      if where == path
+      for tensors in self._source.parts
+    }
+    if len(found) != 1:
+      raise ValueError(
+        f'{".".join(path)} must have one dtype in all layers, got '
+        f'{sorted(map(str, found))}; convert the checkpoint to one first.'
+      )
+    return found.pop()
+
+
+def _check_names(source, found, entries, names: set[str], rank: int) -> None:
+  wanted = {found.prefix + entry.name for entry in entries}
+  allowed = {found.prefix + name for name in found.buffers}
+  if found.repeats_head:
+    allowed.add(found.prefix + HEADS[found.format])
+  missing, unknown = sorted(wanted - names), sorted(names - wanted - allowed)
+  if not missing and not unknown:
+    return
+  where = f' (mp_rank_{rank:02})' if len(source.parts) > 1 else ''
+  said = [f'lacks {_some(missing)}'] if missing else []
+  said += [f'has {_some(unknown)} besides'] if unknown else []
+  raise ValueError(
+    f"a checkpoint of format '{found.format}' with num_layers={found.config.num_layers} "
+    f'must hold {len(wanted)} tensors{where}, got one that {" and ".join(said)}; fetch the '
+    'missing ones, or give the checkpoint of the plain model.'
+  )
+
+
+def _some(names: list[str]) -> str:
+  rest = f' and {len(names) - 8} more' if len(names) > 8 else ''
+  return ', '.join(names[:8]) + rest
+
+
+def _check_shape(entry: Entry, spec: files.Spec) -> None:
+  if spec.shape == entry.shape:
+    return
+  if len(spec.shape) != len(entry.shape):
+    fields = 'the number of dimensions disagrees'
+  else:
+    wrong = [
+      fields
+      for fields, a, b in zip(entry.sizes, spec.shape, entry.shape, strict=True)
+      if a != b
+    ]
+    fields = f'{" and ".join(wrong)} of the config disagrees'
+  raise ValueError(
+    f'{entry.name!r} in {spec.file} must have shape {entry.shape} by the config, got '
+    f'{spec.shape}: {fields}; correct config.json, or use --set FIELD=VALUE.'
+  )
+
+
+class Foreign(NamedTuple):
+  """A tensor to be written.
+
+  Attributes:
+    name: of it.
+    shape: of it.
+    dtype: of it.
+    make: its content.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  make: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def foreign_tensors(
+  leaves: Leaves,
+  format: str,
+  config: Any,
+  *,
+  rank: int = 0,
+  parts: int = 1,
+  prefix: str = '',
+  repeats_head: bool = False,
+  dtype: np.dtype | None = None,
+) -> Iterator[Foreign]:
+  """Our leaves as the tensors of one part of a foreign checkpoint.
+
+  Args:
+    leaves: the parameters.
+    format: a key of `LAYOUTS`.
+    config: the model.
+    rank: which part.
+    parts: of how many.
+    prefix: before every name.
+    repeats_head: store a tied head a second time, as some formats do.
+    dtype: to cast to; None keeps what is stored.
+  """
+  entries = LAYOUTS[format].entries(config, parts)
+  for entry in entries:
+    kinds = {np.dtype(leaves.specs[part.path].dtype) for part in entry.parts}
+    kind = dtype or np.result_type(*kinds)
+    make = functools.partial(_make, leaves, entry, rank, parts, kind)
+    yield Foreign(prefix + entry.name, entry.shape, kind, make)
+    if repeats_head and entry.name == WORDS.get(format):
+      yield Foreign(prefix + HEADS[format], entry.shape, kind, make)
+  words = np.dtype(dtype or leaves.specs['words', 'weight'].dtype)
+  for name, values in _buffers(format, config, words).items():
+    yield Foreign(prefix + name, values.shape, words, functools.partial(np.copy, values))
+
+
+def _make(leaves, entry: Entry, rank: int, parts: int, dtype: np.dtype) -> np.ndarray:
+  out = np.empty(entry.shape, dtype)
+  for part in entry.parts:
+    view, ours = part.view(out), leaves.read(part.path, part.layer)
+    if part.axis is not None:
+      size = view.shape[part.axis]
+      ours = (
+        np.take(ours, range(rank * size, (rank + 1) * size), part.axis)
+        if (parts > 1)
+        else ours
+      )
+    assert np.shares_memory(view, out), entry.name
+    view[...] = ours.astype(dtype)
+  return out
+
+
+def _buffers(format: str, c: Any, dtype: np.dtype) -> dict[str, np.ndarray]:
+  """Rotary frequencies, which the programs of these formats store, and do not read."""
+  if format == 'chatglm':
+    size = c.head_size // 2
+    table = 1 / 10000 ** (np.arange(0, size, 2, dtype=np.float32) / size)
+    table = table.astype(np.float16).astype(dtype)
+    at = 'transformer.layers.{}.attention.rotary_emb.inv_freq'
+    return {at.format(i): table for i in range(c.num_layers)}
+  if format == 'chatglm2':
+    exponents = np.arange(0, c.rotated_size, 2).astype(dtype) / dtype.type(c.rotated_size)
+    powers = (10000.0 ** exponents.astype(np.float64)).astype(dtype)
+    return {'transformer.rotary_pos_emb.inv_freq': (1 / powers).astype(dtype)}
+  return {}
+
+
+def shards(tensors: list[Foreign], shard_bytes: int) -> dict[str, list[Foreign]]:
+  """Tensors by the file that they go to, none much larger than `shard_bytes`."""
+  groups: list[list[Foreign]] = [[]]
+  size = 0
+  for tensor in tensors:
+    if groups[-1] and size + tensor.nbytes > shard_bytes:
+      groups.append([])
+      size = 0
+    groups[-1].append(tensor)
+    size += tensor.nbytes
+  if len(groups) == 1:
+    return {'model.safetensors': groups[0]}
+  return {
+    f'model-{number:05}-of-{len(groups):05}.safetensors': group
+    for number, group in enumerate(groups, 1)
+  }
+
+
+def write_shards(
+  folder: Path, groups: Mapping[str, list[Foreign]], progress: Callable[[int], Any]
+) -> None:
+  """safetensors files and, for several, their index; finished files are kept."""
+  from safetensors.numpy import save_file
+
+  for name, tensors in groups.items():
+    if not (folder / name).exists():
+      temporary = folder / f'.{name}'
+      content = {tensor.name: tensor.make() for tensor in tensors}
+      save_file(content, temporary, metadata={'format': 'pt'})
+      del content
+      temporary.chmod(0o666 & ~_umask())  # safetensors makes it its owner's alone
+      temporary.rename(folder / name)
+    progress(sum(tensor.nbytes for tensor in tensors))
+  if len(groups) > 1:
+    index = {
+      'metadata': {'total_size': sum(t.nbytes for g in groups.values() for t in g)},
+      'weight_map': {t.name: name for name, g in groups.items() for t in g},
+    }
+    text = json.dumps(index, indent=2) + '\n'
+    (folder / files.INDICES[0]).write_text(text, encoding='utf-8')
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def write_megatron(
+  folder: Path, tag: str, parts: list[list[Foreign]], progress: Callable[[int], Any]
+) -> None:
+  """`mp_rank_*` files of PyTorch, and the file that names their folder."""
+  torch = files.require_torch(Path('mp_rank_00_model_states.pt'))
+  (folder / tag).mkdir(exist_ok=True)
+  for rank, tensors in enumerate(parts):
+    path = folder / tag / f'mp_rank_{rank:02}_model_states.pt'
+    temporary, scratch = path.with_suffix('.partial'), path.with_suffix('.scratch')
+    if not path.exists():
+      module = {
+        t.name: _mapped(torch, scratch.with_suffix(f'.{i}'), t)
+        for i, t in enumerate(tensors)
+      }
+      torch.save({'module': module}, temporary)
+      del module
+      for left in folder.glob(f'{tag}/*.[0-9]*'):
+        left.unlink()
+      temporary.rename(path)
+    progress(sum(tensor.nbytes for tensor in tensors))
+  (folder / 'latest_checkpointed_iteration.txt').write_text(f'{tag}\n', encoding='utf-8')
+
+
+def _mapped(torch: Any, path: Path, tensor: Foreign) -> Any:
+  """A tensor in a file of its own: PyTorch writes a state dict only as a whole."""
+  array = np.memmap(path, np.uint8, 'w+', shape=(max(tensor.nbytes, 1),))
+  array[: tensor.nbytes] = tensor.make().reshape(-1).view(np.uint8)
+  array.flush()
+  kind = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
+  kind['float64'] = torch.float64
+  flat = torch.from_numpy(array[: tensor.nbytes]).view(kind[tensor.dtype.name])
+  return flat.reshape(tensor.shape)

@@ -1,0 +1,300 @@
+"""Which format a foreign checkpoint is of, and what model it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from glm_jax import configs
+from glm_jax.interop.files import Source, Spec
+from glm_jax.interop.layouts import HEADS, LAYOUTS, WORDS
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
+
+# ChatGLM-6B's code has this depth in its scale, whatever the depth (modeling_chatglm.py,
+# a default argument that is never given).
+CHATGLM_DEEPNORM_LAYERS = 28
+# Head sizes of every released model whose checkpoint does not say its number of heads.
+_HEAD_SIZES = {'megatron': 64, 'glm-130b': 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a foreign checkpoint is.
+
+  Attributes:
+    format: a key of `LAYOUTS`.
+    config: its model.
+    prefix: before every tensor's name ('glm.' or nothing).
+    repeats_head: the head is stored although it is the embedding table.
+    buffers: names of tensors that are computed, not learned.
+  """
+
+  format: str
+  config: Any
+  prefix: str
+  repeats_head: bool
+  buffers: tuple[str, ...]
+
+
+def recognise(source: Source, overrides: Mapping[str, Any]) -> Found:
+  """Tells the format from the names, and the model from config.json and the shapes.
+
+  Args:
+    source: a foreign checkpoint.
+    overrides: config fields that win over what the files say.
+
+  Raises:
+    ValueError: an unknown format, or a model that this package does not compute.
+  """
+  names = list(source.parts[0].specs)
+  prefix = 'glm.' if names and all(name.startswith('glm.') for name in names) else ''
+  specs = {k.removeprefix(prefix): v for k, v in source.parts[0].specs.items()}
+  buffers = tuple(name for name in specs if name.endswith('inv_freq'))
+
+  def holds(start: str) -> bool:
+    return any(name.startswith(start) for name in specs)
+
+  if holds('transformer.encoder.layers.'):
+    kind = 'chatglm2'
+  elif holds('model.layers.'):
+    kind = 'glm'
+  elif holds('transformer.position_embeddings.'):
+    kind = 'megatron' if source.container == 'megatron' else 'glm-10b'
+  elif holds('transformer.layers.'):
+    kind = 'glm-130b' if source.container == 'megatron' else 'chatglm'
+  else:
+    raise ValueError(
+      f'the tensors must be named as one of {tuple(LAYOUTS)} names them, got '
+      f'{names[:5]}; give a checkpoint of the GLM family.'
+    )
+  head_file = HEADS.get(kind)
+  tied, repeats = False, False
+  if head_file:
+    stored = head_file in specs
+    repeats = stored and _equal(source, prefix, WORDS[kind], head_file)
+    tied = repeats or not stored
+  reader = {'megatron': _read_glm, 'glm-10b': _read_glm, 'glm-130b': _read_chatglm}
+  reader |= {'chatglm': _read_chatglm, 'chatglm2': _read_chatglm2, 'glm': _read_hf_glm}
+  config = reader[kind](kind, source, specs, tied, dict(overrides))
+  return Found(kind, config, prefix, repeats, buffers)
+
+
+def _equal(source: Source, prefix: str, a: str, b: str) -> bool:
+  """Whether two tensors are the same, bit for bit, in every part."""
+  return all(
+    part.specs.get(prefix + a, (0,))[:2] == part.specs.get(prefix + b, (1,))[:2]
+    and np.array_equal(
+      part.read(prefix + a).view(np.uint8), part.read(prefix + b).view(np.uint8)
+    )
+    for part in source.parts
+  )
+
+
+class _Fields:
+  """config.json of a source, whose fields must be there and be what is computed here."""
+
+  def __init__(self, source: Source):
+    self._raw, self._where = source.config, source.folder / 'config.json'
+
+  def __bool__(self) -> bool:
+    return bool(self._raw)
+
+  def get(self, *names: str, kind: type = int, default: Any = None) -> Any:
+    """The first of the fields that is there, as a number of a kind.
+
+    Raises:
+      ValueError: it is missing without a default, or of another kind.
+    """
+    for name in names:
+      value = self._raw.get(name)
+      if value is None:
+        continue
+      right = isinstance(value, bool) == (kind is bool)
+      if not right or not isinstance(value, (int, float) if kind is float else kind):
+        raise ValueError(
+          f'{name} in {self._where} must be {kind.__name__}, got {value!r}; correct it.'
+        )
+      return kind(value)
+    if default is None:
+      raise ValueError(
+        f'{self._where} must have {" or ".join(names)}, got {sorted(self._raw)[:8]}; fetch '
+        'the config.json of this checkpoint.'
+      )
+    return default
+
+  def expect(self, **wanted: Any) -> None:
+    """Raises ValueError for a field with a value that is not what is computed here."""
+    for name, value in wanted.items():
+      if name in self._raw and self._raw[name] not in (value, None):
+        raise ValueError(
+          f'{name} in {self._where} must be {value!r}, which every released model has, got '
+          f'{self._raw[name]!r}; such a model is not supported.'
+        )
+
+
+def _build(kind: type, values: dict[str, Any], overrides: dict[str, Any]) -> Any:
+  known = {field.name for field in dataclasses.fields(kind)}
+  unknown = sorted(set(overrides) - known)
+  configs.check(
+    not unknown,
+    f'--set must name fields of {kind.__name__}',
+    str(unknown),
+    f'they are {sorted(known)}',
+  )
+  return kind(**{**values, **overrides})
+
+
+def _shape(specs: Mapping[str, Spec], name: str) -> tuple[int, ...]:
+  if name not in specs:
+    raise ValueError(
+      f'the checkpoint must hold {name!r}, got {len(specs)} other tensors; fetch the '
+      'missing shard.'
+    )
+  return specs[name].shape
+
+
+def _layers(specs: Mapping[str, Spec], start: str) -> int:
+  numbers = {name.split('.')[start.count('.')] for name in specs if name.startswith(start)}
+  return 1 + max(int(number) for number in numbers if number.isdigit())
+
+
+def _heads(kind: str, D: int, fields: _Fields, overrides: Mapping[str, Any]) -> int:
+  if 'num_heads' in overrides:
+    return overrides['num_heads']
+  if fields:
+    return fields.get('num_attention_heads')
+  size = _HEAD_SIZES.get(kind, 64)
+  configs.check(
+    D % size == 0,
+    f'without a config.json, heads are taken to be of {size}, which must divide the width',
+    str(D),
+    'give --set num_heads=N',
+  )
+  return D // size
+
+
+def _read_glm(kind, source, specs, tied, overrides) -> GLMConfig:
+  fields, parts = _Fields(source), len(source.parts)
+  fields.expect(block_position_encoding=True, relative_encoding=False)
+  V, D = _shape(specs, 'word_embeddings.weight')
+  up = 'transformer.layers.0.mlp.dense_h_to_4h.weight'
+  rows = _shape(specs, 'transformer.position_embeddings.weight')[0]
+  values = {
+    'num_layers': _layers(specs, 'transformer.layers.'),
+    'hidden_size': D,
+    'num_heads': _heads(kind, D, fields, overrides),
+    'mlp_size': parts * _shape(specs, up)[0],
+    'vocab_size': parts * V,
+    'max_positions': rows - 1,
+  }
+  if fields:
+    values['num_layers'] = fields.get('num_layers')
+    values['hidden_size'] = fields.get('hidden_size')
+    values['vocab_size'] = fields.get('vocab_size')
+  if values['mlp_size'] == 4 * D:
+    values['mlp_size'] = 0
+  return _build(GLMConfig, values, overrides)
+
+
+def _read_chatglm(kind, source, specs, tied, overrides) -> ChatGLMConfig:
+  fields, parts = _Fields(source), len(source.parts)
+  fields.expect(quantization_bit=0, pre_seq_len=None, prefix_projection=False)
+  V, D = _shape(specs, 'transformer.word_embeddings.weight')
+  at = 'transformer.layers.0.mlp'
+  inner = _shape(specs, f'{at}.dense_4h_to_h.weight')[1]
+  gated = _shape(specs, f'{at}.dense_h_to_4h.weight')[0] == 2 * inner
+  L = _layers(specs, 'transformer.layers.')
+  values = {
+    'num_layers': L,
+    'hidden_size': D,
+    'num_heads': _heads(kind, D, fields, overrides),
+    'mlp_size': parts * inner,
+    'vocab_size': parts * V,
+    'max_positions': 2048,
+    'gated': gated,
+    'two_positions': not gated,
+    'deepnorm_layers': L if gated else CHATGLM_DEEPNORM_LAYERS,
+    'tied_head': tied,
+    'rope_frequency_dtype': 'float32' if gated else 'float16',
+  }
+  if fields:
+    values |= {
+      'num_layers': fields.get('num_layers'),
+      'hidden_size': fields.get('hidden_size'),
+      'mlp_size': fields.get('inner_hidden_size'),
+      'vocab_size': fields.get('vocab_size'),
+      'max_positions': fields.get('max_sequence_length', default=2048),
+      'norm_epsilon': fields.get('layernorm_epsilon', kind=float, default=1e-5),
+      'two_positions': fields.get(
+        'position_encoding_2d', kind=bool, default=values['two_positions']
+      ),
+    }
+  return _build(ChatGLMConfig, values, overrides)
+
+
+def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
+  fields = _Fields(source)
+  fields.expect(
+    add_bias_linear=False,
+    apply_residual_connection_post_layernorm=False,
+    attention_softmax_in_fp32=True,
+    fp32_residual_connection=False,
+    original_rope=True,
+    post_layer_norm=True,
+    pre_seq_len=None,
+    quantization_bit=0,
+    rmsnorm=True,
+  )
+  N = fields.get('num_attention_heads')
+  few = fields.get('multi_query_attention', kind=bool, default=False)
+  name = str(source.config.get('_name_or_path', '')).lower()
+  values = {
+    'num_layers': fields.get('num_layers', 'num_hidden_layers'),
+    'hidden_size': fields.get('hidden_size'),
+    'num_heads': N,
+    'num_kv_heads': fields.get('multi_query_group_num') if few else N,
+    'head_size': fields.get('kv_channels'),
+    'mlp_size': fields.get('ffn_hidden_size'),
+    'vocab_size': fields.get('padded_vocab_size', 'vocab_size'),
+    'max_positions': fields.get('seq_length', default=32768),
+    'norm_epsilon': fields.get('layernorm_epsilon', kind=float),
+    'qkv_bias': fields.get('add_qkv_bias', kind=bool, default=False),
+    'tied_head': tied,
+    'rope_ratio': fields.get('rope_ratio', kind=float, default=1.0),
+    # Only ChatGLM2's own long variant divides positions; later ones multiply the base.
+    'rope_scaling': 'positions' if 'chatglm2' in name else 'theta',
+  }
+  if values['rope_ratio'] == 1:
+    values['rope_scaling'] = 'theta'
+  return _build(ChatGLM2Config, values, overrides)
+
+
+def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
+  fields = _Fields(source)
+  fields.expect(model_type='glm', hidden_act='silu', attention_dropout=0.0)
+  rope = source.config.get('rope_parameters') or source.config.get('rope_scaling') or {}
+  rope = _Fields(source._replace(config={**source.config, **rope}))
+  rope.expect(rope_type='linear' if 'factor' in (rope._raw or {}) else 'default')
+  H = fields.get('head_dim')
+  share = rope.get('partial_rotary_factor', kind=float, default=0.5)
+  values = {
+    'num_layers': fields.get('num_hidden_layers'),
+    'hidden_size': fields.get('hidden_size'),
+    'num_heads': fields.get('num_attention_heads'),
+    'num_kv_heads': fields.get('num_key_value_heads'),
+    'head_size': H,
+    'mlp_size': fields.get('intermediate_size'),
+    'vocab_size': fields.get('vocab_size'),
+    'max_positions': fields.get('max_position_embeddings'),
+    'norm_epsilon': fields.get('rms_norm_eps', kind=float),
+    'qkv_bias': fields.get('attention_bias', kind=bool),
+    'tied_head': tied,
+    'rotated_size': int(H * share),
+    'rope_theta': rope.get('rope_theta', kind=float, default=10000.0),
+  }
+  if 'factor' in rope._raw:
+    values |= {'rope_ratio': rope.get('factor', kind=float), 'rope_scaling': 'positions'}
+  return _build(ChatGLM2Config, values, overrides)

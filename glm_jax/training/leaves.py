@@ -1,0 +1,155 @@
+"""The parameters of a checkpoint one slice at a time, for models larger than memory.
+
+Orbax reads and writes whole trees. Here Orbax writes the frame of a checkpoint, and
+TensorStore, the storage below it, the arrays, a layer after the other; what results is
+a checkpoint like any other, stored in small chunks so that every mesh reads its own
+slices alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from glm_jax.training.checkpoint import FORMAT
+
+Tree = tuple[str, ...]
+
+_CHUNK_BYTES = 2**26
+_CACHE_BYTES = 2**29
+
+
+class LeafSpec(NamedTuple):
+  """Shape and dtype of a parameter, all layers of it."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class StoredLeaves:
+  """Parameters of a checkpoint, read by layer.
+
+  Attributes:
+    specs: shape and stored dtype of each leaf, by path.
+  """
+
+  def __init__(self, folder: Any):
+    """
+    Args:
+      folder: a checkpoint, see `glm_jax.training.checkpoint.find`.
+    """
+    self._params = Path(folder).absolute() / 'params'
+    with ocp.StandardCheckpointer() as reader:
+      tree = reader.metadata(self._params).item_metadata.tree
+    self.specs = {
+      path: LeafSpec(tuple(leaf.shape), np.dtype(leaf.dtype))
+      for path, leaf in flat(tree).items()
+    }
+    self._context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
+    self._open: dict[Tree, Any] = {}
+
+  def read(self, path: Tree, layer: int | None) -> np.ndarray:
+    """A leaf, or one layer of a stacked one, in its stored dtype."""
+    if path not in self._open:
+      name = '.'.join(path)
+      if (self._params / name).is_dir():
+        store = {'driver': 'file', 'path': f'{self._params / name}/'}
+      else:
+        base = f'file://{self._params}/'
+        store = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
+      spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
+      self._open[path] = ts.open(spec, context=self._context).result()
+    array = self._open[path]
+    return np.asarray((array if layer is None else array[layer]).read().result())
+
+
+def write(
+  folder: Path,
+  specs: dict[Tree, LeafSpec],
+  read: Callable[[Tree, int | None], np.ndarray],
+  meta: dict[str, Any],
+  progress: Callable[[int], Any],
+) -> None:
+  """Writes a checkpoint slice by slice; called again, it goes on where it stopped.
+
+  Args:
+    folder: of the checkpoint; what an interrupted call left in it is kept.
+    specs: of every leaf; those under 'layers' are stacked.
+    read: gives a leaf, or one layer of it.
+    meta: the description that the checkpoint carries.
+    progress: told of bytes that are done.
+  """
+  params, journal = folder / 'params', folder / 'leaves.txt'
+  if not (params / '_METADATA').exists():
+    shutil.rmtree(params, ignore_errors=True)
+    tree: dict[str, Any] = {}
+    for path in specs:
+      node = tree
+      for name in path[:-1]:
+        node = node.setdefault(name, {})
+      node[path[-1]] = np.zeros(1, np.int8)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
+      writer.save(params.absolute(), args=ocp.args.PyTreeSave(tree))
+  done = set(journal.read_text(encoding='utf-8').split()) if journal.exists() else set()
+  with journal.open('a', encoding='utf-8') as finished:
+    for path, spec in specs.items():
+      name = '.'.join(path)
+      if name not in done:
+        shutil.rmtree(params / name, ignore_errors=True)
+        _write_leaf(params / name, path, spec, read, progress)
+        finished.write(f'{name}\n')
+        finished.flush()
+      else:
+        progress(int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize)
+  shutil.rmtree(folder / 'meta', ignore_errors=True)
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+    content = json.loads(json.dumps({'format': FORMAT, **meta}))
+    writer.save((folder / 'meta').absolute(), args=ocp.args.JsonSave(content))
+  journal.unlink()
+
+
+def _write_leaf(folder: Path, path: Tree, spec: LeafSpec, read, progress) -> None:
+  store = ts.open(
+    {
+      'driver': 'zarr',
+      'kvstore': {'driver': 'file', 'path': f'{folder}/'},
+      'metadata': {
+        'shape': list(spec.shape),
+        'chunks': _chunks(path, spec),
+        'dtype': 'bfloat16' if spec.dtype == ml_dtypes.bfloat16 else spec.dtype.str,
+        'compressor': None,  # weights hardly compress
+      },
+      'store_data_equal_to_fill_value': True,  # what is missing is an error, not zero
+    },
+    create=True,
+  ).result()
+  for layer in range(spec.shape[0]) if path[0] == 'layers' else (None,):
+    array = read(path, layer)
+    (store if layer is None else store[layer]).write(array).result()
+    progress(array.nbytes)
+
+
+def _chunks(path: Tree, spec: LeafSpec) -> list[int]:
+  """One layer a chunk, halved along its longest axis until it is small."""
+  chunks = list(spec.shape)
+  if path[0] == 'layers':
+    chunks[0] = 1
+  while np.prod(chunks, dtype=np.int64) * spec.dtype.itemsize > _CHUNK_BYTES:
+    longest = int(np.argmax(chunks))
+    chunks[longest] = -(-chunks[longest] // 2)
+  return chunks
+
+
+def flat(tree: Any, path: Tree = ()) -> dict[Tree, Any]:
+  """A tree of dicts as {path: leaf}."""
+  if not isinstance(tree, dict):
+    return {path: tree}
+  return {k: v for name, node in tree.items() for k, v in flat(node, (*path, name)).items()}

@@ -1,0 +1,144 @@
+"""What a run begins from: the model, vocabulary and parameters of another checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from glm_jax import configs
+from glm_jax.models import config as model_config
+from glm_jax.models.config import COMPUTE_FIELDS
+from glm_jax.text import loading
+from glm_jax.text.vocabulary import Vocabulary
+from glm_jax.training import checkpoint, state
+
+# Fields that two models may differ in and still share their parameters' meaning.
+_FREE = {
+  *COMPUTE_FIELDS,
+  'max_positions',
+  'embedding_dropout',
+  'attention_dropout',
+  'output_dropout',
+  'embedding_gradient',
+  'init_std',
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointModel:
+  """The model that a checkpoint holds: its family and sizes stand there.
+
+  Attributes:
+    path: of a converted checkpoint, or the MODEL_DIR of a run.
+    dtype: of activations, see `glm_jax.models.config.GLMConfig`.
+    remat: likewise.
+    attention: likewise.
+  """
+
+  path: str
+  dtype: str = 'float32'
+  remat: str = 'none'
+  attention: str = 'auto'
+
+  def __post_init__(self):
+    configs.check_types(self)
+
+
+def resolve(config: Any) -> tuple[Any, Vocabulary | None, dict[str, Any] | None]:
+  """A run's configuration with the model itself in place of a `CheckpointModel`.
+
+  Args:
+    config: a `TrainConfig`.
+
+  Returns:
+    The configuration, the vocabulary of the checkpoint where the run takes it from
+    there, and what the checkpoint says of the files it was converted from.
+
+  Raises:
+    ValueError: no such checkpoint, or one without the vocabulary that is needed.
+  """
+  if not isinstance(config.model, CheckpointModel):
+    return config, None, None
+  wanted = config.model
+  folder = checkpoint.find(wanted.path)
+  meta = checkpoint.read_meta(folder)
+  model = dataclasses.replace(
+    model_config.from_dict(meta['model']),
+    **{name: getattr(wanted, name) for name in COMPUTE_FIELDS},
+  )
+  vocabulary = None
+  if not config.vocabulary.path:
+    configs.check(
+      meta['vocabulary'] is not None,
+      'a checkpoint must carry its vocabulary, or VocabularyConfig.path name it',
+      f'{folder} without one',
+      'convert it again with --vocabulary=KIND:PATH',
+    )
+    vocabulary = loading.from_dict(meta['vocabulary'])
+  return dataclasses.replace(config, model=model), vocabulary, meta.get('source')
+
+
+def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
+  """Parameters of another checkpoint, for a new run to begin with.
+
+  They become float32, whatever they are stored in. A position table that is longer here
+  keeps its fresh rows behind the others, as THUDM/GLM train_utils.py does.
+
+  Args:
+    path: a checkpoint or a MODEL_DIR.
+    config: of the new model.
+    vocabulary: fingerprint of the new run's.
+    fresh: the new run's parameters, on their shardings.
+
+  Raises:
+    ValueError: another vocabulary, or a model that is not the same function.
+  """
+  folder = checkpoint.find(path)
+  meta = checkpoint.read_meta(folder)
+  theirs = model_config.from_dict(meta['model'])
+  carried = meta['vocabulary'] and loading.from_dict(meta['vocabulary']).fingerprint
+  configs.check(
+    carried in (None, vocabulary),
+    'init_from must be a checkpoint of the same vocabulary',
+    f'{carried} there, {vocabulary} here',
+    'set VocabularyConfig.path to the one it was trained with',
+  )
+  configs.check(
+    type(theirs) is type(config),
+    'init_from must be a checkpoint of the same model family',
+    f'{type(theirs).__name__} there, {type(config).__name__} here',
+    'use TrainConfig.model = @CheckpointModel()',
+  )
+  there, here = dataclasses.asdict(theirs), dataclasses.asdict(config)
+  differ = [
+    f'{k}: {there[k]} there, {here[k]} here'
+    for k in there
+    if k not in _FREE and there[k] != here[k]
+  ]
+  configs.check(
+    not differ,
+    'init_from must hold the same model',
+    '; '.join(differ),
+    'set them as they are there, or use TrainConfig.model = @CheckpointModel()',
+  )
+  configs.check(
+    theirs.max_positions <= config.max_positions,
+    'init_from must not have more positions than the model',
+    f'{theirs.max_positions} there, {config.max_positions} here',
+    f'raise {type(config).__name__}.max_positions',
+  )
+  shared = dataclasses.replace(config, max_positions=theirs.max_positions)
+  mesh = jax.tree.leaves(fresh)[0].sharding.mesh
+  params = checkpoint.read_params(folder, state.abstract_params(shared, mesh))
+
+  def extend(old: jax.Array, new: jax.Array) -> jax.Array:
+    if old.shape == new.shape:
+      return old
+    merge = jax.jit(
+      lambda old, new: new.at[: old.shape[0]].set(old), out_shardings=new.sharding
+    )
+    return merge(old, new)
+
+  return jax.tree.map(extend, params, fresh)
