@@ -1,40 +1,27 @@
 """GLM: numbers of the original PyTorch code, and properties of the model."""
 
 import dataclasses
-import pathlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from foreign import arrays_of, imported
 
 from glm_jax import models, sharding
 from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference import decode
-from glm_jax.interop.megatron import params_from_megatron
 from glm_jax.models import GLMConfig
 from glm_jax.training import loss, optimizer, state
-
-GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 
 @pytest.fixture(scope='module')
 def golden():
   """The original's tiny model and batch; every size is read from the arrays."""
-  arrays = dict(np.load(GOLDEN / 'glm.npz'))
-  tensors = {k[6:]: v for k, v in arrays.items() if k.startswith('param/')}
-  V, D = tensors['word_embeddings.weight'].shape
-  config = GLMConfig(
-    num_layers=sum(name.endswith('input_layernorm.weight') for name in tensors),
-    hidden_size=D,
-    num_heads=4,
-    vocab_size=V,
-    mlp_size=tensors['transformer.layers.0.mlp.dense_h_to_4h.bias'].size,
-    max_positions=tensors['transformer.position_embeddings.weight'].shape[0] - 1,
-  )
-  params = jax.tree.map(jnp.asarray, params_from_megatron(tensors, config))
-  return arrays, tensors, config, params
+  arrays, tensors = arrays_of('glm')
+  found, params = imported(tensors, {}, 'megatron', num_heads=4)
+  return arrays, tensors, found.config, jax.tree.map(jnp.asarray, params)
 
 
 def _inputs(arrays):
@@ -114,6 +101,20 @@ def test_backends_and_remat_change_memory_not_numbers(golden, attention, remat):
   assert ('remat' in text or 'checkpoint' in text) == (
     remat != 'none' or attention == 'chunked'
   )
+
+
+def test_the_published_hugging_face_code_computes_another_gelu(golden):
+  """glm-10b's own code has erf; the weights were trained with tanh."""
+  arrays, tensors, config, params = golden
+  prefixed = {f'glm.{name}': tensor for name, tensor in tensors.items()}
+  found, theirs = imported(prefixed, {}, num_heads=4)
+  assert found.format == 'glm-10b' and found.prefix == 'glm.'
+  jax.tree.map(np.testing.assert_array_equal, theirs, jax.tree.map(np.asarray, params))
+  same = {f'in/{name}': arrays[f'hf/{name}'] for name in ('tokens', 'position_ids', 'sep')}
+  for activation, wanted in (('gelu', 'tanh'), ('gelu_erf', 'erf')):
+    model = models.build(dataclasses.replace(config, activation=activation))
+    logits, _ = model.apply({'params': params}, *_inputs(same))
+    np.testing.assert_allclose(logits, arrays[f'hf/logits_{wanted}'], atol=2e-5)
 
 
 def test_incremental_decoding_equals_the_original_and_the_full_forward(golden):
