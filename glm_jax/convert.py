@@ -45,8 +45,8 @@ class Model(NamedTuple):
     config: of the model.
     leaves: its parameters.
     vocabulary: None where SRC has none.
-    source: of a checkpoint, what it was converted from: format, config.json, parts,
-      prefix, repeats_head.
+    source: what it was converted from: format, config.json, parts, prefix,
+      repeats_head, buffers; empty for a model that came from nowhere.
     step: of a checkpoint, training steps behind it.
   """
 
@@ -88,11 +88,12 @@ def convert(flags: argparse.Namespace) -> None:
   if flags.vocabulary:
     model = model._replace(vocabulary=loading.load(flags.vocabulary))
   if model.vocabulary is not None:
+    pieces, rows = model.vocabulary.size, model.config.vocab_size
     configs.check(
-      model.vocabulary.size <= model.config.vocab_size,
+      # Tables are rounded up, by 520 rows at most in the released models.
+      pieces <= rows <= max(2 * pieces, pieces + 1024),
       "the vocabulary must fit the model's embedding table",
-      f'{model.vocabulary.size} pieces ({model.vocabulary.kind}) and '
-      f'{model.config.vocab_size} rows',
+      f'{pieces} pieces ({model.vocabulary.kind}) and {rows} rows',
       'give the right one with --vocabulary=KIND:PATH',
     )
 
@@ -108,18 +109,23 @@ def convert(flags: argparse.Namespace) -> None:
       repr(target),
       'choose one of these',
     )
-  parts = flags.parts or (model.source.get('parts', 1) if target != _CHECKPOINT else 1)
+    if LAYOUTS[target].container == 'huggingface':
+      hub.check(target, model.config, model.vocabulary)
+  # mp_rank_* files; each is put together from a copy of what goes into it.
+  in_parts = target != _CHECKPOINT and LAYOUTS[target].container == 'megatron'
+  parts = flags.parts or (model.source.get('parts', 1) if in_parts else 1)
   configs.check(
-    parts >= 1 and (parts == 1 or target in ('megatron', 'glm-130b')),
+    parts >= 1 and (parts == 1 or in_parts),
     "--parts must be 1 or more, and is for the formats 'megatron' and 'glm-130b'",
     f'{parts} for {target!r}',
     'leave it out',
   )
+  count = sum(int(np.prod(s.shape, dtype=np.int64)) for s in model.leaves.specs.values())
   size = sum(
     int(np.prod(spec.shape, dtype=np.int64)) * (dtype or spec.dtype).itemsize
     for spec in model.leaves.specs.values()
   )
-  _check_room(dst, size)
+  _check_room(dst, size + (-(-size // parts) if in_parts else 0))
 
   # Writing, beside DST.
   partial = dst.with_name(f'.{dst.name}.partial')
@@ -133,12 +139,13 @@ def convert(flags: argparse.Namespace) -> None:
   # It is complete: it may bear its name.
   (partial / _PROGRESS).unlink()
   os.replace(partial, dst)
-  count = sum(int(np.prod(s.shape, dtype=np.int64)) for s in model.leaves.specs.values())
   words = (
     'no vocabulary'
     if model.vocabulary is None
-    else (f'vocabulary {model.vocabulary.kind} of {model.vocabulary.size:,}')
+    else f'vocabulary {model.vocabulary.kind} of {model.vocabulary.size:,}'
   )
+  if target in hub.OWN_CODE:
+    print('copy the .py files of the released model beside it for transformers to read it')
   print(
     f'{target}: {count:,} parameters, {size / 1e9:.2f} GB, {words}, in {dst} '
     f'({time.perf_counter() - began:.0f} s)'
@@ -172,19 +179,18 @@ def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
   if not flags.vocabulary:
     vocabulary = loading.find(src, found.format, found.config.vocab_size)
   print(f'{src}: {LAYOUTS[found.format].describes}; {len(source.parts)} part(s)')
-  return Model(
-    found.config,
-    leaves.ForeignLeaves(source, found, shapes),
-    vocabulary,
-    {
-      'format': found.format,
-      'config': source.config,
-      'parts': len(source.parts),
-      'prefix': found.prefix,
-      'repeats_head': found.repeats_head,
-    },
-    0,
-  )
+  for line in found.assumed:
+    print(f'  {line}')
+  foreign = leaves.ForeignLeaves(source, found, shapes)
+  origin = {
+    'format': found.format,
+    'config': source.config,
+    'parts': len(source.parts),
+    'prefix': found.prefix,
+    'repeats_head': found.repeats_head,
+    'buffers': foreign.buffers(),
+  }
+  return Model(found.config, foreign, vocabulary, origin, 0)
 
 
 def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> None:
@@ -228,6 +234,7 @@ def _write_foreign(
         prefix=prefix or '',
         repeats_head=bool(repeats and tied),
         dtype=dtype,
+        buffers=model.source.get('buffers') if same else None,
       )
     )
 
@@ -239,8 +246,7 @@ def _write_foreign(
   made = tensors(0)
   leaves.write_shards(folder, leaves.shards(made, int(shard_size * 2**30)), progress)
   kind = max(made, key=lambda tensor: tensor.nbytes).dtype.name
-  raw = model.source.get('config', {}) if same else {}
-  hub.write_config(folder, target, model.config, raw, kind, model.vocabulary)
+  hub.write_config(folder, target, model.config, model.source, kind, model.vocabulary)
 
 
 def _default_format(model: Model) -> str:

@@ -1,5 +1,6 @@
 """Released vocabularies: ids and texts of the original code, and what text cannot spell."""
 
+import functools
 import importlib.util
 import io
 import json
@@ -13,7 +14,7 @@ from glm_jax.text import fast, loading, released
 from glm_jax.text import vocabulary as vocabularies
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/tokenizers.json').read_text())
-# The original's settings, and the file of the vocabulary in the SwissArmyTransformer package.
+# The original's settings; their vocabularies' files are in package SwissArmyTransformer.
 SETTINGS = {
   'bert-base-uncased': 'bert:english_tokenizer/bert-base-uncased-vocab.txt',
   'bert-task-mask': 'bert:english_tokenizer/bert-base-uncased-vocab.txt',
@@ -39,7 +40,9 @@ def test_ids_and_texts_are_the_originals(setting):
   assert vocabulary.size >= golden['num_tokens']
   assert -(-vocabulary.size // 128) * 128 == golden['padded_to_128']
   for use, command in golden['command_tokens'].items():
-    ours = getattr(vocabulary.specials, {'ENC': 'enc', 'MASK': 'mask'}.get(use, use.lower()), None)
+    ours = getattr(
+      vocabulary.specials, {'ENC': 'enc', 'MASK': 'mask'}.get(use, use.lower()), None
+    )
     assert ours in (command['id'], None), use
     assert vocabulary.control.get(command['token'], command['id']) == command['id'], use
   # The original has task masks only where it was told so; here they are always known.
@@ -48,3 +51,242 @@ def test_ids_and_texts_are_the_originals(setting):
     ids = vocabulary.encode_marked(text, names)
     assert ids == wanted['ids'], text
     assert vocabulary.decode(ids, control=True) == wanted['decoded'], text
+
+
+# What holds for every vocabulary, on small ones made here.
+
+TEXTS = ('the quick brown fox jumps over the lazy dog. ' * 9, '语言模型在学习文字。' * 9)
+SPECIAL_TEXTS = (
+  'Plain English, and 中文 in one line.',
+  'two  spaces,   three,\ttab\nline\n\nlines ',
+  ' leading space',
+  '[MASK] [gMASK] [sMASK] sop eop <sop> <eop> [CLS] <|endoftext|> </s> <s> [PAD]',
+  '<|user|> <|assistant|> <|system|> <|observation|> <|startofpiece|> <|endofpiece|>',
+  '',
+)
+
+
+def _sentencepiece(bpe=False, pieces=(), **options):
+  """A small sentencepiece model; `pieces` are user-defined."""
+  if not pieces and not options:
+    return vocabularies.train_sentencepiece(list(TEXTS), 512, bpe=bpe)
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter([*TEXTS, *TEXTS]),
+    model_writer=model,
+    model_type='bpe' if bpe else 'unigram',
+    vocab_size=500 + len(pieces),
+    hard_vocab_limit=False,
+    byte_fallback=True,
+    user_defined_symbols=list(pieces),
+    minloglevel=2,
+    pad_id=-1,
+    **options,
+  )
+  return model.getvalue()
+
+
+def _pairs():
+  """vocab.json and merges.txt of byte-level pairs."""
+  from tokenizers import models, pre_tokenizers, trainers
+
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  trainer = trainers.BpeTrainer(
+    vocab_size=400,
+    initial_alphabet=sorted(alphabet),
+    special_tokens=['<|endoftext|>'],
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(TEXTS, trainer)
+  content = json.loads(tokenizer.to_str())['model']
+  merges = [m if isinstance(m, str) else ' '.join(m) for m in content['merges']]
+  return json.dumps(content['vocab']), '#version: 0.2\n' + '\n'.join(merges)
+
+
+def _glm4():
+  """A tokenizer.json with GLM-4's added tokens, in its order."""
+  vocab, merges = _pairs()
+  tokenizer = Tokenizer.from_str(
+    released.BytePairVocabulary.from_files(vocab, merges).to_dict()['tokenizer']
+  )
+  names = ['<|endoftext|>', '[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>']
+  tokenizer.add_special_tokens([*names, *released.ROLES])
+  return tokenizer.to_str()
+
+
+ICE_PIECES = (
+  '<n>',
+  '<|tab|>',
+  *(f'<|blank_{n}|>' for n in range(2, 81)),
+  *('[MASK]', '[gMASK]', '[sMASK]', '<unused_0>', '<sop>', '<eop>'),
+)
+WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdefghijklmnopqrstuvwxyz']
+WORDS += [f'##{letter}' for letter in 'abcdefghijklmnopqrstuvwxyz'] + list('.,[]<>|语')
+MAKERS = {
+  'bytes': lambda: vocabularies.ByteVocabulary(),
+  'sentencepiece': lambda: vocabularies.SentencePieceVocabulary(_sentencepiece()),
+  'bert': lambda: released.BertVocabulary.from_files('\n'.join(WORDS)),
+  'gpt2': lambda: released.BytePairVocabulary.from_files(*_pairs()),
+  'roberta': lambda: released.RobertaVocabulary.from_files(*_pairs()),
+  'cog': lambda: released.CogVocabulary(_sentencepiece(add_dummy_prefix=True)),
+  'cog-fixed': lambda: released.FixedCogVocabulary(_sentencepiece(add_dummy_prefix=True)),
+  'ice': lambda: released.IceVocabulary(_sentencepiece(pieces=ICE_PIECES)),
+  'ice-130b': lambda: released.IceVocabulary(_sentencepiece(pieces=ICE_PIECES), 20_000),
+  'chatglm2': lambda: released.ChatGLM2Vocabulary(
+    _sentencepiece(bpe=True, add_dummy_prefix=True)
+  ),
+  'chatglm3': lambda: released.ChatGLM3Vocabulary(
+    _sentencepiece(bpe=True, add_dummy_prefix=True)
+  ),
+  'glm4': lambda: released.GLM4Vocabulary(_glm4()),
+}
+EXACT = {'bytes', 'sentencepiece', 'gpt2', 'roberta', 'glm4'}  # the others clean text up
+
+
+@pytest.fixture(scope='module')
+def made():
+  return functools.cache(lambda kind: MAKERS[kind]())
+
+
+@pytest.mark.parametrize('kind', MAKERS)
+def test_no_text_spells_a_control_piece(made, kind):
+  vocabulary = made(kind)
+  names = [*vocabulary.control, *SPECIAL_TEXTS]
+  unknown = vocabulary.control.get('[UNK]') if kind == 'bert' else None  # a word's own fate
+  for ids in vocabulary.encode_batch(names):
+    assert not {*ids} & ({*vocabulary.control.values()} - {unknown})
+    assert all(0 <= token < vocabulary.size for token in ids)
+
+
+@pytest.mark.parametrize('kind', MAKERS)
+def test_text_comes_back_and_control_pieces_are_apart(made, kind):
+  vocabulary = made(kind)
+  for text in SPECIAL_TEXTS:
+    back = vocabulary.decode(vocabulary.encode(text))
+    if kind in EXACT:
+      assert back == text
+    elif kind.startswith('ice'):
+      assert back.strip() == text.strip()  # line breaks, tabs and runs of spaces included
+  marked = vocabulary.encode_marked('fox [MASK] dog', ['[MASK]'])
+  place = marked.index(vocabulary.specials.mask)
+  assert marked[:place] == vocabulary.encode('fox')
+  assert '[MASK]' in vocabulary.decode(marked, control=True)
+  assert 'MASK' not in vocabulary.decode(marked)
+  assert vocabulary.specials.pad < vocabulary.size
+  assert all(token < vocabulary.size for token in (*vocabulary.prefix, *vocabulary.suffix))
+  assert {*vocabulary.stops} <= {*vocabulary.control.values()}
+
+
+@pytest.mark.parametrize('kind', MAKERS)
+def test_a_checkpoint_and_a_folder_give_the_same_vocabulary_again(made, kind, tmp_path):
+  vocabulary = made(kind)
+  again = loading.from_dict(json.loads(json.dumps(vocabulary.to_dict())))
+  assert type(again) is type(vocabulary) and again.fingerprint == vocabulary.fingerprint
+  text = SPECIAL_TEXTS[0]
+  assert again.encode(text) == vocabulary.encode(text)
+  assert again.control == vocabulary.control and again.size == vocabulary.size
+  for name, content in vocabulary.files().items():
+    (tmp_path / name).write_bytes(content)
+  if kind in ('bytes', 'sentencepiece'):  # no released model has these
+    return
+  formats = {'chatglm2': 'chatglm2', 'chatglm3': 'glm', 'glm4': 'glm'}
+  if kind == 'chatglm3':
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'x': list(released.ROLES)}))
+  if kind == 'cog-fixed':
+    (tmp_path / 'added_tokens.json').write_text('{"[gMASK]": 9, "<|endofpiece|>": 7}')
+  rows = 150_528 if kind == 'ice-130b' else vocabulary.size
+  found = loading.find(tmp_path, formats.get(kind, 'glm-10b'), rows)
+  if kind == 'roberta':  # told from GPT-2's by the ids of its own special pieces
+    found = loading.load(f'roberta:{tmp_path}')
+  assert type(found) is type(vocabulary) and found.fingerprint == vocabulary.fingerprint
+
+
+def test_ids_of_chatglm2_and_chatglm3_follow_the_model(made):
+  for kind, roles in (('chatglm2', 0), ('chatglm3', 4)):
+    vocabulary = made(kind)
+    first = vocabulary.size - 5 - roles
+    names = ('[MASK]', '[gMASK]', '[sMASK]', 'sop', 'eop', *released.ROLES[:roles])
+    assert [vocabulary.control[name] for name in names] == list(
+      range(first, vocabulary.size)
+    )
+    assert vocabulary.prefix == (first + 1, first + 3)
+    assert vocabulary.padding_side == 'left'
+  vocabulary = made('chatglm3')
+  assert vocabulary.stops == (
+    2,
+    vocabulary.control['<|user|>'],
+    vocabulary.control['<|observation|>'],
+  )
+
+
+def test_ice_spells_layout_and_leaves_room_for_images(made):
+  plain, images = made('ice'), made('ice-130b')
+  ids = plain.encode('fox\n\tdog   fox')
+  names = [plain.piece(token) for token in ids]
+  for name in ('<n>', '<|tab|>', '<|blank_3|>'):
+    assert name in names
+  assert [t + 20_000 for t in ids] == images.encode('fox\n\tdog   fox')
+  assert images.size == plain.size + 20_000 and images.specials.pad == 20_003
+  long = ' ' * 200
+  assert plain.decode(plain.encode(f'a{long}b')) == f'a{long}b'
+
+
+@pytest.mark.parametrize('kind', ['sentencepiece', 'chatglm2', 'chatglm3', 'unigram'])
+def test_the_fast_tokenizer_gives_the_same_ids(made, kind):
+  """Of the export; transformers and vLLM read it."""
+  if kind == 'unigram':
+    vocabulary = vocabularies.SentencePieceVocabulary(_sentencepiece(add_dummy_prefix=True))
+  else:
+    vocabulary = made(kind)
+  tokenizer = fast.fast_tokenizer(vocabulary)
+  for text in (*SPECIAL_TEXTS[:2], *TEXTS, 'naïve café — “quotes” 😀', 'a', 'foxfox dogs'):
+    assert tokenizer.encode(text, add_special_tokens=False).ids == vocabulary.encode(text)
+    ids = tokenizer.encode(text).ids
+    assert ids == [*vocabulary.prefix, *vocabulary.encode(text)]
+    assert tokenizer.decode(ids) == vocabulary.decode(ids)
+  for name, token in vocabulary.control.items():
+    assert tokenizer.token_to_id(name) == token
+
+
+def test_vocabularies_are_seqio_vocabularies(made):
+  """Where TensorFlow has no op, rows are tokenised beforehand, and a task says so."""
+  import tensorflow as tf
+
+  from glm_jax.data import preprocessors
+
+  for kind in MAKERS:
+    vocabulary = made(kind)
+    seqio = preprocessors.SeqioVocabulary(vocabulary)
+    text = 'the quick brown fox'
+    assert seqio.decode(seqio.encode(text)) == vocabulary.decode(vocabulary.encode(text))
+    assert seqio.pad_id == vocabulary.specials.pad and seqio.vocab_size == vocabulary.size
+    source = tf.data.Dataset.from_tensor_slices({'text': [text]})
+    if kind in ('bert', 'gpt2', 'roberta', 'glm4', 'ice', 'ice-130b'):
+      with pytest.raises(ValueError, match='must be able to compute the vocabulary'):
+        preprocessors.tokenize(source, vocabulary=vocabulary)
+      continue
+    made_ids = next(
+      preprocessors.tokenize(source, vocabulary=vocabulary).as_numpy_iterator()
+    )
+    wanted = [*vocabulary.prefix, *vocabulary.encode(text), vocabulary.specials.eos]
+    assert made_ids['tokens'].tolist() == wanted
+
+
+@pytest.mark.parametrize(
+  'spec,content,message',
+  [
+    ('bert:v.txt', b'a\nb', 'must have the pieces'),
+    ('chatglm3:v.model', b'no model', 'must be a sentencepiece model'),
+    ('ice:v.model', b'no model', 'must be a sentencepiece model'),
+    ('glm4:v.json', b'{}', 'must be a tokenizer.json'),
+    ('gpt2:v', None, 'must be .*readable'),
+  ],
+)
+def test_what_is_no_vocabulary_is_named(tmp_path, spec, content, message):
+  kind, _, name = spec.partition(':')
+  if content is not None:
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    loading.load(f'{kind}:{tmp_path / name}')

@@ -40,11 +40,22 @@ CHAT_TEMPLATES = {
 }
 
 
+# Formats that transformers reads with code of their own, which is not ours to ship.
+OWN_CODE = ('glm-10b', 'chatglm', 'chatglm2')
+
+
+def check(format: str, config: Any, vocabulary: Vocabulary | None) -> None:
+  """Raises ValueError for what a format cannot say, before anything is written."""
+  config_json(format, config, {})
+  if format == 'glm' and vocabulary is not None:
+    fast_tokenizer(vocabulary)
+
+
 def write_config(
   folder: Path,
   format: str,
   config: Any,
-  raw: Mapping[str, Any],
+  source: Mapping[str, Any],
   dtype: str,
   vocabulary: Vocabulary | None,
 ) -> None:
@@ -54,24 +65,27 @@ def write_config(
     folder: of the export.
     format: a key of `glm_jax.interop.layouts.LAYOUTS`.
     config: of the model.
-    raw: config.json that the model was imported with, where that was of this format.
+    source: what the model was imported from: 'format' and 'config', its config.json.
     dtype: of the weights.
     vocabulary: None writes no tokenizer.
   """
-  content = config_json(format, config, raw, dtype)
+  theirs = source.get('config', {})
+  # transformers' own values are GLM-4's ids, which a smaller table does not have.
+  ids = {name: theirs.get(name) for name in ('eos_token_id', 'pad_token_id')}
   if vocabulary is not None:
-    ids = {
-      'eos_token_id': list(vocabulary.stops) if format == 'glm' else vocabulary.stops[0],
-      'pad_token_id': vocabulary.specials.pad,
-    }
-    if format == 'glm':
-      _write_json(folder / 'generation_config.json', {'do_sample': False, **ids})
-    content = {**ids, **content} if format != 'glm' else {**content, **ids}
+    stops = list(vocabulary.stops) if format == 'glm' else vocabulary.stops[0]
+    ids = {'eos_token_id': stops, 'pad_token_id': vocabulary.specials.pad}
     for name, data in vocabulary.files().items():
       (folder / name).write_bytes(data)
-    if format == 'glm':
+  content = config_json(format, config, theirs if source.get('format') == format else {})
+  if format == 'glm':
+    content |= ids
+    _write_json(folder / 'generation_config.json', {'do_sample': False, **ids})
+    if vocabulary is not None:
       _write_tokenizer(folder, vocabulary, config)
-  _write_json(folder / 'config.json', content)
+  else:
+    content = {**{k: v for k, v in ids.items() if v is not None}, **content}
+  _write_json(folder / 'config.json', {**content, 'torch_dtype': dtype})
 
 
 def _write_tokenizer(folder: Path, vocabulary: Vocabulary, config: Any) -> None:
@@ -98,7 +112,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
   path.write_text(text, encoding='utf-8')
 
 
-def config_json(format: str, config: Any, raw: Mapping[str, Any], dtype: str) -> dict:
+def config_json(format: str, config: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
   """config.json of an export.
 
   Args:
@@ -106,13 +120,12 @@ def config_json(format: str, config: Any, raw: Mapping[str, Any], dtype: str) ->
     config: the model.
     raw: config.json of the checkpoint that the model came from, where that was of the
       same format; fields that are nothing of ours are kept.
-    dtype: of the weights, such as 'float16'.
 
   Raises:
     ValueError: the format has no way to say what the model computes.
   """
-  ours = _WRITERS[format](config)
-  return {**ours[1], **raw, **ours[0], 'torch_dtype': dtype}
+  ours, defaults = _WRITERS[format](config)
+  return {**defaults, **raw, **ours}
 
 
 def _write_glm(c: GLMConfig) -> tuple[dict, dict]:

@@ -69,7 +69,9 @@ class ForeignLeaves:
       _check_names(source, found, entries, set(tensors.specs), rank)
       for entry in entries:
         _check_shape(entry, tensors.specs[found.prefix + entry.name])
-    self.specs = {path: Spec(shape, self._dtype(path)) for path, shape in shapes.items()}
+    # In the order of the files: what shares a tensor is read while that is at hand.
+    ordered = dict.fromkeys(path for path, _ in self._where)
+    self.specs = {path: Spec(shapes[path], self._dtype(path)) for path in ordered}
 
   def read(self, path: Tree, layer: int | None) -> np.ndarray:
     """See `Leaves`.
@@ -89,6 +91,15 @@ class ForeignLeaves:
           f'between mp_rank_00 and mp_rank_{rank:02}; fetch both again.'
         )
     return views[0]
+
+  def buffers(self) -> dict[str, list[Any]]:
+    """Dtype and values of the tensors that are computed, as JSON, for an export."""
+    prefix, tensors = self._found.prefix, self._source.parts[0]
+    found = {name: tensors.read(prefix + name) for name in self._found.buffers}
+    return {
+      name: [values.dtype.name, values.astype(float).tolist()]
+      for name, values in found.items()
+    }
 
   def _dtype(self, path: Tree) -> np.dtype:
     found = {
@@ -176,6 +187,7 @@ def foreign_tensors(
   prefix: str = '',
   repeats_head: bool = False,
   dtype: np.dtype | None = None,
+  buffers: Mapping[str, list[Any]] | None = None,
 ) -> Iterator[Foreign]:
   """Our leaves as the tensors of one part of a foreign checkpoint.
 
@@ -188,6 +200,8 @@ def foreign_tensors(
     prefix: before every name.
     repeats_head: store a tied head a second time, as some formats do.
     dtype: to cast to; None keeps what is stored.
+    buffers: those of the files that the model came from (`ForeignLeaves.buffers`); None
+      computes those of the format.
   """
   entries = LAYOUTS[format].entries(config, parts)
   for entry in entries:
@@ -197,9 +211,14 @@ def foreign_tensors(
     yield Foreign(prefix + entry.name, entry.shape, kind, make)
     if repeats_head and entry.name == WORDS.get(format):
       yield Foreign(prefix + HEADS[format], entry.shape, kind, make)
-  words = np.dtype(dtype or leaves.specs['words', 'weight'].dtype)
-  for name, values in _buffers(format, config, words).items():
-    yield Foreign(prefix + name, values.shape, words, functools.partial(np.copy, values))
+  kind = np.dtype(leaves.specs['words', 'weight'].dtype)
+  made = _buffers(format, config, kind)
+  if buffers is not None:
+    made = {name: np.array(values, stored) for name, (stored, values) in buffers.items()}
+  for name, values in made.items():
+    values = values.astype(dtype or values.dtype)
+    make = functools.partial(np.copy, values)
+    yield Foreign(prefix + name, values.shape, values.dtype, make)
 
 
 def _make(leaves, entry: Entry, rank: int, parts: int, dtype: np.dtype) -> np.ndarray:

@@ -30,6 +30,7 @@ class Found:
     prefix: before every tensor's name ('glm.' or nothing).
     repeats_head: the head is stored although it is the embedding table.
     buffers: names of tensors that are computed, not learned.
+    assumed: what the files do not say, a line each, with the flag that says otherwise.
   """
 
   format: str
@@ -37,6 +38,7 @@ class Found:
   prefix: str
   repeats_head: bool
   buffers: tuple[str, ...]
+  assumed: tuple[str, ...]
 
 
 def recognise(source: Source, overrides: Mapping[str, Any]) -> Found:
@@ -74,12 +76,28 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Found:
   tied, repeats = False, False
   if head_file:
     stored = head_file in specs
-    repeats = stored and _equal(source, prefix, WORDS[kind], head_file)
+    may = source.config.get('tie_word_embeddings') is not False
+    repeats = stored and may and _equal(source, prefix, WORDS[kind], head_file)
     tied = repeats or not stored
   reader = {'megatron': _read_glm, 'glm-10b': _read_glm, 'glm-130b': _read_chatglm}
   reader |= {'chatglm': _read_chatglm, 'chatglm2': _read_chatglm2, 'glm': _read_hf_glm}
   config = reader[kind](kind, source, specs, tied, dict(overrides))
-  return Found(kind, config, prefix, repeats, buffers)
+  assumed = _assumed(config, source, overrides)
+  return Found(kind, config, prefix, repeats, buffers, assumed)
+
+
+def _assumed(config: Any, source: Source, overrides: Mapping[str, Any]) -> tuple[str, ...]:
+  said = []
+  if not source.config and 'num_heads' not in overrides:
+    said.append(
+      f'no config.json: {config.num_heads} heads of {config.head_size} (--set num_heads=N)'
+    )
+  ratio, scaling = getattr(config, 'rope_ratio', 1), getattr(config, 'rope_scaling', '')
+  if ratio != 1 and 'rope_scaling' not in overrides:
+    does = 'multiplies the rotary base' if scaling == 'theta' else 'divides positions'
+    other = 'positions' if scaling == 'theta' else 'theta'
+    said.append(f'rope_ratio {ratio:g} {does} (--set rope_scaling={other})')
+  return tuple(said)
 
 
 def _equal(source: Source, prefix: str, a: str, b: str) -> bool:
@@ -176,6 +194,10 @@ def _heads(kind: str, D: int, fields: _Fields, overrides: Mapping[str, Any]) -> 
   return D // size
 
 
+# Sizes that a config.json leaves out are those of the tensors; where it has them, the
+# tensors are held against them afterwards, so that a disagreement is named.
+
+
 def _read_glm(kind, source, specs, tied, overrides) -> GLMConfig:
   fields, parts = _Fields(source), len(source.parts)
   fields.expect(block_position_encoding=True, relative_encoding=False)
@@ -190,10 +212,8 @@ def _read_glm(kind, source, specs, tied, overrides) -> GLMConfig:
     'vocab_size': parts * V,
     'max_positions': rows - 1,
   }
-  if fields:
-    values['num_layers'] = fields.get('num_layers')
-    values['hidden_size'] = fields.get('hidden_size')
-    values['vocab_size'] = fields.get('vocab_size')
+  for name in ('num_layers', 'hidden_size', 'vocab_size'):
+    values[name] = fields.get(name, default=values[name])
   if values['mlp_size'] == 4 * D:
     values['mlp_size'] = 0
   return _build(GLMConfig, values, overrides)
@@ -220,18 +240,16 @@ def _read_chatglm(kind, source, specs, tied, overrides) -> ChatGLMConfig:
     'tied_head': tied,
     'rope_frequency_dtype': 'float32' if gated else 'float16',
   }
-  if fields:
-    values |= {
-      'num_layers': fields.get('num_layers'),
-      'hidden_size': fields.get('hidden_size'),
-      'mlp_size': fields.get('inner_hidden_size'),
-      'vocab_size': fields.get('vocab_size'),
-      'max_positions': fields.get('max_sequence_length', default=2048),
-      'norm_epsilon': fields.get('layernorm_epsilon', kind=float, default=1e-5),
-      'two_positions': fields.get(
-        'position_encoding_2d', kind=bool, default=values['two_positions']
-      ),
-    }
+  for ours, theirs in (
+    ('num_layers', 'num_layers'),
+    ('hidden_size', 'hidden_size'),
+    ('mlp_size', 'inner_hidden_size'),
+    ('vocab_size', 'vocab_size'),
+    ('max_positions', 'max_sequence_length'),
+  ):
+    values[ours] = fields.get(theirs, default=values[ours])
+  values['norm_epsilon'] = fields.get('layernorm_epsilon', kind=float, default=1e-5)
+  values['two_positions'] = fields.get('position_encoding_2d', kind=bool, default=not gated)
   return _build(ChatGLMConfig, values, overrides)
 
 
@@ -248,20 +266,29 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     quantization_bit=0,
     rmsnorm=True,
   )
+  V, D = _shape(specs, WORDS[kind])
+  at = 'transformer.encoder.layers.0'
   N = fields.get('num_attention_heads')
   few = fields.get('multi_query_attention', kind=bool, default=False)
+  bias = f'{at}.self_attention.query_key_value.bias' in specs
   name = str(source.config.get('_name_or_path', '')).lower()
   values = {
-    'num_layers': fields.get('num_layers', 'num_hidden_layers'),
-    'hidden_size': fields.get('hidden_size'),
+    'num_layers': fields.get(
+      'num_layers',
+      'num_hidden_layers',
+      default=_layers(specs, 'transformer.encoder.layers.'),
+    ),
+    'hidden_size': fields.get('hidden_size', default=D),
     'num_heads': N,
     'num_kv_heads': fields.get('multi_query_group_num') if few else N,
-    'head_size': fields.get('kv_channels'),
-    'mlp_size': fields.get('ffn_hidden_size'),
-    'vocab_size': fields.get('padded_vocab_size', 'vocab_size'),
+    'head_size': fields.get('kv_channels', default=D // N),
+    'mlp_size': fields.get(
+      'ffn_hidden_size', default=_shape(specs, f'{at}.mlp.dense_4h_to_h.weight')[1]
+    ),
+    'vocab_size': fields.get('padded_vocab_size', 'vocab_size', default=V),
     'max_positions': fields.get('seq_length', default=32768),
-    'norm_epsilon': fields.get('layernorm_epsilon', kind=float),
-    'qkv_bias': fields.get('add_qkv_bias', kind=bool, default=False),
+    'norm_epsilon': fields.get('layernorm_epsilon', kind=float, default=1e-5),
+    'qkv_bias': fields.get('add_qkv_bias', kind=bool, default=bias),
     'tied_head': tied,
     'rope_ratio': fields.get('rope_ratio', kind=float, default=1.0),
     # Only ChatGLM2's own long variant divides positions; later ones multiply the base.
@@ -278,19 +305,26 @@ def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   rope = source.config.get('rope_parameters') or source.config.get('rope_scaling') or {}
   rope = _Fields(source._replace(config={**source.config, **rope}))
   rope.expect(rope_type='linear' if 'factor' in (rope._raw or {}) else 'default')
-  H = fields.get('head_dim')
+  V, D = _shape(specs, WORDS[kind])
+  at = 'model.layers.0'
+  # transformers writes no field that has its class's own value.
+  H = fields.get('head_dim', default=128)
   share = rope.get('partial_rotary_factor', kind=float, default=0.5)
   values = {
-    'num_layers': fields.get('num_hidden_layers'),
-    'hidden_size': fields.get('hidden_size'),
-    'num_heads': fields.get('num_attention_heads'),
-    'num_kv_heads': fields.get('num_key_value_heads'),
+    'num_layers': fields.get('num_hidden_layers', default=_layers(specs, 'model.layers.')),
+    'hidden_size': fields.get('hidden_size', default=D),
+    'num_heads': fields.get('num_attention_heads', default=32),
+    'num_kv_heads': fields.get('num_key_value_heads', default=2),
     'head_size': H,
-    'mlp_size': fields.get('intermediate_size'),
-    'vocab_size': fields.get('vocab_size'),
-    'max_positions': fields.get('max_position_embeddings'),
-    'norm_epsilon': fields.get('rms_norm_eps', kind=float),
-    'qkv_bias': fields.get('attention_bias', kind=bool),
+    'mlp_size': fields.get(
+      'intermediate_size', default=_shape(specs, f'{at}.mlp.down_proj.weight')[1]
+    ),
+    'vocab_size': fields.get('vocab_size', default=V),
+    'max_positions': fields.get('max_position_embeddings', default=131072),
+    'norm_epsilon': fields.get('rms_norm_eps', kind=float, default=1.5625e-07),
+    'qkv_bias': fields.get(
+      'attention_bias', kind=bool, default=f'{at}.self_attn.q_proj.bias' in specs
+    ),
     'tied_head': tied,
     'rotated_size': int(H * share),
     'rope_theta': rope.get('rope_theta', kind=float, default=10000.0),

@@ -88,7 +88,7 @@ def write(
     progress: told of bytes that are done.
   """
   params, journal = folder / 'params', folder / 'leaves.txt'
-  if not (params / '_METADATA').exists():
+  if not journal.exists():
     shutil.rmtree(params, ignore_errors=True)
     tree: dict[str, Any] = {}
     for path in specs:
@@ -98,17 +98,28 @@ def write(
       node[path[-1]] = np.zeros(1, np.int8)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
       writer.save(params.absolute(), args=ocp.args.PyTreeSave(tree))
-  done = set(journal.read_text(encoding='utf-8').split()) if journal.exists() else set()
+    for path in specs:
+      shutil.rmtree(params / '.'.join(path))
+    journal.touch()
+  done = set(journal.read_text(encoding='utf-8').split())
+  stores = {k: _store(params / '.'.join(k), k, spec) for k, spec in specs.items()}
+  stacked = [path for path in specs if path[0] == 'layers']
+  count = specs[stacked[0]].shape[0]
+  # Layer by layer, so that parts of one tensor of another program are read together.
+  todo = [('rest', None, [path for path in specs if path[0] != 'layers'])]
+  todo += [(f'layer{i}', i, stacked) for i in range(count)]
   with journal.open('a', encoding='utf-8') as finished:
-    for path, spec in specs.items():
-      name = '.'.join(path)
+    for name, layer, paths in todo:
+      for path in paths:
+        spec = specs[path]
+        if name not in done:
+          store = stores[path] if layer is None else stores[path][layer]
+          store.write(read(path, layer)).result()
+        size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
+        progress(size if layer is None else size // count)
       if name not in done:
-        shutil.rmtree(params / name, ignore_errors=True)
-        _write_leaf(params / name, path, spec, read, progress)
         finished.write(f'{name}\n')
         finished.flush()
-      else:
-        progress(int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize)
   shutil.rmtree(folder / 'meta', ignore_errors=True)
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
     content = json.loads(json.dumps({'format': FORMAT, **meta}))
@@ -116,8 +127,9 @@ def write(
   journal.unlink()
 
 
-def _write_leaf(folder: Path, path: Tree, spec: LeafSpec, read, progress) -> None:
-  store = ts.open(
+def _store(folder: Path, path: Tree, spec: LeafSpec) -> Any:
+  """An array on disk, opened where an interrupted call began it."""
+  return ts.open(
     {
       'driver': 'zarr',
       'kvstore': {'driver': 'file', 'path': f'{folder}/'},
@@ -129,12 +141,9 @@ def _write_leaf(folder: Path, path: Tree, spec: LeafSpec, read, progress) -> Non
       },
       'store_data_equal_to_fill_value': True,  # what is missing is an error, not zero
     },
+    open=True,
     create=True,
   ).result()
-  for layer in range(spec.shape[0]) if path[0] == 'layers' else (None,):
-    array = read(path, layer)
-    (store if layer is None else store[layer]).write(array).result()
-    progress(array.nbytes)
 
 
 def _chunks(path: Tree, spec: LeafSpec) -> list[int]:
