@@ -1,0 +1,310 @@
+"""PyTorch's files, and transformers on what is exported."""
+
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from foreign import arrays_of, config_json, imported, write_safetensors
+from safetensors.numpy import load_file
+
+from glm_jax import convert, models
+from glm_jax.batch import Visibility
+from glm_jax.inference.decode import Filler
+from glm_jax.text import vocabulary as vocabularies
+from glm_jax.text.released import ChatGLM3Vocabulary
+from glm_jax.training import leaves as stored
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _convert(*arguments):
+  convert.main([str(argument) for argument in arguments])
+
+
+def _torch_tensors(tensors):
+  import torch
+
+  return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}
+
+
+def _state_dict(folder):
+  import torch
+
+  found = {}
+  for path in sorted(folder.rglob('*.pt')):
+    found[path.name] = torch.load(path, weights_only=True)['module']
+  return found
+
+
+def _transformers(folder):
+  import torch
+  from transformers import AutoModelForCausalLM
+
+  model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='eager'
+  )
+  assert type(model).__name__ == 'GlmForCausalLM'
+  return model.eval()
+
+
+@pytest.mark.parametrize('name', ['chatglm2', 'hf_glm'])
+def test_transformers_computes_the_same_logits(name, tmp_path):
+  import torch
+
+  arrays, tensors = arrays_of(name)
+  write_safetensors(tmp_path / 'source', tensors, config_json(name, arrays))
+  _convert(tmp_path / 'source', tmp_path / 'checkpoint')
+  _convert(tmp_path / 'checkpoint', tmp_path / 'glm', '--to=glm')
+  with torch.no_grad():
+    theirs = _transformers(tmp_path / 'glm')(torch.from_numpy(arrays['in/ids'])).logits
+  np.testing.assert_allclose(theirs, arrays['out/logits'], atol=1e-6)
+  config = json.loads((tmp_path / 'glm' / 'config.json').read_text())
+  found, params = imported(load_file(tmp_path / 'glm' / 'model.safetensors'), config)
+  t = np.broadcast_to(np.arange(theirs.shape[1]), theirs.shape[:2])
+  ours, _ = models.build(found.config).apply(
+    {'params': params}, arrays['in/ids'], t, 0 * t, Visibility(0 * t, t + 1)
+  )
+  np.testing.assert_allclose(theirs, ours, atol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+  """A chat model with a vocabulary of its own, exported for transformers."""
+  folder = tmp_path_factory.mktemp('exported')
+  text = ['the quick brown fox jumps over the lazy dog. ' * 4, '语言模型在学习文字。' * 8]
+  vocabulary = ChatGLM3Vocabulary(vocabularies.train_sentencepiece(text, 512, bpe=True))
+  arrays, tensors = arrays_of('chatglm2')
+  rng = np.random.default_rng(0)
+  rows = vocabulary.size  # none that only one of two programs would generate
+  for name in ('embedding.word_embeddings', 'output_layer'):
+    width = tensors[f'transformer.{name}.weight'].shape[1]
+    tensors[f'transformer.{name}.weight'] = rng.normal(0, 0.5, (rows, width)).astype('f4')
+  config = {**config_json('chatglm2', arrays), 'padded_vocab_size': rows}
+  write_safetensors(folder / 'source', tensors, config)
+  (folder / 'source' / 'tokenizer.model').write_bytes(vocabulary.model)
+  (folder / 'source' / 'tokenization_chatglm.py').write_text("roles = ['<|user|>']")
+  _convert(folder / 'source', folder / 'checkpoint')
+  _convert(folder / 'checkpoint', folder / 'glm', '--to=glm')
+  found, params = imported(tensors, config)
+  return folder, vocabulary, found.config, params
+
+
+def test_transformers_generates_the_same_greedy_tokens(exported):
+  import torch
+
+  folder, vocabulary, config, params = exported
+  model, filler = _transformers(folder / 'glm'), Filler(config, params, vocabulary)
+  stops = model.generation_config.eos_token_id
+  assert stops == list(vocabulary.stops) and len(stops) == 3
+  for text in ('the quick brown', '语言模型', 'fox'):
+    prompt = filler.encode(text)
+    [[ours]] = filler.fill([prompt], max_tokens=24)
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+    made = theirs[0, len(prompt) :].tolist()
+    if made[-1] in stops:
+      made = made[:-1]
+    assert ours == made and len(ours) > 3
+
+
+def test_the_exported_tokenizer_is_ours(exported):
+  from transformers import AutoTokenizer
+
+  folder, vocabulary, *_ = exported
+  tokenizer = AutoTokenizer.from_pretrained(folder / 'glm')
+  for text in (
+    'the quick brown fox',
+    '语言 模型，\n学习\t文字',
+    '  a  naïve “quote” 😀',
+    '',
+  ):
+    assert tokenizer(text).input_ids == [*vocabulary.prefix, *vocabulary.encode(text)]
+    back = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
+    assert back == vocabulary.decode(vocabulary.encode(text))
+  assert tokenizer.padding_side == 'left' and tokenizer.pad_token_id == 0
+  assert tokenizer.eos_token_id == vocabulary.stops[0]
+  # ChatGLM3's rule (tokenization_chatglm.py build_chat_input): each message is its role,
+  # its metadata and a line break, and its content, each encoded on its own.
+  messages = [
+    {'role': 'user', 'content': 'the fox'},
+    {'role': 'assistant', 'content': '文字'},
+  ]
+  wanted = [*vocabulary.prefix]
+  for message in messages:
+    wanted.append(vocabulary.control[f'<|{message["role"]}|>'])
+    wanted += vocabulary.encode('\n ' + message['content'])
+  wanted.append(vocabulary.control['<|assistant|>'])
+  found = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=False
+  )
+  assert found == wanted
+
+
+@pytest.mark.parametrize('kind', ['single', 'sharded', 'legacy'])
+def test_bin_files_are_read_as_safetensors_are(kind, tmp_path):
+  import torch
+
+  arrays, tensors = arrays_of('chatglm')
+  tensors = {k: v.astype(np.float16) for k, v in tensors.items()}
+  write_safetensors(tmp_path / 'safe', tensors, config_json('chatglm', arrays))
+  folder = tmp_path / 'bin'
+  folder.mkdir()
+  (folder / 'config.json').write_text((tmp_path / 'safe/config.json').read_text())
+  if kind == 'sharded':
+    where, names = {}, sorted(tensors)
+    for number in range(2):
+      file = f'pytorch_model-{number + 1:05}-of-00002.bin'
+      part = {name: tensors[name] for name in names[number::2]}
+      torch.save(_torch_tensors(part), folder / file)
+      where |= dict.fromkeys(part, file)
+    (folder / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': where}))
+  else:
+    torch.save(
+      _torch_tensors(tensors),
+      folder / 'pytorch_model.bin',
+      _use_new_zipfile_serialization=kind != 'legacy',
+    )
+  for name in ('safe', 'bin'):
+    _convert(tmp_path / name, tmp_path / f'{name}-checkpoint')
+  a, b = (stored.StoredLeaves(tmp_path / f'{name}-checkpoint') for name in ('safe', 'bin'))
+  assert a.specs == b.specs
+  for path in a.specs:
+    np.testing.assert_array_equal(a.read(path, None), b.read(path, None))
+
+
+@pytest.mark.parametrize('name,parts', [('glm', 1), ('glm', 2), ('glm_130b', 2)])
+def test_mp_rank_files_come_back_byte_for_byte(name, parts, tmp_path):
+  import torch
+
+  _, tensors = arrays_of(name)
+  source = tmp_path / 'source' / '1000'
+  source.mkdir(parents=True)
+  torch.save({'module': _torch_tensors(tensors)}, source / 'mp_rank_00_model_states.pt')
+  (tmp_path / 'source' / 'latest_checkpointed_iteration.txt').write_text('1000')
+  _convert(tmp_path / 'source', tmp_path / 'one', '--set=num_heads=4')
+  _convert(tmp_path / 'one', tmp_path / 'cut', f'--parts={parts}')
+  assert len(_state_dict(tmp_path / 'cut')) == parts
+  _convert(tmp_path / 'cut', tmp_path / 'again', '--set=num_heads=4')
+  _convert(tmp_path / 'again', tmp_path / 'whole', '--parts=1')
+  [found] = _state_dict(tmp_path / 'whole').values()
+  assert set(found) == set(tensors)
+  for key, tensor in tensors.items():
+    assert found[key].numpy().tobytes() == tensor.tobytes(), key
+
+
+class Evil:
+  """Makes a file if it is ever unpickled."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f'touch {self.path}',)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
+  import torch
+
+  folder, trace = tmp_path / 'source', tmp_path / 'executed'
+  folder.mkdir()
+  arrays, tensors = arrays_of('chatglm')
+  (folder / 'config.json').write_text(json.dumps(config_json('chatglm', arrays)))
+  file = folder / 'pytorch_model.bin'
+  for save in (
+    lambda: torch.save({**_torch_tensors(tensors), 'x': Evil(trace)}, file),
+    lambda: file.write_bytes(pickle.dumps({'x': Evil(trace)})),
+  ):
+    save()
+    with pytest.raises(ValueError, match=r'pytorch_model\.bin must'):
+      _convert(folder, tmp_path / 'checkpoint')
+    assert not trace.exists() and not (tmp_path / 'checkpoint').exists()
+  torch.save(_torch_tensors(tensors), file)
+  file.write_bytes(file.read_bytes()[:-2000])
+  with pytest.raises(ValueError, match=r'pytorch_model\.bin must be a complete'):
+    _convert(folder, tmp_path / 'checkpoint')
+  torch.save({**_torch_tensors(tensors), 'epoch': 3}, file)
+  with pytest.raises(ValueError, match=r"must hold tensors by name, got \['epoch'\]"):
+    _convert(folder, tmp_path / 'checkpoint')
+
+
+def _run(*arguments):
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  for name in ('NPROC', 'XLA_FLAGS'):
+    environment.pop(name, None)
+  done = subprocess.run(
+    [sys.executable, '-m', *map(str, arguments)],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
+  """The README's way, with fewer steps: train, export, generate, continue, export."""
+  import torch
+  from transformers import AutoTokenizer
+
+  text = 'The quick brown fox number {} jumps over the lazy dog. 语言模型在学习文字。\n'
+  (tmp_path / 'text').mkdir()
+  for number in range(60):
+    content = ''.join(text.format(number * 7 + line) for line in range(20))
+    (tmp_path / 'text' / f'{number:02}.txt').write_text(content, encoding='utf-8')
+  common = (
+    f"--gin.CorpusConfig.cache_dir='{tmp_path}/cache'",
+    '--gin.EvaluationConfig.examples=32',
+    '--gin.OptimizerConfig.warmup_steps=5',
+    '--gin.BATCH_SIZE=8',
+  )
+  _run(
+    'glm_jax.train',
+    '--gin_file=gin_configs/chatglm2_tiny.gin',
+    f"--gin.CorpusConfig.corpus='{tmp_path}/text/*.txt'",
+    f"--gin.MODEL_DIR='{tmp_path}/run'",
+    '--gin.TRAIN_STEPS=25',
+    *common,
+  )
+  _run('glm_jax.convert', tmp_path / 'run', tmp_path / 'exported')
+  model, prompt = _transformers(tmp_path / 'exported'), 'The quick brown'
+  tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'exported')
+  ids = tokenizer(prompt, return_tensors='pt').input_ids
+  with torch.no_grad():
+    made = model.generate(ids, max_new_tokens=16, do_sample=False)
+  theirs = tokenizer.decode(made[0], skip_special_tokens=True)
+  generate = ('glm_jax.generate', f'--prompt={prompt}', '--max_tokens=16')
+  ours = _run(*generate, f'--checkpoint={tmp_path}/run').rstrip('\n')
+  assert ours == theirs.rstrip('\n') and len(ours) > len(prompt)
+
+  # Training goes on from the export, at the loss where it was.
+  _run('glm_jax.convert', tmp_path / 'exported', tmp_path / 'imported')
+  _run(
+    'glm_jax.train',
+    '--gin_file=gin_configs/runs/continue.gin',
+    f"--gin.INIT_FROM='{tmp_path}/imported'",
+    f"--gin.MODEL_DIR='{tmp_path}/more'",
+    f"--gin.CORPUS='{tmp_path}/text/*.txt'",
+    "--gin.TASK_FEATURE_LENGTHS={'tokens':128}",
+    "--gin.CheckpointModel.dtype='float32'",
+    '--gin.OptimizerConfig.learning_rate=1e-3',
+    '--gin.TRAIN_STEPS=40',
+    *common,
+  )
+  losses = {}
+  for run in ('run', 'more'):
+    lines = (tmp_path / run / 'metrics.jsonl').read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    losses[run] = [line['loss'] for line in found if line.get('split', 'train') == 'train']
+  assert losses['more'][0] < losses['run'][0] - 1  # not from scratch
+  assert losses['more'][0] == pytest.approx(losses['run'][-1], abs=0.3)
+  assert losses['more'][-1] < losses['more'][0] - 0.05
+  _run('glm_jax.convert', tmp_path / 'more', tmp_path / 'again', '--dtype=bfloat16')
+  config = json.loads((tmp_path / 'again' / 'config.json').read_text())
+  assert config['model_type'] == 'glm' and config['torch_dtype'] == 'bfloat16'
