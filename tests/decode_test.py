@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from glm_jax import models
-from glm_jax.batch import prefix_visibility
+from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference.decode import Filler
 from glm_jax.inference.sampling import Sampling, sample
-from glm_jax.models import GLMConfig
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.vocabulary import ByteVocabulary
 from glm_jax.training import state
 
@@ -19,6 +19,15 @@ S = VOCABULARY.specials
 CONFIG = GLMConfig(
   num_layers=2, hidden_size=32, num_heads=4, vocab_size=384, max_positions=80, init_std=0.3
 )
+
+
+_SMALL = dict(num_layers=2, hidden_size=32, num_heads=4, vocab_size=384, max_positions=80)
+_SMALL |= dict(mlp_size=48, init_std=0.3)
+OTHERS = {
+  'chatglm': ChatGLMConfig(**_SMALL, deepnorm_layers=28),
+  'glm_130b': ChatGLMConfig(**_SMALL, deepnorm_layers=2, gated=True, two_positions=False),
+  'chatglm2': ChatGLM2Config(**_SMALL, num_kv_heads=2, head_size=8),
+}
 
 
 @pytest.fixture(scope='module')
@@ -31,22 +40,24 @@ def filler(params):
   return Filler(CONFIG, params, VOCABULARY)
 
 
-def _teacher_forced(params, prompt, spans):
+def _teacher_forced(params, prompt, spans, config=CONFIG):
   """Argmax of one full forward over the context and all spans laid out as in training."""
   tokens, positions, blocks = list(prompt), list(range(len(prompt))), [0] * len(prompt)
   places = [i for i, t in enumerate(prompt) if t in (S.mask, S.gmask, S.smask)]
   for place, span in zip(places, spans, strict=True):
+    goes_on = not config.two_positions and prompt[place] == S.gmask
+    first = len(tokens)
     tokens += [S.sop, *span]
-    positions += [place] * (len(span) + 1)
+    positions += [first + i if goes_on else place for i in range(len(span) + 1)]
     blocks += range(1, len(span) + 2)
   row = lambda x: jnp.asarray(x, jnp.int32)[None]
   visibility = prefix_visibility(
     row(len(prompt))[0][None], row(len(tokens))[0][None], len(tokens)
   )
-  logits, _ = models.build(CONFIG).apply(
+  logits, _ = models.build(config).apply(
     {'params': params}, row(tokens), row(positions), row(blocks), visibility
   )
-  allowed = np.arange(CONFIG.vocab_size) < VOCABULARY.size
+  allowed = np.arange(config.vocab_size) < VOCABULARY.size
   allowed[[S.pad, S.enc, S.mask, S.gmask, S.smask, S.sop, S.dblock]] = False
   return np.asarray(jnp.where(allowed, logits[0], -jnp.inf).argmax(-1))[len(prompt) :]
 
@@ -70,6 +81,39 @@ def test_greedy_decoding_equals_teacher_forcing(filler, params):
         assert predicted[at + len(span)] in (S.eop, S.eos)
       at += len(span) + 1
   assert any(len(span) > 1 for spans in together for span in spans)
+
+
+@pytest.mark.parametrize('name', ['chatglm', 'glm_130b'])
+def test_greedy_decoding_of_chatglm_equals_teacher_forcing(name):
+  config = OTHERS[name]
+  params = nn.unbox(state.init_params(config, jax.random.key(1)))
+  filler = Filler(config, params, VOCABULARY)
+  prompts = [filler.encode('one [MASK] two [MASK]'), filler.encode('so', gmask=True)]
+  made = filler.fill(prompts, max_tokens=7)
+  for prompt, spans in zip(prompts, made, strict=True):
+    predicted, at = _teacher_forced(params, prompt, spans, config), 0
+    for span in spans:
+      assert predicted[at : at + len(span)].tolist() == span
+      at += len(span) + 1
+  assert any(len(span) > 1 for spans in made for span in spans)
+
+
+def test_a_causal_model_goes_on_as_the_full_forward_does():
+  config = OTHERS['chatglm2']
+  params = nn.unbox(state.init_params(config, jax.random.key(2)))
+  filler = Filler(config, params, VOCABULARY)
+  prompts = [filler.encode(text) for text in ('a', 'a longer [MASK] text')]
+  assert prompts[0] == [S.enc, 97] and S.mask not in prompts[1]  # a mask is text to it
+  for prompt, [span] in zip(prompts, filler.fill(prompts, max_tokens=7), strict=True):
+    tokens = jnp.asarray([*prompt, *span])[None]
+    t = jnp.arange(tokens.shape[1])[None]
+    inputs = (tokens, t, 0 * t, Visibility(0 * t, t + 1))
+    logits, _ = models.build(config).apply({'params': params}, *inputs)
+    predicted = logits[0, :, : VOCABULARY.size].argmax(-1)[len(prompt) - 1 :].tolist()
+    assert predicted[: len(span)] == span and len(span) > 1
+    assert len(span) == 7 or predicted[len(span)] in VOCABULARY.stops
+    text = filler.text(prompt, [span], ('<', '>'))
+    assert text == f'{VOCABULARY.decode(prompt)}<{VOCABULARY.decode(span)}>'
 
 
 def test_the_second_blank_is_conditioned_on_the_first(params):

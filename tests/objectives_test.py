@@ -330,6 +330,22 @@ def test_original_positions_count_the_uncorrupted_text():
   np.testing.assert_array_equal(example['tokens'], corrupted['tokens'])
 
 
+def test_without_block_positions_a_continuation_goes_on_counting():
+  """GLM-130B: 130B/generate.py has plain positions after [gMASK], the mask's elsewhere."""
+  tokens, lengths = _documents(256, 60)
+  kinds = dict(blank=0.4, document=0.3, sentence=0.3)
+  plain = _make(tokens, lengths, 96, ObjectiveConfig(**kinds))
+  made = _make(tokens, lengths, 96, ObjectiveConfig(**kinds, block_positions=False))
+  in_b = made['block_positions'] > 0
+  goes_on = in_b & (made['objective'] == MIXED.index('document'))
+  place = np.broadcast_to(np.arange(96), in_b.shape)
+  np.testing.assert_array_equal(made['positions'][goes_on], place[goes_on])
+  assert (plain['positions'][goes_on] < place[goes_on]).all() and goes_on.any()
+  np.testing.assert_array_equal(made['positions'][~goes_on], plain['positions'][~goes_on])
+  for name in ('tokens', 'targets', 'key_end'):
+    np.testing.assert_array_equal(made[name], plain[name])
+
+
 def test_prompts_carry_no_loss():
   rows, lengths = _documents(256, 100)
   scored = np.arange(100) >= 60
