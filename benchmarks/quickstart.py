@@ -1,6 +1,6 @@
 """Writes the README's quickstart results from a finished run's summary.json.
 
-bash launch/quickstart.sh && python benchmarks/quickstart.py runs/quickstart
+bash launch/quickstart.sh && python -m benchmarks.quickstart runs/quickstart
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-MARKS = ('<!-- results -->', '<!-- end of results -->')
+from benchmarks.readme import ROOT, write_section
 
 
 def main(run: Path) -> None:
@@ -30,24 +29,17 @@ def main(run: Path) -> None:
     rows.append(
       f'| {name} | {loss:.3f} | {scores["bigram"]:.3f} | {scores["unigram"]:.3f} |'
     )
-  text = (ROOT / 'README.md').read_text(encoding='utf-8')
-  before, rest = text.split(MARKS[0])
-  _, after = rest.split(MARKS[1])
-  body = '\n'.join(
+  write_section(
+    'quickstart',
     [
-      '',
       f'After {summary["steps"]:,} steps, on packages that training did not see:',
       '',
       *rows,
       '',
       '![Loss curve of the quickstart](benchmarks/quickstart/loss.png)',
       '',
-      f'(Written by `python {Path(__file__).relative_to(ROOT)} runs/quickstart`.)',
-      '',
-    ]
-  )
-  (ROOT / 'README.md').write_text(
-    before + MARKS[0] + body + MARKS[1] + after, encoding='utf-8'
+      '(Written by `python -m benchmarks.quickstart runs/quickstart`.)',
+    ],
   )
 
 

@@ -58,11 +58,11 @@ class Tensors:
 
   def read(self, name: str) -> np.ndarray:
     """A tensor in its stored dtype. The latest one is kept: fused ones are read thrice."""
-    if self._last is None or self._last[0] != name:
-      spec = self.specs[name]
-      self._last = None
-      self._last = (name, _read(name, spec))
-    return self._last[1]
+    last = self._last
+    if last is None or last[0] != name:
+      last = self._last = None  # before another one is in memory
+      last = self._last = (name, _read(name, self.specs[name]))
+    return last[1]
 
 
 class Source(NamedTuple):

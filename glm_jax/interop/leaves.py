@@ -10,6 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,8 @@ from glm_jax.interop.files import Source
 from glm_jax.interop.layouts import HEADS, LAYOUTS, WORDS, Entry
 from glm_jax.interop.layouts import Path as Tree
 from glm_jax.interop.recognise import Found
+
+_WORKERS = 4
 
 
 class Spec(NamedTuple):
@@ -233,7 +236,7 @@ def _make(leaves, entry: Entry, rank: int, parts: int, dtype: np.dtype) -> np.nd
         else ours
       )
     assert np.shares_memory(view, out), entry.name
-    view[...] = ours.astype(dtype)
+    view[...] = ours.astype(dtype, copy=False)
   return out
 
 
@@ -276,10 +279,12 @@ def write_shards(
   """safetensors files and, for several, their index; finished files are kept."""
   from safetensors.numpy import save_file
 
+  workers = ThreadPoolExecutor(_WORKERS)  # most of the time goes into transposing
   for name, tensors in groups.items():
     if not (folder / name).exists():
       temporary = folder / f'.{name}'
-      content = {tensor.name: tensor.make() for tensor in tensors}
+      made = workers.map(lambda tensor: tensor.make(), tensors)
+      content = {tensor.name: array for tensor, array in zip(tensors, made, strict=True)}
       save_file(content, temporary, metadata={'format': 'pt'})
       del content
       temporary.chmod(0o666 & ~_umask())  # safetensors makes it its owner's alone

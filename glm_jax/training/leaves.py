@@ -25,6 +25,7 @@ Tree = tuple[str, ...]
 
 _CHUNK_BYTES = 2**26
 _CACHE_BYTES = 2**29
+_WRITING_BYTES = 2**29  # on their way to the disk while the next are read
 
 
 class LeafSpec(NamedTuple):
@@ -110,13 +111,19 @@ def write(
   todo += [(f'layer{i}', i, stacked) for i in range(count)]
   with journal.open('a', encoding='utf-8') as finished:
     for name, layer, paths in todo:
+      writing: list[tuple[Any, np.ndarray]] = []
       for path in paths:
         spec = specs[path]
         if name not in done:
           store = stores[path] if layer is None else stores[path][layer]
-          store.write(read(path, layer)).result()
+          array = read(path, layer)
+          writing.append((store.write(array), array))
+          while sum(array.nbytes for _, array in writing) > _WRITING_BYTES:
+            writing.pop(0)[0].result()
         size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
         progress(size if layer is None else size // count)
+      for future, _ in writing:
+        future.result()
       if name not in done:
         finished.write(f'{name}\n')
         finished.flush()

@@ -1,0 +1,168 @@
+"""A full-size ChatGLM2-6B, in and out: memory and speed, beside `cp` of the same bytes.
+
+python -m benchmarks.convert [--folder=DIR] [--repeats=2] [--layers=28]
+
+Needs 45 GB of disk and about 15 minutes. Random weights in the released layout (float16,
+7 shards) become a checkpoint and come back in the layout of transformers and in their
+own, tensor by tensor the same; `cp` copies the same files before each. All end with
+`sync`, so that what is measured is on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.readme import ROOT, write_section
+from glm_jax import cli
+from glm_jax.interop import files, hub, layouts
+from glm_jax.models import ChatGLM2Config
+from glm_jax.train import CONFIGURABLES
+
+RESULTS = ROOT / 'benchmarks' / 'convert' / 'results.json'
+GIN_FILE = 'gin_configs/models/chatglm2_6b.gin'
+
+
+def write_source(folder: Path, config: ChatGLM2Config, shards: int = 7) -> None:
+  """A checkpoint of random weights as the released one is laid out."""
+  from safetensors.numpy import save_file
+
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  entries = layouts.chatglm2(config, 1)
+  # A layer's worth of random bits, used again: drawing 12.5 GB would take minutes.
+  noise = rng.integers(-2000, 2000, 2**26, dtype=np.int16).view(np.float16)
+  where: dict[str, str] = {}
+  per_shard = -(-len(entries) // shards)
+  for number in range(shards):
+    name = f'model-{number + 1:05}-of-{shards:05}.safetensors'
+    group = entries[number * per_shard : (number + 1) * per_shard]
+    tensors = {}
+    for i, entry in enumerate(group):
+      size = int(np.prod(entry.shape))
+      tensors[entry.name] = np.resize(np.roll(noise, 977 * i), size).reshape(entry.shape)
+    save_file(tensors, folder / name, metadata={'format': 'pt'})
+    where |= dict.fromkeys(tensors, name)
+  index = json.dumps({'metadata': {}, 'weight_map': where})
+  (folder / files.INDICES[0]).write_text(index, encoding='utf-8')
+  content = hub.config_json('chatglm2', config, {})
+  (folder / 'config.json').write_text(json.dumps(content), encoding='utf-8')
+
+
+def timed(*command: Any) -> tuple[float, float]:
+  """Seconds and peak resident memory in GB of a process, with a `sync` at its end."""
+  os.sync()
+  began = time.perf_counter()
+  process = subprocess.Popen(
+    [str(part) for part in command], cwd=ROOT, stdout=subprocess.DEVNULL
+  )
+  _, status, usage = os.wait4(process.pid, 0)
+  os.sync()
+  if status:
+    raise SystemExit(f'{command} failed')
+  return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+
+
+def same(a: Path, b: Path) -> bool:
+  """Whether two checkpoints hold the same tensors, bit for bit."""
+  first, second = (files.open_source(folder).parts[0] for folder in (a, b))
+  names = {name for name in first.specs if not name.endswith('inv_freq')}
+  if names != {name for name in second.specs if not name.endswith('inv_freq')}:
+    return False
+  return all(
+    np.array_equal(*(part.read(name).view(np.uint16) for part in (first, second)))
+    for name in sorted(names)
+  )
+
+
+def measure(folder: Path, config: ChatGLM2Config, repeats: int) -> dict[str, Any]:
+  """Both directions against `cp`, in turn."""
+  source, checkpoint, out = folder / 'source', folder / 'checkpoint', folder / 'out'
+  write_source(source, config)
+  size = sum(path.stat().st_size for path in source.rglob('*')) / 1e9
+  convert = (sys.executable, '-m', 'glm_jax.convert')
+  rows: dict[str, list[list[float]]] = {'in': [], 'out': [], 'out --to=glm': []}
+
+  def pair(kind: str, before: Path, after: Path, *flags: str) -> None:
+    copy = folder / 'copy'
+    seconds, _ = timed('cp', '-r', before, copy)
+    shutil.rmtree(copy)
+    shutil.rmtree(after, ignore_errors=True)
+    ours, memory = timed(*convert, before, after, *flags)
+    rows[kind].append([ours, seconds, memory])
+    print(
+      f'{kind}: {ours:.1f} s ({size * 1000 / ours:.0f} MB/s), cp {seconds:.1f} s, '
+      f'ratio {seconds / ours:.2f}, peak {memory:.2f} GB',
+      flush=True,
+    )
+
+  for _ in range(repeats):
+    pair('in', source, checkpoint)
+    pair('out', checkpoint, out, '--to=chatglm2')
+    equal = same(source, out)
+    print(f'the tensors are the same: {equal}', flush=True)
+    pair('out --to=glm', checkpoint, out, '--to=glm')
+  largest = 2 * config.num_layers * config.hidden_size * config.mlp_size / 1e9
+  return {'gigabytes': size, 'rows': rows, 'equal': equal, 'largest_tensor': largest}
+
+
+def report(results: dict[str, Any]) -> None:
+  """The README's table."""
+  size = results['gigabytes']
+  lines = [
+    "| ChatGLM2-6B, float16 | seconds | MB/s | of `cp`'s speed | peak memory |",
+    '|---|---|---|---|---|',
+  ]
+  for kind, runs in results['rows'].items():
+    ours, copy, memory = np.median(np.array(runs), axis=0)
+    lines.append(
+      f'| {kind} | {ours:.0f} | {1000 * size / ours:.0f} | {copy / ours:.2f} | '
+      f'{memory:.2f} GB |'
+    )
+  write_section(
+    'convert',
+    [
+      *lines,
+      '',
+      f'{size:.1f} GB of random weights, medians of {len(runs)}; the way in and back gave '
+      f'{"the same bytes" if results["equal"] else "OTHER BYTES"}. '
+      '(Written by `python -m benchmarks.convert`.)',
+    ],
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command."""
+  flags = argparse.ArgumentParser(description=__doc__, prog='python -m benchmarks.convert')
+  flags.add_argument('--folder', default=None, help='where there are 45 GB of disk')
+  flags.add_argument('--repeats', type=int, default=2)
+  flags.add_argument('--layers', type=int, default=28, help='fewer, to try it')
+  chosen = flags.parse_args(argv)
+  config, _ = cli.load_config(
+    ChatGLM2Config,
+    CONFIGURABLES,
+    [GIN_FILE],
+    '',
+    [f'ChatGLM2Config.num_layers={chosen.layers}'],
+  )
+  with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
+    results = measure(Path(folder), config, chosen.repeats)
+  if chosen.layers == 28:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+    report(results)
+
+
+if __name__ == '__main__':
+  cli.main(main)
