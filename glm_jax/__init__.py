@@ -6,12 +6,13 @@ The way through, one room a step:
   data       corpora, rows of tokens, the objectives, seqio tasks -> batches
   batch      the batch contract and `Visibility`, shared by everything below
   attention  one function over intervals of keys
-  models     configurations, layers, GLM
+  models     configurations, layers, one file a family
   sharding   the mesh and its rule table
   training   loss, optimizer, step, checkpoint, metrics
   inference  the key/value cache and decoding
+  interop    the weights of released models, in and out
 
-Commands: `python -m glm_jax.train`, `.preview`, `.generate`; each has `--help`.
+Commands: `python -m glm_jax.train`, `.preview`, `.generate`, `.convert`; each has `--help`.
 """
 
 import sys

@@ -155,7 +155,7 @@ def convert(flags: argparse.Namespace) -> None:
 
 def _read_checkpoint(src: Path) -> Model:
   from glm_jax.training import checkpoint
-  from glm_jax.training.leaves import StoredLeaves
+  from glm_jax.training.stored import StoredLeaves
 
   folder = checkpoint.find(str(src))
   meta = checkpoint.read_meta(folder)
@@ -171,7 +171,7 @@ def _read_checkpoint(src: Path) -> Model:
 
 def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
   from glm_jax.training import state
-  from glm_jax.training.leaves import flat
+  from glm_jax.training.stored import flat
 
   source = files.open_source(src)
   found = recognise.recognise(source, _overrides(flags.set))
@@ -195,7 +195,7 @@ def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
 
 
 def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> None:
-  from glm_jax.training import leaves as stored
+  from glm_jax.training import stored
 
   specs = {
     path: stored.LeafSpec(tuple(spec.shape), dtype or spec.dtype)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from glm_jax import cli, configs
+from glm_jax import cli
 
 
 def main(argv: Sequence[str]) -> None:
@@ -18,8 +18,7 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.inference.decode import Filler
   from glm_jax.inference.sampling import Sampling
   from glm_jax.models import config as model_config
-  from glm_jax.text import loading
-  from glm_jax.training import checkpoint, state
+  from glm_jax.training import checkpoint, start, state
 
   sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
   folder = checkpoint.find(flags.checkpoint)
@@ -27,13 +26,7 @@ def main(argv: Sequence[str]) -> None:
   config = model_config.from_dict(meta['model'])
   if flags.dtype:
     config = dataclasses.replace(config, dtype=flags.dtype)
-  configs.check(
-    meta['vocabulary'] is not None,
-    'the checkpoint must carry its vocabulary',
-    f'{flags.checkpoint} without one',
-    'convert it again with --vocabulary=KIND:PATH',
-  )
-  vocabulary = loading.from_dict(meta['vocabulary'])
+  vocabulary = start.vocabulary_of(folder, meta)
   mesh = sharding.make_mesh(sharding.MeshConfig())
   # Weights stay as they are stored: each is cast where it is used.
   params = checkpoint.read_params(

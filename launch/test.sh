@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
-# Lints and tests. --all adds the slow tests; other arguments go to pytest.
+# Lints and tests. --all adds the slow tests, and PyTorch and transformers for them
+# (gigabytes); other arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
-use_venv requirements.txt launch/requirements/test.txt
 
 chosen=(-m 'not slow')
+extras=()
 arguments=()
 for argument in "$@"; do
-  if [[ $argument == --all ]]; then chosen=(); else arguments+=("$argument"); fi
+  if [[ $argument == --all ]]; then
+    chosen=()
+    extras=(launch/requirements/torch.txt launch/requirements/peers.txt)
+  else
+    arguments+=("$argument")
+  fi
 done
+use_venv requirements.txt launch/requirements/test.txt "${extras[@]+"${extras[@]}"}"
+if [[ ${#extras[@]} -gt 0 ]]; then
+  python -m pip install --quiet --disable-pip-version-check --no-deps \
+    -r launch/requirements/vocabularies.txt
+fi
 echo "+ ruff check ."
 ruff check .
 echo "+ python -m pytest -n 2 --dist loadfile ${chosen[*]+"${chosen[*]}"} ${arguments[*]+"${arguments[*]}"}"

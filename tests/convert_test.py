@@ -21,8 +21,7 @@ from glm_jax.interop import files
 from glm_jax.sharding import MeshConfig
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import ChatGLM3Vocabulary
-from glm_jax.training import checkpoint, loss, start, state, step
-from glm_jax.training import leaves as stored
+from glm_jax.training import checkpoint, loss, start, state, step, stored
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -7,7 +7,7 @@ import numpy as np
 
 from glm_jax.interop import files, leaves, recognise
 from glm_jax.training import state
-from glm_jax.training.leaves import flat
+from glm_jax.training.stored import flat
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
@@ -102,7 +102,7 @@ def imported(tensors, config, container='huggingface', **overrides):
   """What `recognise` finds, and the parameter tree."""
   parts = tensors if isinstance(tensors, list) else [tensors]
   source = files.Source(
-    pathlib.Path('memory'), container, tuple(map(InMemory, parts)), config, {}
+    pathlib.Path('memory'), container, tuple(map(InMemory, parts)), config
   )
   found = recognise.recognise(source, overrides)
   shapes = {k: v.shape for k, v in flat(state.abstract_params(found.config)).items()}

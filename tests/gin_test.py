@@ -6,6 +6,7 @@ import re
 import pytest
 
 from glm_jax import cli
+from glm_jax.models import ChatGLMConfig
 from glm_jax.train import CONFIGURABLES, TrainConfig
 from glm_jax.training import state
 
@@ -62,6 +63,13 @@ def test_models_have_the_published_number_of_parameters(path):
   count = state.count(state.abstract_params(config))
   assert count == COUNTS.get(path.stem, count)
   assert f'{count:,}' in path.read_text() or 'tiny' in path.stem
+
+
+def test_the_first_chatglm_has_image_tokens_besides():
+  path = str(ROOT / 'gin_configs/models/chatglm_6b.gin')
+  bindings = ['ChatGLMConfig.vocab_size = 150528']
+  config, _ = cli.load_config(ChatGLMConfig, CONFIGURABLES, [path], '', bindings)
+  assert state.count(state.abstract_params(config)) == 6_255_206_400
 
 
 def test_the_operative_configuration_gives_the_same_run(tmp_path):

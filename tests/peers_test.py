@@ -17,7 +17,7 @@ from glm_jax.batch import Visibility
 from glm_jax.inference.decode import Filler
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import ChatGLM3Vocabulary
-from glm_jax.training import leaves as stored
+from glm_jax.training import stored
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent

@@ -71,6 +71,26 @@ def test_eight_devices_equal_one(config, batch, reference, mesh, microbatches):
   assert _largest_difference(jax.device_get(current['params']), params) <= 1e-5
 
 
+_SMALL = dict(num_layers=2, hidden_size=64, num_heads=4, mlp_size=96, vocab_size=512)
+_SMALL |= dict(max_positions=48)
+
+
+@pytest.mark.parametrize(
+  'other',
+  [
+    models.ChatGLMConfig(**_SMALL, deepnorm_layers=2, gated=True),
+    models.ChatGLM2Config(**_SMALL, num_kv_heads=2, head_size=16),
+  ],
+  ids=['chatglm', 'chatglm2'],
+)
+def test_eight_devices_equal_one_in_every_family(other, batch):
+  one, found = _run(other, batch, MeshConfig(data=1), steps=2)
+  many, again = _run(other, batch, MeshConfig(data=2, fsdp=2, tensor=2), steps=2)
+  assert again == pytest.approx(found, abs=1e-5)
+  params = jax.device_get((one['params'], many['params']))
+  assert _largest_difference(*params) <= 1e-5
+
+
 @pytest.mark.parametrize('parts', [2, 4, 16])
 def test_micro_batches_with_ragged_weights_equal_one_batch(config, batch, reference, parts):
   weights = batch.loss_weights.reshape(parts, -1).sum(1)

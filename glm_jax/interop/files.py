@@ -27,7 +27,8 @@ DTYPES = {
 }
 _LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 INDICES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
-SINGLES = ('model.safetensors', 'pytorch_model.bin')
+# The first of these that is there is read: a folder may hold its weights twice.
+FILES = (INDICES[0], 'model.safetensors', INDICES[1], 'pytorch_model.bin')
 _TAGS = ('latest_checkpointed_iteration.txt', 'latest')
 
 
@@ -73,14 +74,12 @@ class Source(NamedTuple):
     container: 'huggingface' or 'megatron'.
     parts: its tensors; several for `mp_rank_*` files.
     config: content of config.json; empty where there is none.
-    index: content of the shards' index, where there is one.
   """
 
   folder: Path
   container: str
   parts: tuple[Tensors, ...]
   config: dict[str, Any]
-  index: dict[str, Any]
 
 
 def open_source(folder: Path) -> Source:
@@ -93,15 +92,14 @@ def open_source(folder: Path) -> Source:
     raise ValueError(
       f'SRC must be a folder with a checkpoint, got {str(folder)!r}; correct the path.'
     )
-  for name in INDICES:
-    if (folder / name).exists():
-      index = _json(folder / name)
-      tensors = _indexed(folder / name, index)
-      return Source(folder, 'huggingface', (tensors,), _config(folder), index)
-  for name in SINGLES:
-    if (folder / name).exists():
-      tensors = Tensors(_specs(folder / name))
-      return Source(folder, 'huggingface', (tensors,), _config(folder), {})
+  for name in FILES:
+    if not (folder / name).exists():
+      continue
+    if name in INDICES:
+      specs = _indexed(folder / name, _json(folder / name))
+    else:
+      specs = _specs(folder / name)
+    return Source(folder, 'huggingface', (Tensors(specs),), _config(folder))
   files = _parts(folder)
   if not files:
     raise ValueError(
@@ -110,7 +108,7 @@ def open_source(folder: Path) -> Source:
       'folder of a checkpoint.'
     )
   parts = tuple(Tensors(_specs(file)) for file in files)
-  return Source(folder, 'megatron', parts, _config(folder), {})
+  return Source(folder, 'megatron', parts, _config(folder))
 
 
 def _names(folder: Path) -> list[str]:
@@ -134,7 +132,7 @@ def _json(path: Path) -> dict[str, Any]:
   return content
 
 
-def _indexed(path: Path, index: dict[str, Any]) -> Tensors:
+def _indexed(path: Path, index: dict[str, Any]) -> dict[str, Spec]:
   """The shards that an index names, checked against it."""
   where = index.get('weight_map')
   if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
@@ -162,7 +160,7 @@ def _indexed(path: Path, index: dict[str, Any]) -> Tensors:
         f'has {extra[:5]} besides; fetch both again.'
       )
     specs.update(found)
-  return Tensors({name: specs[name] for name in where})
+  return {name: specs[name] for name in where}
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -11,12 +11,35 @@ from glm_jax.models.positions import PHASE_DTYPES
 
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
 
-# What a run may change without becoming another model.
-COMPUTE_FIELDS = ('dtype', 'remat', 'attention')
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+  """How a model is computed: what a run may change without becoming another model.
+
+  Attributes:
+    dtype: of activations; parameters are float32.
+    remat: what the backward pass recomputes: nothing ('none'), all of a layer
+      ('full'), all but its matmuls ('dots'), all but its weight matmuls
+      ('dots_no_batch').
+    attention: backend, see `glm_jax.attention.attend`.
+  """
+
+  dtype: str = 'float32'
+  remat: str = 'none'
+  attention: str = 'auto'
+
+  def __post_init__(self):
+    configs.check_types(self)
+    _check_choice(self, 'dtype', ('float32', 'bfloat16'))
+    _check_choice(self, 'remat', REMAT_POLICIES)
+    _check_choice(self, 'attention', BACKENDS)
+
+
+COMPUTE_FIELDS = tuple(field.name for field in dataclasses.fields(Compute))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GLMConfig:
+class GLMConfig(Compute):
   """GLM (Du et al., ACL 2022; THUDM/GLM model/modeling_glm.py).
 
   Attributes:
@@ -33,11 +56,6 @@ class GLMConfig:
     attention_dropout: on attention probabilities.
     output_dropout: on what attention and MLP add to the residual stream.
     init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
-    dtype: of activations; parameters are float32.
-    remat: what the backward pass recomputes: nothing ('none'), all of a layer
-      ('full'), all but its matmuls ('dots'), all but its weight matmuls
-      ('dots_no_batch').
-    attention: backend, see `glm_jax.attention.attend`.
   """
 
   num_layers: int
@@ -51,12 +69,9 @@ class GLMConfig:
   attention_dropout: float = 0.1
   output_dropout: float = 0.1
   init_std: float = 0.02
-  dtype: str = 'float32'
-  remat: str = 'none'
-  attention: str = 'auto'
 
   def __post_init__(self):
-    configs.check_types(self)
+    super().__post_init__()
     _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'vocab_size')
     _check_sizes(self, 'max_positions')
     _check_divides(self, 'hidden_size', 'num_heads')
@@ -68,7 +83,6 @@ class GLMConfig:
     )
     _check_choice(self, 'activation', ('gelu', 'gelu_erf'))
     _check_dropouts(self)
-    _check_compute(self)
 
   causal = False
   two_positions = True
@@ -88,7 +102,7 @@ class GLMConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatGLMConfig:
+class ChatGLMConfig(Compute):
   """ChatGLM-6B and GLM-130B; see `glm_jax.models.chatglm`.
 
   Attributes:
@@ -116,9 +130,6 @@ class ChatGLMConfig:
     attention_dropout: on attention probabilities.
     output_dropout: on what attention and MLP add.
     init_std: of the embedding table; the other weights have DeepNorm's initialisation.
-    dtype: as in `GLMConfig`.
-    remat: as in `GLMConfig`.
-    attention: as in `GLMConfig`.
   """
 
   num_layers: int
@@ -140,12 +151,9 @@ class ChatGLMConfig:
   attention_dropout: float = 0.0
   output_dropout: float = 0.0
   init_std: float = 0.02
-  dtype: str = 'float32'
-  remat: str = 'none'
-  attention: str = 'auto'
 
   def __post_init__(self):
-    configs.check_types(self)
+    super().__post_init__()
     _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'mlp_size')
     _check_sizes(self, 'vocab_size', 'max_positions', 'deepnorm_layers')
     _check_divides(self, 'hidden_size', 'num_heads')
@@ -166,7 +174,6 @@ class ChatGLMConfig:
       _check_choice(self, name, PHASE_DTYPES)
     _check_positive(self, 'norm_epsilon', 'rope_theta')
     _check_dropouts(self)
-    _check_compute(self)
 
   causal = False
 
@@ -184,7 +191,7 @@ class ChatGLMConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatGLM2Config:
+class ChatGLM2Config(Compute):
   """ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B; see `glm_jax.models.chatglm2`.
 
   Attributes:
@@ -207,9 +214,6 @@ class ChatGLM2Config:
       ('positions', ChatGLM2-6B-32k).
     rope_phase_dtype: of the angles, see `glm_jax.models.positions`.
     init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
-    dtype: as in `GLMConfig`.
-    remat: as in `GLMConfig`.
-    attention: as in `GLMConfig`.
   """
 
   num_layers: int
@@ -229,12 +233,9 @@ class ChatGLM2Config:
   rope_scaling: str = 'theta'
   rope_phase_dtype: str = 'float32'
   init_std: float = 0.02
-  dtype: str = 'float32'
-  remat: str = 'none'
-  attention: str = 'auto'
 
   def __post_init__(self):
-    configs.check_types(self)
+    super().__post_init__()
     _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'num_kv_heads')
     _check_sizes(self, 'head_size', 'mlp_size', 'vocab_size', 'max_positions')
     _check_divides(self, 'num_heads', 'num_kv_heads')
@@ -249,7 +250,6 @@ class ChatGLM2Config:
     _check_choice(self, 'rope_scaling', ('theta', 'positions'))
     _check_choice(self, 'rope_phase_dtype', PHASE_DTYPES)
     _check_positive(self, 'norm_epsilon', 'rope_theta', 'rope_ratio')
-    _check_compute(self)
 
   causal = True
   two_positions = False
@@ -343,9 +343,3 @@ def _check_dropouts(config: Any) -> None:
       str(value),
       'use 0.1 as the original, or 0 for none',
     )
-
-
-def _check_compute(config: Any) -> None:
-  _check_choice(config, 'dtype', ('float32', 'bfloat16'))
-  _check_choice(config, 'remat', REMAT_POLICIES)
-  _check_choice(config, 'attention', BACKENDS)

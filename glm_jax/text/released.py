@@ -59,16 +59,9 @@ class TokenizersVocabulary(Vocabulary):
     """Control pieces of THUDM/GLM, by their names there."""
     self.control = control
     self.size = max(self._tokenizer.get_vocab_size(), 1 + max(control.values()))
-    self.specials = Specials(
-      mask=control['[MASK]'],
-      gmask=control['[gMASK]'],
-      smask=control['[sMASK]'],
-      sop=control[_SOP],
-      eop=control[_EOP],
-      enc=control['[CLS]'],
-      dblock=control['[dBLOCK]'],
-      eos=control.get(_END, 0),
-      pad=control.get(_END, 0),
+    end = control.get(_END, 0)
+    self.specials = Specials.of(
+      control, sop=_SOP, eop=_EOP, enc='[CLS]', dblock='[dBLOCK]', eos=end, pad=end
     )
     self.prefix, self.suffix = (control['[CLS]'],), (self.specials.eos,)
     self.stops = (self.specials.eop, self.specials.eos)
@@ -189,16 +182,9 @@ class CogVocabulary(SentencePieceVocabulary):
     self.size = first + len(names)
     at = {name: first + i for i, name in enumerate(names)}
     self.control = at if '[gMASK]' in at else {**at, '[gMASK]': at[_EOP]}
-    self.specials = Specials(
-      mask=at['[MASK]'],
-      gmask=self.control['[gMASK]'],
-      smask=at['[sMASK]'],
-      sop=at[_SOP],
-      eop=at[_EOP],
-      enc=at['[CLS]'],
-      dblock=at['[dBLOCK]'],
-      eos=at[_END],
-      pad=at[_END],
+    end = at[_END]
+    self.specials = Specials.of(
+      self.control, sop=_SOP, eop=_EOP, enc='[CLS]', dblock='[dBLOCK]', eos=end, pad=end
     )
     self.prefix, self.suffix = (at['[CLS]'],), (at[_END],)
     self.stops = (at[_EOP], at[_END])
@@ -246,16 +232,8 @@ class IceVocabulary(SentencePieceVocabulary):
     at = {name: images + self._processor.piece_to_id(name) for name in names}
     assert first, 'checked by _load'
     self.control = at
-    self.specials = Specials(
-      mask=at['[MASK]'],
-      gmask=at['[gMASK]'],
-      smask=at['[sMASK]'],
-      sop=at['<sop>'],
-      eop=at['<eop>'],
-      enc=None,
-      dblock=at['<dBLOCK>'],
-      eos=at['<eop>'],
-      pad=images + 3,
+    self.specials = Specials.of(
+      at, sop='<sop>', eop='<eop>', dblock='<dBLOCK>', eos=at['<eop>'], pad=images + 3
     )
     self.prefix, self.suffix = (), ()
     self.stops = (at['<eop>'],)
@@ -308,17 +286,7 @@ class ChatGLM2Vocabulary(SentencePieceVocabulary):
         'give the tokenizer.model of ChatGLM2-6B or ChatGLM3-6B.'
       )
     self.control = {**pieces, **at}
-    self.specials = Specials(
-      mask=at['[MASK]'],
-      gmask=at['[gMASK]'],
-      smask=at['[sMASK]'],
-      sop=at['sop'],
-      eop=at['eop'],
-      enc=None,
-      dblock=None,
-      eos=pieces['</s>'],
-      pad=0,
-    )
+    self.specials = Specials.of(at, sop='sop', eop='eop', eos=pieces['</s>'], pad=0)
     self.prefix, self.suffix = (at['[gMASK]'], at['sop']), ()
     self.stops = (pieces['</s>'],)
 
@@ -365,17 +333,7 @@ class GLM4Vocabulary(TokenizersVocabulary):
       self._tokenizer.get_vocab_size(with_added_tokens=True), 1 + max(self.control.values())
     )
     at = self.control
-    self.specials = Specials(
-      mask=at['[MASK]'],
-      gmask=at['[gMASK]'],
-      smask=at['[sMASK]'],
-      sop=at['<sop>'],
-      eop=at['<eop>'],
-      enc=None,
-      dblock=None,
-      eos=at[_END],
-      pad=at[_END],
-    )
+    self.specials = Specials.of(at, sop='<sop>', eop='<eop>', eos=at[_END], pad=at[_END])
     self.prefix, self.suffix = (at['[gMASK]'], at['<sop>']), ()
     self.stops = (at[_END], at['<|user|>'], at['<|observation|>'])
 

@@ -71,6 +71,31 @@ class Specials:
   eos: int
   pad: int
 
+  @classmethod
+  def of(
+    cls,
+    control: dict[str, int],
+    *,
+    sop: str,
+    eop: str,
+    eos: int,
+    pad: int,
+    enc: str = '',
+    dblock: str = '',
+  ) -> Specials:
+    """From the ids of control pieces: names of some, and two ids."""
+    return cls(
+      mask=control['[MASK]'],
+      gmask=control['[gMASK]'],
+      smask=control['[sMASK]'],
+      sop=control[sop],
+      eop=control[eop],
+      enc=control.get(enc),
+      dblock=control.get(dblock),
+      eos=eos,
+      pad=pad,
+    )
+
 
 class Vocabulary:
   """What every vocabulary can do.
@@ -184,14 +209,12 @@ class Vocabulary:
     self.size = first + len(NAMES)
     self.control = {name: first + i for i, name in enumerate(NAMES)}
     at = self.control
-    self.specials = Specials(
-      mask=at['[MASK]'],
-      gmask=at['[gMASK]'],
-      smask=at['[sMASK]'],
-      sop=at['[sop]'],
-      eop=at['[eop]'],
-      enc=at['[ENC]'],
-      dblock=at['[dBLOCK]'],
+    self.specials = Specials.of(
+      at,
+      sop='[sop]',
+      eop='[eop]',
+      enc='[ENC]',
+      dblock='[dBLOCK]',
       eos=at['<eos>'],
       pad=at['<pad>'],
     )

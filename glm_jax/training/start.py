@@ -9,7 +9,7 @@ import jax
 
 from glm_jax import configs
 from glm_jax.models import config as model_config
-from glm_jax.models.config import COMPUTE_FIELDS
+from glm_jax.models.config import COMPUTE_FIELDS, Compute
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import checkpoint, state
@@ -27,23 +27,14 @@ _FREE = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointModel:
+class CheckpointModel(Compute):
   """The model that a checkpoint holds: its family and sizes stand there.
 
   Attributes:
     path: of a converted checkpoint, or the MODEL_DIR of a run.
-    dtype: of activations, see `glm_jax.models.config.GLMConfig`.
-    remat: likewise.
-    attention: likewise.
   """
 
   path: str
-  dtype: str = 'float32'
-  remat: str = 'none'
-  attention: str = 'auto'
-
-  def __post_init__(self):
-    configs.check_types(self)
 
 
 def resolve(config: Any) -> tuple[Any, Vocabulary | None, dict[str, Any] | None]:
@@ -68,16 +59,23 @@ def resolve(config: Any) -> tuple[Any, Vocabulary | None, dict[str, Any] | None]
     model_config.from_dict(meta['model']),
     **{name: getattr(wanted, name) for name in COMPUTE_FIELDS},
   )
-  vocabulary = None
-  if not config.vocabulary.path:
-    configs.check(
-      meta['vocabulary'] is not None,
-      'a checkpoint must carry its vocabulary, or VocabularyConfig.path name it',
-      f'{folder} without one',
-      'convert it again with --vocabulary=KIND:PATH',
-    )
-    vocabulary = loading.from_dict(meta['vocabulary'])
+  vocabulary = None if config.vocabulary.path else vocabulary_of(folder, meta)
   return dataclasses.replace(config, model=model), vocabulary, meta.get('source')
+
+
+def vocabulary_of(folder: Any, meta: dict[str, Any]) -> Vocabulary:
+  """The vocabulary that a checkpoint carries.
+
+  Raises:
+    ValueError: it was converted without one.
+  """
+  configs.check(
+    meta['vocabulary'] is not None,
+    'the checkpoint must carry its vocabulary',
+    f'{folder} without one',
+    'convert it again with --vocabulary=KIND:PATH',
+  )
+  return loading.from_dict(meta['vocabulary'])
 
 
 def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
