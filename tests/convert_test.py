@@ -162,6 +162,12 @@ def test_sizes_that_config_json_leaves_out_are_those_of_the_tensors(name):
     ('chatglm', {'hidden_size': 64}, r'hidden_size of the config disagrees'),
     ('hf_glm', {'model_type': 'glm4'}, r"model_type in .* must be 'glm'"),
     ('hf_glm', {'rope_parameters': {'rope_type': 'yarn'}}, r"rope_type .* 'default'"),
+    ('hf_glm', {'rope_parameters': 'yarn'}, 'must be an object'),
+    (
+      'hf_glm',
+      {'rope_parameters': None, 'rope_scaling': {'type': 'dynamic', 'factor': 2.0}},
+      r"type in .* 'linear'",
+    ),
   ],
 )
 def test_a_config_that_does_not_fit_its_tensors_is_named(name, change, message):

@@ -274,6 +274,16 @@ def test_vocabularies_are_seqio_vocabularies(made):
     assert made_ids['tokens'].tolist() == wanted
 
 
+def test_tiktokens_file_of_glm4_is_told_from_a_sentencepiece_model(made, tmp_path):
+  (tmp_path / 'tokenizer.model').write_bytes(b'IQ== 0\nIg== 1\n')
+  with pytest.raises(ValueError, match=r'tokenizer\.json, got .* of tiktoken'):
+    loading.find(tmp_path, 'chatglm2', 151_552)
+  for name, content in made('glm4').files().items():
+    (tmp_path / name).write_bytes(content)
+  assert loading.find(tmp_path, 'chatglm2', 151_552).kind == 'glm4'
+  assert loading.find(tmp_path, 'glm-10b', 100) is None  # no vocabulary of that format
+
+
 @pytest.mark.parametrize(
   'spec,content,message',
   [

@@ -167,7 +167,7 @@ def _parts(folder: Path) -> list[Path]:
   """`mp_rank_00...` files of the folder, or of the iteration that it calls its latest."""
   for tag in _TAGS:
     if (folder / tag).exists():
-      name = (folder / tag).read_text(encoding='utf-8').strip()
+      name = (folder / tag).read_text(encoding='utf-8', errors='replace').strip()
       if not name or Path(name).name != name or not (folder / name).is_dir():
         raise ValueError(
           f'{folder / tag} must name a folder beside it, got {name!r}; correct it.'

@@ -303,8 +303,15 @@ def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   fields = _Fields(source)
   fields.expect(model_type='glm', hidden_act='silu', attention_dropout=0.0)
   rope = source.config.get('rope_parameters') or source.config.get('rope_scaling') or {}
+  configs.check(
+    isinstance(rope, dict),
+    f'the rotary parameters in {source.folder / "config.json"} must be an object',
+    repr(rope),
+    'fetch it again',
+  )
   rope = _Fields(source._replace(config={**source.config, **rope}))
-  rope.expect(rope_type='linear' if 'factor' in (rope._raw or {}) else 'default')
+  known = 'linear' if 'factor' in rope._raw else 'default'
+  rope.expect(rope_type=known, type=known)  # the latter in older versions
   V, D = _shape(specs, WORDS[kind])
   at = 'model.layers.0'
   # transformers writes no field that has its class's own value.

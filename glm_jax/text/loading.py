@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,16 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
     return spec('ice-130b' if table_rows == _TABLE_WITH_IMAGES else 'ice', 'ice_text.model')
   if 'cog-pretrain.model' in has:
     return spec('cog-fixed' if _own_gmask(folder) else 'cog', 'cog-pretrain.model')
-  if format in ('chatglm2', 'glm') and 'tokenizer.model' in has:
-    return spec('chatglm3' if _has_roles(folder) else 'chatglm2', 'tokenizer.model')
-  if format in ('chatglm2', 'glm') and 'tokenizer.json' in has:
+  if format in ('chatglm2', 'glm') and has & {'tokenizer.model', 'tokenizer.json'}:
+    of_tiktoken = 'tokenizer.model' in has and _is_tiktoken(folder / 'tokenizer.model')
+    if 'tokenizer.model' in has and not of_tiktoken:
+      return spec('chatglm3' if _has_roles(folder) else 'chatglm2', 'tokenizer.model')
+    if 'tokenizer.json' not in has:
+      raise ValueError(
+        f"GLM-4's vocabulary must be a tokenizer.json, got {folder / 'tokenizer.model'} of "
+        'tiktoken; fetch the tokenizer.json of glm-4-9b-chat-hf and give '
+        '--vocabulary=glm4:PATH.'
+      )
     return spec('glm4', 'tokenizer.json')
   if 'vocab.txt' in has:
     return spec('bert', 'vocab.txt')
@@ -124,12 +132,18 @@ def _find_pair(folder: Path, names: tuple[tuple[str, str], ...]) -> list[Path]:
   raise FileNotFoundError(f'{folder} has not {" and ".join(names[0])}')
 
 
+def _is_tiktoken(path: Path) -> bool:
+  """Lines of a piece in base64 and its rank: GLM-4-9B's tokenizer.model."""
+  with path.open('rb') as file:
+    return re.fullmatch(rb'[A-Za-z0-9+/]+=* \d+\s*', file.readline(200)) is not None
+
+
 def _has_roles(folder: Path) -> bool:
   """ChatGLM3's tokenizer files name the roles; ChatGLM2's do not."""
   names = ('tokenizer_config.json', 'tokenization_chatglm.py', 'special_tokens_map.json')
   names += ('tokenizer.json',)  # of an export
   return any(
-    '<|user|>' in (folder / name).read_text(encoding='utf-8')
+    '<|user|>' in (folder / name).read_text(encoding='utf-8', errors='replace')
     for name in names
     if (folder / name).is_file()
   )
