@@ -126,11 +126,21 @@ def convert(flags: argparse.Namespace) -> None:
     int(np.prod(spec.shape, dtype=np.int64)) * (dtype or spec.dtype).itemsize
     for spec in model.leaves.specs.values()
   )
-  _check_room(dst, size + (-(-size // parts) if in_parts else 0))
+  if target != _CHECKPOINT:
+    LAYOUTS[target].entries(model.config, parts)  # or it says what does not divide
 
   # Writing, beside DST.
   partial = dst.with_name(f'.{dst.name}.partial')
-  _continue_or_begin(partial, _identity(src, flags, target, model))
+  identity = json.dumps(_identity(src, flags, target, model), sort_keys=True)
+  goes_on = _read_text(partial / _PROGRESS) == identity
+  there = sum(f.stat().st_size for f in partial.rglob('*')) if goes_on else 0
+  _check_room(dst, size - there + (-(-size // parts) if in_parts else 0))
+  if goes_on:
+    print(f'going on with {partial}')
+  else:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / _PROGRESS).write_text(identity, encoding='utf-8')
   with _bar(size) as bar:
     if target == _CHECKPOINT:
       _write_checkpoint(partial, model, dtype, bar.update)
@@ -243,6 +253,8 @@ def _write_foreign(
     leaves.write_megatron(
       folder, str(model.step), [tensors(i) for i in range(parts)], progress
     )
+    if model.vocabulary is not None:
+      hub.write_vocabulary(folder, model.vocabulary)
     return
   made = tensors(0)
   leaves.write_shards(folder, leaves.shards(made, int(shard_size * 2**30)), progress)
@@ -293,15 +305,8 @@ def _identity(src: Path, flags: argparse.Namespace, target: str, model: Model) -
   return {'files': stats, 'to': target, 'vocabulary': words, 'flags': flags_}
 
 
-def _continue_or_begin(partial: Path, identity: dict[str, Any]) -> None:
-  text = json.dumps(identity, sort_keys=True)
-  path = partial / _PROGRESS
-  if path.exists() and path.read_text(encoding='utf-8') == text:
-    print(f'going on with {partial}')
-    return
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  path.write_text(text, encoding='utf-8')
+def _read_text(path: Path) -> str:
+  return path.read_text(encoding='utf-8') if path.exists() else ''
 
 
 def _bar(size: int) -> Any:

@@ -141,6 +141,18 @@ def prepared(tmp_path_factory, vocabulary):
   )
 
 
+def test_a_row_without_room_behind_a_prefix_is_refused(vocabulary, tmp_path):
+  with pytest.raises(ValueError, match='must leave room behind the 2 tokens'):
+    prepare.prepare(
+      'glm_causal',
+      {'tokens': 2},
+      CorpusConfig(corpus=str(tmp_path / '*.txt')),
+      VocabularyConfig(),
+      ObjectiveConfig(),
+      vocabulary,
+    )
+
+
 def _stream(count, **reading):
   reading = {'batch_size': 24, 'seed': 3, **reading}
   stream = pipeline.batches('glm_causal', {'tokens': LENGTH}, **reading)

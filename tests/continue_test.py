@@ -74,10 +74,11 @@ def _continue(folder, run, *bindings):
 
 def test_chatglm_learns_blanks_generates_and_goes_back_to_its_layout(chatglm):
   from_there = f"INIT_FROM='{chatglm}/checkpoint'"
-  mixed = (from_there, "MIXTURE_OR_TASK_NAME='glm_mixture'", 'ObjectiveConfig.document=1.0')
+  mixed = (from_there, "MIXTURE_OR_TASK_NAME='glm_mixture'")
   done = _continue(chatglm, 'run', *mixed)
   assert done.returncode == 0, done.stderr
   lines = (chatglm / 'run' / 'metrics.jsonl').read_text().splitlines()
+  assert all(name in lines[-1] for name in ('loss/blank', 'loss/document'))
   losses = [json.loads(line)['loss'] for line in lines]
   assert losses[-1] < losses[0] - 0.1
   generate = ('generate', f'--checkpoint={chatglm}/run', '--max_tokens=8')
@@ -120,6 +121,10 @@ def test_chatglm_learns_blanks_generates_and_goes_back_to_its_layout(chatglm):
     (
       ["INIT_FROM='{}/checkpoint'", "TASK_FEATURE_LENGTHS={{'tokens': 4096}}"],
       ('max_positions',),
+    ),
+    (
+      ["INIT_FROM='{}/checkpoint'", "TASK_FEATURE_LENGTHS={{'tokens': 0}}"],
+      ("'tokens'",),
     ),
   ],
 )

@@ -148,6 +148,23 @@ def test_sizes_that_config_json_leaves_out_are_those_of_the_tensors(name):
   assert len(less) < len(config) and imported(tensors, less)[0].config == found.config
 
 
+def test_a_missing_head_is_missing_unless_it_is_said_to_be_tied():
+  for name, head in (('chatglm2', 'transformer.output_layer'), ('hf_glm', 'lm_head')):
+    tensors, config = _source(name)
+    del tensors[f'{head}.weight']
+    for ties in (None, False):
+      with pytest.raises(ValueError, match=f'lacks {head}'):
+        imported(tensors, {**config, 'tie_word_embeddings': ties})
+    found, tree = imported(tensors, {**config, 'tie_word_embeddings': True})
+    assert found.config.tied_head and 'head' not in tree
+
+
+@pytest.mark.parametrize('name', HUGGING_FACE)
+def test_a_config_json_must_be_there(name):
+  with pytest.raises(ValueError, match=r'must have a config\.json'):
+    imported(_source(name)[0], {}, num_heads=4)
+
+
 @pytest.mark.parametrize(
   'name,change,message',
   [
@@ -159,6 +176,7 @@ def test_sizes_that_config_json_leaves_out_are_those_of_the_tensors(name):
     ('chatglm2', {'rmsnorm': False}, r'rmsnorm in .* must be True'),
     ('chatglm2', {'quantization_bit': 4}, r'quantization_bit in .* must be 0'),
     ('chatglm2', {'num_attention_heads': '4'}, r'must be int'),
+    ('chatglm2', {'num_attention_heads': 0}, r'must be positive'),
     ('chatglm', {'hidden_size': 64}, r'hidden_size of the config disagrees'),
     ('hf_glm', {'model_type': 'glm4'}, r"model_type in .* must be 'glm'"),
     ('hf_glm', {'rope_parameters': {'rope_type': 'yarn'}}, r"rope_type .* 'default'"),
@@ -247,6 +265,8 @@ def test_a_released_model_becomes_a_checkpoint_and_comes_back(released, tmp_path
   ).read_bytes()
   # And from there once more: what is written is what is read.
   _convert(tmp_path / 'again', tmp_path / 'twice')
+  twice = checkpoint.read_meta(checkpoint.find(str(tmp_path / 'twice')))
+  assert twice['vocabulary'] == meta['vocabulary'] and twice['model'] == meta['model']
   again = stored.StoredLeaves(tmp_path / 'twice')
   for path, spec in leaves.specs.items():
     for layer in range(spec.shape[0]) if path[0] == 'layers' else (None,):
@@ -469,6 +489,16 @@ def _other_tokenizer(folder):
     ),
     (_integers, ('got I8', 'before it was quantised')),
     (_no_config, ('config.json', 'num_attention_heads')),
+    (
+      lambda folder: (folder / FIRST).write_text(
+        'version https://git-lfs.github.com/spec/v1'
+      ),
+      ('pointer of git-lfs', FIRST),
+    ),
+    (
+      lambda folder: (folder / 'tokenizer_config.json').write_text('[]'),
+      ('tokenizer_config.json', 'JSON object'),
+    ),
     (lambda folder: (folder / 'config.json').write_text('{'), ('config.json', 'JSON')),
     (_other_tokenizer, ("fit the model's embedding table", '--vocabulary')),
     (
@@ -523,4 +553,4 @@ def test_without_torch_its_files_are_refused_with_a_remedy(tmp_path):
     "sys.argv[0] = 'convert'; runpy.run_module('glm_jax.convert', run_name='__main__')"
   )
   done = _command(tmp_path / 'source', tmp_path / 'out', code=hidden)
-  _refused(done, 'PyTorch must be installed', "pip install 'glm_jax[torch]'")
+  _refused(done, 'PyTorch must be installed', 'pip install torch')

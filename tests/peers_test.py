@@ -42,27 +42,29 @@ def _state_dict(folder):
   return found
 
 
-def _transformers(folder):
-  import torch
-  from transformers import AutoModelForCausalLM
-
-  model = AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, attn_implementation='eager'
+def _transformers(folder, **request):
+  """What transformers makes of an export, see `transformers_peer`."""
+  done = subprocess.run(
+    [sys.executable, ROOT / 'tests/transformers_peer.py', folder],
+    input=json.dumps(request),
+    capture_output=True,
+    text=True,
+    timeout=600,
   )
-  assert type(model).__name__ == 'GlmForCausalLM'
-  return model.eval()
+  assert done.returncode == 0, done.stderr
+  made = json.loads(done.stdout)
+  assert made['class'] == 'GlmForCausalLM'
+  return made
 
 
 @pytest.mark.parametrize('name', ['chatglm2', 'hf_glm'])
 def test_transformers_computes_the_same_logits(name, tmp_path):
-  import torch
-
   arrays, tensors = arrays_of(name)
   write_safetensors(tmp_path / 'source', tensors, config_json(name, arrays))
   _convert(tmp_path / 'source', tmp_path / 'checkpoint')
   _convert(tmp_path / 'checkpoint', tmp_path / 'glm', '--to=glm')
-  with torch.no_grad():
-    theirs = _transformers(tmp_path / 'glm')(torch.from_numpy(arrays['in/ids'])).logits
+  made = _transformers(tmp_path / 'glm', ids=arrays['in/ids'].tolist())
+  theirs = np.array(made['logits'], np.float32)
   np.testing.assert_allclose(theirs, arrays['out/logits'], atol=1e-6)
   config = json.loads((tmp_path / 'glm' / 'config.json').read_text())
   found, params = imported(load_file(tmp_path / 'glm' / 'model.safetensors'), config)
@@ -96,53 +98,38 @@ def exported(tmp_path_factory):
 
 
 def test_transformers_generates_the_same_greedy_tokens(exported):
-  import torch
-
   folder, vocabulary, config, params = exported
-  model, filler = _transformers(folder / 'glm'), Filler(config, params, vocabulary)
-  stops = model.generation_config.eos_token_id
-  assert stops == list(vocabulary.stops) and len(stops) == 3
-  for text in ('the quick brown', '语言模型', 'fox'):
-    prompt = filler.encode(text)
+  filler = Filler(config, params, vocabulary)
+  prompts = [filler.encode(text) for text in ('the quick brown', '语言模型', 'fox')]
+  made = _transformers(folder / 'glm', prompts=prompts, new=24)
+  assert made['stops'] == list(vocabulary.stops) and len(made['stops']) == 3
+  for prompt, theirs in zip(prompts, made['generated'], strict=True):
     [[ours]] = filler.fill([prompt], max_tokens=24)
-    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-    made = theirs[0, len(prompt) :].tolist()
-    if made[-1] in stops:
-      made = made[:-1]
-    assert ours == made and len(ours) > 3
+    if theirs[-1] in vocabulary.stops:
+      theirs = theirs[:-1]
+    assert ours == theirs and len(ours) > 3
 
 
 def test_the_exported_tokenizer_is_ours(exported):
-  from transformers import AutoTokenizer
-
   folder, vocabulary, *_ = exported
-  tokenizer = AutoTokenizer.from_pretrained(folder / 'glm')
-  for text in (
-    'the quick brown fox',
-    '语言 模型，\n学习\t文字',
-    '  a  naïve “quote” 😀',
-    '',
-  ):
-    assert tokenizer(text).input_ids == [*vocabulary.prefix, *vocabulary.encode(text)]
-    back = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
-    assert back == vocabulary.decode(vocabulary.encode(text))
-  assert tokenizer.padding_side == 'left' and tokenizer.pad_token_id == 0
-  assert tokenizer.eos_token_id == vocabulary.stops[0]
+  texts = ['the quick brown fox', '语言 模型，\n学习\t文字', '  a  naïve “quote” 😀', '']
   # ChatGLM3's rule (tokenization_chatglm.py build_chat_input): each message is its role,
   # its metadata and a line break, and its content, each encoded on its own.
   messages = [
     {'role': 'user', 'content': 'the fox'},
     {'role': 'assistant', 'content': '文字'},
   ]
-  wanted = [*vocabulary.prefix]
+  chat = [*vocabulary.prefix]
   for message in messages:
-    wanted.append(vocabulary.control[f'<|{message["role"]}|>'])
-    wanted += vocabulary.encode('\n ' + message['content'])
-  wanted.append(vocabulary.control['<|assistant|>'])
-  found = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_dict=False
-  )
-  assert found == wanted
+    chat.append(vocabulary.control[f'<|{message["role"]}|>'])
+    chat += vocabulary.encode('\n ' + message['content'])
+  chat.append(vocabulary.control['<|assistant|>'])
+  made = _transformers(folder / 'glm', texts=texts, messages=messages)
+  ids = [vocabulary.encode(text) for text in texts]
+  assert made['tokens'] == [[*vocabulary.prefix, *row] for row in ids]
+  assert made['decoded'] == [vocabulary.decode(row) for row in ids]
+  assert made['chat'] == chat
+  assert made['padding'] == ['left', 0, vocabulary.stops[0]]
 
 
 @pytest.mark.parametrize('kind', ['single', 'sharded', 'legacy'])
@@ -250,9 +237,6 @@ def _run(*arguments):
 
 def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
   """The README's way, with fewer steps: train, export, generate, continue, export."""
-  import torch
-  from transformers import AutoTokenizer
-
   text = 'The quick brown fox number {} jumps over the lazy dog. 语言模型在学习文字。\n'
   (tmp_path / 'text').mkdir()
   for number in range(60):
@@ -273,12 +257,9 @@ def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
     *common,
   )
   _run('glm_jax.convert', tmp_path / 'run', tmp_path / 'exported')
-  model, prompt = _transformers(tmp_path / 'exported'), 'The quick brown'
-  tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'exported')
-  ids = tokenizer(prompt, return_tensors='pt').input_ids
-  with torch.no_grad():
-    made = model.generate(ids, max_new_tokens=16, do_sample=False)
-  theirs = tokenizer.decode(made[0], skip_special_tokens=True)
+  prompt = 'The quick brown'
+  made = _transformers(tmp_path / 'exported', texts=[prompt], new=16)
+  [theirs] = made['continued']
   generate = ('glm_jax.generate', f'--prompt={prompt}', '--max_tokens=16')
   ours = _run(*generate, f'--checkpoint={tmp_path}/run').rstrip('\n')
   assert ours == theirs.rstrip('\n') and len(ours) > len(prompt)

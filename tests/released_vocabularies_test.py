@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
+from glm_jax.interop import hub
 from glm_jax.text import fast, loading, released
 from glm_jax.text import vocabulary as vocabularies
 
@@ -241,13 +242,19 @@ def test_the_fast_tokenizer_gives_the_same_ids(made, kind):
   else:
     vocabulary = made(kind)
   tokenizer = fast.fast_tokenizer(vocabulary)
-  for text in (*SPECIAL_TEXTS[:2], *TEXTS, 'naïve café — “quotes” 😀', 'a', 'foxfox dogs'):
+  for text in (
+    *SPECIAL_TEXTS[:2],
+    *TEXTS,
+    'naïve café — “quotes” 😀',
+    'a people of philosophy, sop, eop',
+    'foxfox dogs',
+  ):
     assert tokenizer.encode(text, add_special_tokens=False).ids == vocabulary.encode(text)
     ids = tokenizer.encode(text).ids
     assert ids == [*vocabulary.prefix, *vocabulary.encode(text)]
     assert tokenizer.decode(ids) == vocabulary.decode(ids)
   for name, token in vocabulary.control.items():
-    assert tokenizer.token_to_id(name) == token
+    assert tokenizer.token_to_id(f'<{name}>' if name in ('sop', 'eop') else name) == token
 
 
 def test_vocabularies_are_seqio_vocabularies(made):
@@ -274,6 +281,32 @@ def test_vocabularies_are_seqio_vocabularies(made):
     assert made_ids['tokens'].tolist() == wanted
 
 
+def test_an_export_says_which_vocabulary_its_files_are(made, tmp_path):
+  for kind in set(MAKERS) - {'roberta'}:
+    folder, vocabulary = tmp_path / kind, made(kind)
+    folder.mkdir()
+    hub.write_vocabulary(folder, vocabulary)
+    found = loading.find(folder, 'chatglm2', vocabulary.size)
+    assert (found.kind, found.fingerprint) == (vocabulary.kind, vocabulary.fingerprint)
+
+
+def test_a_length_saved_in_a_tokenizer_json_is_not_obeyed(made):
+  tokenizer = Tokenizer.from_str(_glm4())
+  tokenizer.enable_truncation(4)
+  tokenizer.enable_padding(length=8)
+  vocabulary = released.GLM4Vocabulary(tokenizer.to_str())
+  for text in ('a fox', TEXTS[0]):
+    assert vocabulary.encode(text) == made('glm4').encode(text)
+
+
+def test_a_control_piece_that_a_model_has_is_not_exported_twice():
+  model = _sentencepiece(bpe=True, pieces=('[gMASK]',))
+  with pytest.raises(
+    ValueError, match=r"must not be pieces of its model, got \['\[gMASK\]'"
+  ):
+    fast.fast_tokenizer(released.ChatGLM3Vocabulary(model))
+
+
 def test_tiktokens_file_of_glm4_is_told_from_a_sentencepiece_model(made, tmp_path):
   (tmp_path / 'tokenizer.model').write_bytes(b'IQ== 0\nIg== 1\n')
   with pytest.raises(ValueError, match=r'tokenizer\.json, got .* of tiktoken'):
@@ -292,6 +325,7 @@ def test_tiktokens_file_of_glm4_is_told_from_a_sentencepiece_model(made, tmp_pat
     ('ice:v.model', b'no model', 'must be a sentencepiece model'),
     ('glm4:v.json', b'{}', 'must be a tokenizer.json'),
     ('gpt2:v', None, 'must be .*readable'),
+    ('bytes:v', b'x', 'must be a sentencepiece model|readable'),
   ],
 )
 def test_what_is_no_vocabulary_is_named(tmp_path, spec, content, message):

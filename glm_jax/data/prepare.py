@@ -67,6 +67,13 @@ def prepare(
     length = _length(feature_lengths)
     if task == tasks.CAUSAL:
       row_length = length + 1  # the last token is a target alone
+      configs.check(
+        length > len(vocabulary.prefix),
+        f'TASK_FEATURE_LENGTHS must leave room behind the {len(vocabulary.prefix)} tokens '
+        'that open a document',
+        str(length),
+        'raise it',
+      )
     else:
       if task != tasks.MIXTURE:
         objectives = objectives.only(task.removeprefix('glm_'))

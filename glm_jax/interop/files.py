@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,10 @@ INDICES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 # The first of these that is there is read: a folder may hold its weights twice.
 FILES = (INDICES[0], 'model.safetensors', INDICES[1], 'pytorch_model.bin')
 _TAGS = ('latest_checkpointed_iteration.txt', 'latest')
+
+
+# What PyTorch may unpickle is set for the process, not for a thread.
+_LOCK = threading.Lock()
 
 
 class Spec(NamedTuple):
@@ -59,11 +64,11 @@ class Tensors:
 
   def read(self, name: str) -> np.ndarray:
     """A tensor in its stored dtype. The latest one is kept: fused ones are read thrice."""
-    last = self._last
-    if last is None or last[0] != name:
-      last = self._last = None  # before another one is in memory
-      last = self._last = (name, _read(name, self.specs[name]))
-    return last[1]
+    with _LOCK:
+      if self._last is None or self._last[0] != name:
+        self._last = None  # before another one is in memory
+        self._last = (name, _read(name, self.specs[name]))
+      return self._last[1]
 
 
 class Source(NamedTuple):
@@ -188,6 +193,11 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _specs(path: Path) -> dict[str, Spec]:
+  with path.open('rb') as file:
+    if file.read(24) == b'version https://git-lfs.':
+      raise ValueError(
+        f'{path} must be the weights, got a pointer of git-lfs to them; run git lfs pull.'
+      )
   if path.suffix == '.safetensors':
     return {
       name: Spec(shape, dtype, path)
@@ -277,7 +287,7 @@ def require_torch(path: Path) -> Any:
   except ImportError as error:
     raise ValueError(
       f'PyTorch must be installed for .bin and .pt files, got {path.name} and no torch; '
-      "pip install 'glm_jax[torch]', or use a checkpoint in .safetensors."
+      'pip install torch, or use a checkpoint in .safetensors.'
     ) from error
   return torch
 
@@ -305,7 +315,7 @@ def _pickled(path: Path) -> Iterator[dict[str, Any]]:
         # Files of PyTorch before 1.6 cannot be mapped.
         content = torch.load(path, map_location='cpu', weights_only=True)
   except Exception as error:  # PyTorch raises many kinds
-    if 'weights_only' in str(error) or 'Unsupported' in str(error):
+    if re.search('Unsupported (global|operand|class)', str(error), re.IGNORECASE):
       raise ValueError(
         f'{path} must hold plain tensors, got a pickle that would run code '
         f'({_first_line(error)}); nothing of it was run. Do not use this file.'
@@ -320,7 +330,7 @@ def _pickled(path: Path) -> Iterator[dict[str, Any]]:
       f'{path} must hold tensors by name, got {type(content).__name__}; give the weights.'
     )
   tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-  others = sorted(set(content) - set(tensors))
+  others = sorted(set(content) - set(tensors), key=str)
   if others:
     raise ValueError(
       f'{path} must hold tensors by name, got {others[:5]} besides; give the weights alone.'

@@ -16,26 +16,27 @@ from glm_jax import configs
 from glm_jax.interop.recognise import CHATGLM_DEEPNORM_LAYERS
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.fast import fast_tokenizer
+from glm_jax.text.loading import KIND_KEY
 from glm_jax.text.vocabulary import Vocabulary
 
 # The prompts that the chat models were trained on (PROMPT.md of ChatGLM3; the
 # tokenization_chatglm.py of ChatGLM2, `build_prompt`).
 CHAT_TEMPLATES = {
   'chatglm3': (
-    "[gMASK]sop{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{{ message.get('metadata', '') + '\\n ' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
   ),
   'chatglm2': (
-    '[gMASK]sop{% set turn = namespace(n=0) %}{% for message in messages %}'
+    '[gMASK]<sop>{% set turn = namespace(n=0) %}{% for message in messages %}'
     "{% if message['role'] == 'user' %}{% set turn.n = turn.n + 1 %}"
     "{{ '[Round ' + turn.n|string + ']\\n\\n问：' + message['content'] + '\\n\\n答：' }}"
     "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
   ),
   'glm4': (
-    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
-    "{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{{ message.get('metadata', '') + '\\n' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
   ),
 }
 
@@ -48,7 +49,12 @@ def check(format: str, config: Any, vocabulary: Vocabulary | None) -> None:
   """Raises ValueError for what a format cannot say, before anything is written."""
   config_json(format, config, {})
   if format == 'glm' and vocabulary is not None:
-    fast_tokenizer(vocabulary)
+    configs.check(
+      fast_tokenizer(vocabulary) is not None or 'tokenizer.json' in vocabulary.files(),
+      "the format 'glm' holds vocabularies of sentencepiece or GLM-4",
+      vocabulary.kind,
+      'use another format',
+    )
 
 
 def write_config(
@@ -75,8 +81,7 @@ def write_config(
   if vocabulary is not None:
     stops = list(vocabulary.stops) if format == 'glm' else vocabulary.stops[0]
     ids = {'eos_token_id': stops, 'pad_token_id': vocabulary.specials.pad}
-    for name, data in vocabulary.files().items():
-      (folder / name).write_bytes(data)
+    write_vocabulary(folder, vocabulary)
   content = config_json(format, config, theirs if source.get('format') == format else {})
   if format == 'glm':
     content |= ids
@@ -86,6 +91,13 @@ def write_config(
   else:
     content = {**{k: v for k, v in ids.items() if v is not None}, **content}
   _write_json(folder / 'config.json', {**content, 'torch_dtype': dtype})
+
+
+def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+  """Writes a vocabulary's files, and which one it is, for `glm_jax.text.loading.find`."""
+  for name, data in vocabulary.files().items():
+    (folder / name).write_bytes(data)
+  _write_json(folder / 'tokenizer_config.json', {KIND_KEY: vocabulary.kind_in_files})
 
 
 def _write_tokenizer(folder: Path, vocabulary: Vocabulary, config: Any) -> None:
@@ -101,6 +113,7 @@ def _write_tokenizer(folder: Path, vocabulary: Vocabulary, config: Any) -> None:
     'eos_token': names.get(vocabulary.stops[0]),
     'pad_token': names.get(vocabulary.specials.pad) or vocabulary.piece(0),
     'model_input_names': ['input_ids', 'attention_mask'],
+    KIND_KEY: vocabulary.kind_in_files,
   }
   if vocabulary.kind in CHAT_TEMPLATES:
     description['chat_template'] = CHAT_TEMPLATES[vocabulary.kind]
@@ -125,7 +138,8 @@ def config_json(format: str, config: Any, raw: Mapping[str, Any]) -> dict[str, A
     ValueError: the format has no way to say what the model computes.
   """
   ours, defaults = _WRITERS[format](config)
-  return {**defaults, **raw, **ours}
+  theirs = {k: v for k, v in raw.items() if k != 'dtype'}  # another name of torch_dtype
+  return {**defaults, **theirs, **ours}
 
 
 def _write_glm(c: GLMConfig) -> tuple[dict, dict]:

@@ -18,6 +18,8 @@ from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 CHATGLM_DEEPNORM_LAYERS = 28
 # Head sizes of every released model whose checkpoint does not say its number of heads.
 _HEAD_SIZES = {'megatron': 64, 'glm-130b': 128}
+# Formats whose tensors say everything else.
+_SAYS_ALL = ('megatron', 'glm-130b', 'glm-10b')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,22 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Found:
       f'the tensors must be named as one of {tuple(LAYOUTS)} names them, got '
       f'{names[:5]}; give a checkpoint of the GLM family.'
     )
+  configs.check(
+    bool(source.config) or kind in _SAYS_ALL,
+    f"a checkpoint of format '{kind}' must have a config.json, which says its "
+    'num_attention_heads and more',
+    f'{source.folder} without one',
+    'fetch it, too',
+  )
   head_file = HEADS.get(kind)
   tied, repeats = False, False
   if head_file:
     stored = head_file in specs
-    may = source.config.get('tie_word_embeddings') is not False
-    repeats = stored and may and _equal(source, prefix, WORDS[kind], head_file)
-    tied = repeats or not stored
+    # ChatGLM-6B and GLM-130B tie without saying so.
+    ties = source.config.get('tie_word_embeddings')
+    ties = kind in ('chatglm', 'glm-130b') if ties is None else ties is True
+    repeats = stored and ties and _equal(source, prefix, WORDS[kind], head_file)
+    tied = repeats or (ties and not stored)
   reader = {'megatron': _read_glm, 'glm-10b': _read_glm, 'glm-130b': _read_chatglm}
   reader |= {'chatglm': _read_chatglm, 'chatglm2': _read_chatglm2, 'glm': _read_hf_glm}
   config = reader[kind](kind, source, specs, tied, dict(overrides))
@@ -269,6 +280,7 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   V, D = _shape(specs, WORDS[kind])
   at = 'transformer.encoder.layers.0'
   N = fields.get('num_attention_heads')
+  configs.check(N >= 1, 'num_attention_heads must be positive', str(N), 'correct it')
   few = fields.get('multi_query_attention', kind=bool, default=False)
   bias = f'{at}.self_attention.query_key_value.bias' in specs
   name = str(source.config.get('_name_or_path', '')).lower()

@@ -67,12 +67,18 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
   fast.decoder = decoders.Sequence(undo)
   special = proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id
   own = [pieces[i][0] for i in special if i >= 0]
-  added = sorted(vocabulary.control.items(), key=lambda pair: pair[1])
-  names = [*own, *(name for name, token in added if token >= len(pieces))]
+  added = sorted((token, _name(name)) for name, token in vocabulary.control.items())
+  names = [*own, *(name for token, name in added if token >= len(pieces))]
   fast.add_special_tokens(
     [AddedToken(name, special=True, normalized=False) for name in names]
   )
-  prefix = [vocabulary.names[token] for token in vocabulary.prefix]
+  wrong = [name for token, name in added if fast.token_to_id(name) != token]
+  if wrong:
+    raise ValueError(
+      f'the control pieces of a vocabulary must not be pieces of its model, got {wrong} '
+      'twice; export it without --to=glm.'
+    )
+  prefix = [_name(vocabulary.names[token]) for token in vocabulary.prefix]
   if prefix:
     fast.post_processor = processors.TemplateProcessing(
       single=[*prefix, '$A'],
@@ -80,6 +86,11 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
       special_tokens=list(zip(prefix, vocabulary.prefix, strict=True)),
     )
   return fast
+
+
+def _name(name: str) -> str:
+  """<sop> for sop: a fast tokenizer finds its added tokens inside words, too."""
+  return f'<{name}>' if name.isalpha() else name
 
 
 def _merges(

@@ -16,6 +16,22 @@ from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Voc
 KINDS = ('bytes', *SENTENCEPIECE, 'ice-130b', *TOKENIZERS)
 """What may stand before the colon of a vocabulary's path."""
 
+KIND_KEY = 'glm_jax_vocabulary'
+"""Says in the tokenizer_config.json of an export which kind its files are."""
+
+_FILES = {
+  'sentencepiece': 'tokenizer.model',
+  'chatglm2': 'tokenizer.model',
+  'chatglm3': 'tokenizer.model',
+  'cog': 'cog-pretrain.model',
+  'cog-fixed': 'cog-pretrain.model',
+  'ice': 'ice_text.model',
+  'ice-130b': 'ice_text.model',
+  'bert': 'vocab.txt',
+  'glm4': 'tokenizer.json',
+  'gpt2': '',  # a pair of them
+  'roberta': '',
+}
 # Names that GLM's repositories and Hugging Face use.
 _PAIRS = (('vocab.json', 'merges.txt'), ('gpt2-vocab.json', 'gpt2-merges.txt'))
 _ROBERTA = (('roberta-vocab.json', 'roberta-merges.txt'), ('vocab.json', 'merges.txt'))
@@ -55,7 +71,7 @@ def load(spec: str) -> Vocabulary:
   if spec == 'bytes':
     return ByteVocabulary()
   kind, _, rest = spec.partition(':')
-  if not rest or kind not in KINDS:
+  if not rest or kind not in _FILES:
     kind, rest = SentencePieceVocabulary.kind, spec
   path = Path(rest).expanduser()
   try:
@@ -96,33 +112,50 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
   """
   has = {path.name for path in folder.iterdir()}
 
-  def spec(kind: str, name: str = '') -> Vocabulary:
-    return load(f'{kind}:{folder / name}')
+  def load_kind(kind: str) -> Vocabulary:
+    return load(kind if kind == 'bytes' else f'{kind}:{folder / _FILES[kind]}')
 
+  said = _json(folder / 'tokenizer_config.json').get(KIND_KEY)
+  if said in KINDS:
+    return load_kind(said)
   if 'ice_text.model' in has:
-    return spec('ice-130b' if table_rows == _TABLE_WITH_IMAGES else 'ice', 'ice_text.model')
+    return load_kind('ice-130b' if table_rows == _TABLE_WITH_IMAGES else 'ice')
   if 'cog-pretrain.model' in has:
-    return spec('cog-fixed' if _own_gmask(folder) else 'cog', 'cog-pretrain.model')
+    return load_kind('cog-fixed' if _own_gmask(folder) else 'cog')
   if format in ('chatglm2', 'glm') and has & {'tokenizer.model', 'tokenizer.json'}:
     of_tiktoken = 'tokenizer.model' in has and _is_tiktoken(folder / 'tokenizer.model')
     if 'tokenizer.model' in has and not of_tiktoken:
-      return spec('chatglm3' if _has_roles(folder) else 'chatglm2', 'tokenizer.model')
+      return load_kind('chatglm3' if _has_roles(folder) else 'chatglm2')
     if 'tokenizer.json' not in has:
       raise ValueError(
         f"GLM-4's vocabulary must be a tokenizer.json, got {folder / 'tokenizer.model'} of "
         'tiktoken; fetch the tokenizer.json of glm-4-9b-chat-hf and give '
         '--vocabulary=glm4:PATH.'
       )
-    return spec('glm4', 'tokenizer.json')
+    return load_kind('glm4')
   if 'vocab.txt' in has:
-    return spec('bert', 'vocab.txt')
+    return load_kind('bert')
   if 'roberta-vocab.json' in has:
-    return spec('roberta')
-  if any(pair[0] in has for pair in _PAIRS):
-    text = next((folder / pair[0]) for pair in _PAIRS if pair[0] in has)
-    roberta = json.loads(text.read_text(encoding='utf-8')).get('<s>') == 0
-    return spec('roberta' if roberta else 'gpt2')
+    return load_kind('roberta')
+  for name, _ in _PAIRS:
+    if name in has:
+      return load_kind('roberta' if _json(folder / name).get('<s>') == 0 else 'gpt2')
   return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+  """A JSON object; empty where there is no file."""
+  if not path.is_file():
+    return {}
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} must be JSON, got {error}; fetch it again.') from error
+  if not isinstance(content, dict):
+    raise ValueError(
+      f'{path} must be a JSON object, got {type(content).__name__}; fetch it again.'
+    )
+  return content
 
 
 def _find_pair(folder: Path, names: tuple[tuple[str, str], ...]) -> list[Path]:
@@ -151,8 +184,5 @@ def _has_roles(folder: Path) -> bool:
 
 def _own_gmask(folder: Path) -> bool:
   """GLM-Large-Chinese counts [gMASK] as 50009, GLM-10B-Chinese's own code does not."""
-  path = folder / 'added_tokens.json'
-  if not path.is_file():
-    return False
-  added = json.loads(path.read_text(encoding='utf-8'))
+  added = _json(folder / 'added_tokens.json')
   return added.get('[gMASK]') != added.get('<|endofpiece|>')

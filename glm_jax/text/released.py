@@ -37,6 +37,9 @@ class TokenizersVocabulary(Vocabulary):
         f'a vocabulary must be a tokenizer.json, got one that cannot be read ({error}); '
         'fetch it again.'
       ) from error
+    # A file may have been saved with a length, which belongs to somebody's batch.
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
     # Names of added pieces in a text are text.
     self._tokenizer.encode_special_tokens = True
     self._json = tokenizer
@@ -121,7 +124,12 @@ class BytePairVocabulary(TokenizersVocabulary):
 
   def __init__(self, tokenizer: str):
     super().__init__(tokenizer)
-    self._set_glm_control(self._control(self._tokenizer.get_vocab_size()))
+    control = self._control(self._tokenizer.get_vocab_size())
+    if None in control.values():
+      raise ValueError(
+        f'a vocab.json must have the piece {_END}, got one without; fetch it again.'
+      )
+    self._set_glm_control(control)
 
   def _control(self, pieces: int) -> dict[str, int]:
     names = (_SOP, _EOP, '[CLS]', '[MASK]', '[SEP]', '[UNK]', '[gMASK]', '[sMASK]')
@@ -263,6 +271,10 @@ class IceVocabulary(SentencePieceVocabulary):
     model = base64.b64encode(self._original).decode()
     return {'kind': self.kind, 'model': model, 'images': self._images}
 
+  @property
+  def kind_in_files(self) -> str:
+    return 'ice-130b' if self._images else 'ice'
+
   def files(self) -> dict[str, bytes]:
     return {'ice_text.model': self._original}
 
@@ -294,9 +306,6 @@ class ChatGLM2Vocabulary(SentencePieceVocabulary):
     # 'sop' and 'eop' are words of a text, too; nobody means the pieces by them.
     bracketed = [name for name in self.control if not name.isalpha()]
     return super().encode_marked(text, names or bracketed)
-
-  def files(self) -> dict[str, bytes]:
-    return {'tokenizer.model': self.model}
 
 
 class ChatGLM3Vocabulary(ChatGLM2Vocabulary):

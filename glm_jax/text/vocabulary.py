@@ -190,6 +190,11 @@ class Vocabulary:
     """As JSON, content included, so that a checkpoint carries its vocabulary."""
     raise NotImplementedError
 
+  @property
+  def kind_in_files(self) -> str:
+    """What stands before the colon of `load` for the files that `files` gives."""
+    return self.kind
+
   def files(self) -> dict[str, bytes]:
     """The files that the program of a released model reads it from, by name."""
     return {}
@@ -292,6 +297,9 @@ class SentencePieceVocabulary(Vocabulary):
 
   def to_dict(self) -> dict[str, Any]:
     return {'kind': self.kind, 'model': base64.b64encode(self.model).decode()}
+
+  def files(self) -> dict[str, bytes]:
+    return {'tokenizer.model': self.model}
 
 
 class ByteVocabulary(Vocabulary):

@@ -1,0 +1,59 @@
+"""transformers on an export, in a process of its own: `transformers_peer.py FOLDER`.
+
+Its compiler and TensorFlow's do not bear each other in one process. Reads a request as
+JSON: {"ids": rows, "prompts": rows, "texts": strings, "messages": a chat, "new": tokens};
+prints what the model makes of it as JSON.
+"""
+
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main(folder, request):
+  model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='eager'
+  ).eval()
+  made = {
+    'class': type(model).__name__,
+    'stops': model.generation_config.eos_token_id,
+    'generated': [
+      model.generate(
+        torch.tensor([prompt]), max_new_tokens=request['new'], do_sample=False
+      )[0, len(prompt) :].tolist()
+      for prompt in request.get('prompts', ())
+    ],
+  }
+  if 'ids' in request:
+    with torch.no_grad():
+      made['logits'] = model(torch.tensor(request['ids'])).logits.tolist()
+  if 'texts' in request:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer(text).input_ids for text in request['texts']]
+    made |= {
+      'tokens': ids,
+      'decoded': [tokenizer.decode(row, skip_special_tokens=True) for row in ids],
+      'padding': [tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.eos_token_id],
+    }
+    if 'messages' in request:
+      made['chat'] = tokenizer.apply_chat_template(
+        request['messages'], add_generation_prompt=True, return_dict=False
+      )
+    if 'new' in request:
+      made['continued'] = [
+        tokenizer.decode(
+          model.generate(
+            torch.tensor([row]), max_new_tokens=request['new'], do_sample=False
+          )[0],
+          skip_special_tokens=True,
+        )
+        for row in ids
+        if row
+      ]
+  return made
+
+
+if __name__ == '__main__':
+  json.dump(main(sys.argv[1], json.load(sys.stdin)), sys.stdout)
