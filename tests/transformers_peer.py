@@ -8,11 +8,11 @@ prints what the model makes of it as JSON.
 import json
 import sys
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 
 def main(folder, request):
+  import torch
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+
   model = AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, attn_implementation='eager'
   ).eval()
