@@ -249,7 +249,7 @@ def test_a_new_run_begins_from_anothers_parameters(text, straight, tmp_path):
     text, tmp_path / 'bad', f"TrainConfig.init_from='{straight}'", 'GLMConfig.num_layers=3'
   )
   output, _ = refused.communicate(timeout=300)
-  assert refused.returncode == 65 and 'shapes of the model' in output
+  assert refused.returncode == 65 and 'init_from must hold the same model' in output
   assert not (tmp_path / 'bad').exists()
 
 
