@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 
@@ -43,6 +45,23 @@ def check(condition: bool, rule: str, received: str, remedy: str) -> None:
   """Raises ValueError saying the rule, the value received and the remedy."""
   if not condition:
     raise ValueError(f'{rule}, got {received}; {remedy}.')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object from a file.
+
+  Raises:
+    ValueError: it is none, in one message with the file's name.
+  """
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path} must be JSON, got {error}; fetch it again.') from error
+  if not isinstance(content, dict):
+    raise ValueError(
+      f'{path} must be a JSON object, got {type(content).__name__}; fetch it again.'
+    )
+  return content
 
 
 def check_finite(value: float, name: str, remedy: str) -> None:

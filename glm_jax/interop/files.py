@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from glm_jax import configs
+
 # Names of dtypes in safetensors headers; those that a weight of this family may have.
 DTYPES = {
   'F64': np.dtype(np.float64),
@@ -101,7 +103,7 @@ def open_source(folder: Path) -> Source:
     if not (folder / name).exists():
       continue
     if name in INDICES:
-      specs = _indexed(folder / name, _json(folder / name))
+      specs = _indexed(folder / name, configs.read_json(folder / name))
     else:
       specs = _specs(folder / name)
     return Source(folder, 'huggingface', (Tensors(specs),), _config(folder))
@@ -122,19 +124,7 @@ def _names(folder: Path) -> list[str]:
 
 def _config(folder: Path) -> dict[str, Any]:
   path = folder / 'config.json'
-  return _json(path) if path.exists() else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} must be JSON, got {error}; fetch it again.') from error
-  if not isinstance(content, dict):
-    raise ValueError(
-      f'{path} must be a JSON object, got {type(content).__name__}; fetch it again.'
-    )
-  return content
+  return configs.read_json(path) if path.exists() else {}
 
 
 def _indexed(path: Path, index: dict[str, Any]) -> dict[str, Spec]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm_jax import configs
 from glm_jax.text import released
 from glm_jax.text.released import SENTENCEPIECE, TOKENIZERS
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
@@ -145,17 +145,7 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
 
 def _json(path: Path) -> dict[str, Any]:
   """A JSON object; empty where there is no file."""
-  if not path.is_file():
-    return {}
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} must be JSON, got {error}; fetch it again.') from error
-  if not isinstance(content, dict):
-    raise ValueError(
-      f'{path} must be a JSON object, got {type(content).__name__}; fetch it again.'
-    )
-  return content
+  return configs.read_json(path) if path.is_file() else {}
 
 
 def _find_pair(folder: Path, names: tuple[tuple[str, str], ...]) -> list[Path]:
