@@ -14,6 +14,8 @@ def main(argv: Sequence[str]) -> None:
   flags = _flags().parse_args(argv)
 
   # JAX only after the flags are known to be good.
+  import jax
+
   from glm_jax import sharding
   from glm_jax.inference.decode import Filler
   from glm_jax.inference.sampling import Sampling
@@ -27,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
   if flags.dtype:
     config = dataclasses.replace(config, dtype=flags.dtype)
   vocabulary = start.vocabulary_of(folder, meta)
-  mesh = sharding.make_mesh(sharding.MeshConfig())
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   # Weights stay as they are stored: each is cast where it is used.
   params = checkpoint.read_params(
     folder, state.abstract_params(config, mesh), as_stored=True

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from glm_jax import cli, configs, distributed, models, sharding
+from glm_jax import cli, configs, distributed, sharding
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
@@ -26,17 +26,17 @@ from glm_jax.sharding import MeshConfig
 from glm_jax.training import (
   checkpoint,
   evaluation,
-  loss,
   metrics,
   optimizer,
+  program,
   report,
   run,
   start,
   state,
 )
-from glm_jax.training import step as steps
 from glm_jax.training.checkpoint import CheckpointConfig
 from glm_jax.training.evaluation import EvaluationConfig
+from glm_jax.training.loss import LossConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.start import CheckpointModel
 
@@ -51,6 +51,7 @@ class TrainConfig:
     vocabulary: how it becomes tokens.
     objectives: how tokens become examples.
     optimizer: and its schedule.
+    loss: how it is computed.
     mesh: of the devices.
     checkpoint: when to save.
     evaluation: when to validate.
@@ -71,6 +72,7 @@ class TrainConfig:
   vocabulary: VocabularyConfig = VocabularyConfig()
   objectives: ObjectiveConfig = ObjectiveConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
+  loss: LossConfig = LossConfig()
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
@@ -109,6 +111,7 @@ CONFIGURABLES = (
   VocabularyConfig,
   ObjectiveConfig,
   OptimizerConfig,
+  LossConfig,
   MeshConfig,
   CheckpointConfig,
   EvaluationConfig,
@@ -133,20 +136,14 @@ def train(config: TrainConfig, config_text: str) -> None:
   config, vocabulary, source = start.resolve(config)
 
   # Mesh.
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_fits(config.model, config.batch_size, config.microbatches, mesh)
-  configs.check(
-    config.batch_size % jax.process_count() == 0,
-    'BATCH_SIZE must divide by the processes',
-    f'{config.batch_size} and {jax.process_count()}',
-    'change one of them',
-  )
+  layout = sharding.make_mesh(config.mesh)
+  built = program.build(config, layout)
   rate = optimizer.schedule(config.optimizer, config.train_steps)
 
   # Data. The leader goes first, so that the others find its caches.
   with cli.silenced_stderr():
     from glm_jax.data import pipeline, prepare
-  process = pipeline.Process(index=jax.process_index(), count=jax.process_count())
+  process = pipeline.Process(*sharding.row_share(layout))
   with distributed.leader_first():
     data = prepare.prepare(
       config.task,
@@ -179,10 +176,9 @@ def train(config: TrainConfig, config_text: str) -> None:
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
-  make_update = optimizer.make_optimizer(config.optimizer, config.train_steps)
   found = checkpoint.latest_step(config.model_dir)
   if found is None:
-    current = state.init_state(config.model, make_update, mesh, config.seed)
+    current = state.init_state(config.model, built.optimizer, layout, config.seed)
     if config.init_from:
       params = start.params_from(
         config.init_from, config.model, data.vocabulary.fingerprint, current['params']
@@ -194,21 +190,17 @@ def train(config: TrainConfig, config_text: str) -> None:
     run.write(config.model_dir, identity, settings, config_text)
   checkpoints = checkpoint.Checkpoints(config.model_dir, config.checkpoint)
   if found is not None:
-    abstract = state.abstract_state(config.model, make_update, mesh)
-    current = checkpoints.restore(found, abstract)
+    current = checkpoints.restore(found, built.state)
     say(f'resumed {config.model_dir} at step {found}')
   first = int(current['step'])
   say(
-    f'{state.count(current["params"]):,} parameters on {mesh.size} '
-    f'{jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}; '
-    f'{config.batch_size} x {length} positions a step'
+    f'{state.count(current["params"]):,} parameters on {layout.size} '
+    f'{layout.device_kind} device(s), mesh {layout.shape}; '
+    f'{config.batch_size} x {length} positions a step; '
+    'attention: {} ({})'.format(*built.attention)
   )
 
   # Steps. Each waits for the one before it, while the next is being computed.
-  loss_fn = loss.pretraining_loss(models.build(config.model))
-  train_step = steps.make_train_step(
-    loss_fn, make_update, seed=config.seed, microbatches=config.microbatches
-  )
   meta = {
     'model': model_config.to_dict(config.model),
     'run': identity,
@@ -225,9 +217,10 @@ def train(config: TrainConfig, config_text: str) -> None:
     start_step=first,
     process=process,
   )
-  with sharding.active(mesh):
-    train_step = jax.jit(train_step, donate_argnums=0)
-    validate = evaluation.Validation(config, data.evaluation_tasks, loss_fn, mesh, process)
+  with sharding.active(layout):
+    validate = evaluation.Validation(
+      config, data.evaluation_tasks, built.loss, layout, process
+    )
     meter = metrics.Meter(first, config.train_steps)
     waiting: list[Any] = []  # metrics of the latest step, not looked at yet
     since: dict[str, Any] = {}
@@ -235,8 +228,8 @@ def train(config: TrainConfig, config_text: str) -> None:
     for number in range(first + 1, config.train_steps + 1):
       batch = next(stream)
       meter.count(_tokens(batch), metrics.step_flops(config.model, batch))
-      current, found_metrics = train_step(
-        current, sharding.place(batch._replace(index=None), mesh)
+      current, found_metrics = built.train_step(
+        current, sharding.place(batch._replace(index=None), layout)
       )
       waiting.append(found_metrics)
       last = number == config.train_steps

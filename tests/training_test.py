@@ -18,7 +18,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=2), 
 
 
 def _devices(config):
-  sizes = dataclasses.astuple(config)
+  sizes = list(config.sizes.values())
   return jax.devices()[: int(np.prod(sizes))]
 
 
@@ -277,11 +277,11 @@ def test_meshes_that_do_not_fit_are_refused(config, message):
 
 def test_models_and_batches_that_do_not_divide_are_refused(config):
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
-  sharding.check_fits(config, 8, 4, mesh)
+  sharding.check_fits(config, 8, 4, 48, mesh)
   with pytest.raises(ValueError, match='BATCH_SIZE must divide'):
-    sharding.check_fits(config, 9, 1, mesh)
+    sharding.check_fits(config, 9, 1, 48, mesh)
   with pytest.raises(ValueError, match='num_heads must divide'):
-    sharding.check_fits(dataclasses.replace(config, num_heads=2), 8, 1, mesh)
+    sharding.check_fits(dataclasses.replace(config, num_heads=2), 8, 1, 48, mesh)
   for bad in (dict(data=0), dict(data=-1, fsdp=-1), dict(tensor=2.0)):
     with pytest.raises(ValueError, match='MeshConfig'):
       MeshConfig(**bad)

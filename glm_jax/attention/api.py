@@ -2,23 +2,144 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import Any
+
 import chex
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
-from glm_jax.attention import chunked, dense
+from glm_jax import configs, sharding
+from glm_jax.attention import chunked, dense, gpu, splash, tokamax_splash
 from glm_jax.batch import Visibility
 
-BACKENDS = ('auto', 'dense', 'chunked')
+_PLATFORM = {'tpu_splash': 'tpu', 'tpu_tokamax': 'tpu', 'gpu_tokamax': 'gpu'}
+"""The backends that are kernels, and where they run."""
+
+BACKENDS = ('auto', 'dense', 'chunked', *_PLATFORM)
+
+# By compiled estimates (README): the two cores of a v4 or v5p share JAX's kernel alone;
+# elsewhere tokamax's, which does not mask full blocks, costs fewer cycles.
+_BEST = {
+  'TPU v4': 'tpu_splash',
+  'TPU v5': 'tpu_splash',
+  'TPU v5 lite': 'tpu_tokamax',
+  'TPU v6 lite': 'tpu_tokamax',
+  'TPU7x': 'tpu_tokamax',
+}
 
 # Up to here the score array is small, and one matmul beats a loop of chunks.
 _DENSE_LENGTH = 1024
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['visibility', 'metadata'],
+  meta_fields=['backend', 'spread'],
+)
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """A `Visibility` with what its backend computes from it, once for all layers.
+
+  Attributes:
+    visibility: [B, T] intervals into the T keys of a row, in the order of the text.
+    metadata: of the backend, for each device's part; None if it needs none.
+    backend: never 'auto'.
+    spread: whether the rows are in the order of `sharding.spread`.
+  """
+
+  visibility: Visibility
+  metadata: Any
+  backend: str
+  spread: bool
+
+
+def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
+  """The backend for training a model on a device, and why.
+
+  Args:
+    model: a model configuration; its `attention` may be 'auto'.
+    device: a JAX device.
+    length: positions of a row.
+
+  Raises:
+    ValueError: the backend that the configuration asks for lacks something.
+  """
+  platform = 'gpu' if device.platform in ('gpu', 'cuda', 'rocm') else device.platform
+  plain = 'dense' if length <= _DENSE_LENGTH else 'chunked'
+  if model.attention != 'auto':
+    lacking = _lacks(model.attention, model, platform, length)
+    configs.check(
+      not lacking,
+      f'{type(model).__name__}.attention={model.attention!r} must be able to compute the '
+      'model here',
+      lacking,
+      f"set it to 'auto', or {plain!r}",
+    )
+    return model.attention, 'as set'
+  best = {
+    'tpu': _BEST.get(device.device_kind, 'tpu_splash'),
+    'gpu': 'gpu_tokamax',
+  }.get(platform, plain)
+  if best == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
+    best = 'tpu_splash'
+  lacking = _lacks(best, model, platform, length)
+  if lacking:
+    return plain, f'{best} is out: {lacking}'
+  return best, f'best on {device.device_kind}'
+
+
+def _lacks(backend: str, model: Any, platform: str, length: int) -> str:
+  """What a backend cannot do for a model; '' if nothing."""
+  if backend not in _PLATFORM:
+    return ''
+  if _PLATFORM[backend] != platform:
+    return f'it runs on {_PLATFORM[backend]}, and this is {platform}'
+  if getattr(model, 'attention_dropout', 0):
+    return f'attention_dropout={model.attention_dropout} needs the probabilities'
+  if backend == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
+    return f'rows of {length} positions exceed {splash.LONGEST_PACKED}'
+  if backend == 'gpu_tokamax':
+    return gpu.lacks(model.head_size, model.dtype)
+  return ''
+
+
+def prepare(visibility: Visibility, backend: str = 'auto', *, spread: bool = False) -> Seen:
+  """Computes once a step what every layer's `attend` needs.
+
+  Args:
+    visibility: [B, T] intervals into the T keys of the rows themselves.
+    backend: of `BACKENDS`; 'auto' is dense up to 1,024 positions, else chunked.
+    spread: whether the rows are in the order of `sharding.spread`.
+  """
+  _check_backend(backend)
+  if backend == 'auto':
+    length = visibility.key_start.shape[1]
+    backend = 'dense' if length <= _DENSE_LENGTH else 'chunked'
+  module = {'tpu_splash': splash, 'tpu_tokamax': tokamax_splash}.get(backend)
+  if module is None:
+    return Seen(visibility, None, backend, spread)
+
+  def metadata(visibility: Visibility) -> Any:
+    start, end = visibility
+    documents = jnp.where(end > start, start, -1)
+    documents = sharding.gather_length(documents, spread=spread)
+    return module.prepare(visibility, documents)
+
+  with jax.named_scope('attention_metadata'):
+    rows = ('act_batch', 'act_length')
+    build = sharding.per_device(metadata, (rows,), _by_device(), kernels=True)
+    return Seen(visibility, build(visibility), backend, spread)
 
 
 def attend(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
-  visibility: Visibility,
+  seen: Seen | Visibility,
   *,
   backend: str = 'auto',
   dropout_rate: float = 0.0,
@@ -33,27 +154,94 @@ def attend(
     q_BTNH: queries, any float dtype.
     k_BSKH: keys, N a multiple of K.
     v_BSKH: values.
-    visibility: int32 [B, T] intervals into the S keys.
-    backend: 'dense' holds [T, S] scores; 'chunked' never does; 'auto' is dense up to
-      1,024 queries.
+    seen: int32 [B, T] intervals into the S keys; or, where rows attend to themselves,
+      what `prepare` made of them, and each device computes its own rows and heads.
+    backend: with a `Visibility`, 'dense', which holds [T, S] scores, or 'chunked', which
+      never does; 'auto' is dense up to 1,024 queries.
     dropout_rate: share of the attention probabilities set to zero.
     dropout_key: a key for that; None means no dropout.
 
   Returns:
     [B, T, N, H] in the dtype of `q_BTNH`.
+
+  Raises:
+    ValueError: a backend that there is not, or one that cannot do what is asked.
   """
-  if backend not in BACKENDS:
-    raise ValueError(
-      f'attention must be one of {BACKENDS}, got {backend!r}; choose one of these.'
-    )
-  B, T, N, H = q_BTNH.shape
+  B, T, _, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   chex.assert_shape([k_BSKH, v_BSKH], (B, S, K, H))
-  chex.assert_shape([visibility.key_start, visibility.key_end], (B, T))
-  if backend == 'auto':
-    backend = 'dense' if T <= _DENSE_LENGTH else 'chunked'
-  implementation = {'dense': dense.attend, 'chunked': chunked.attend}[backend]
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  if isinstance(seen, Visibility):
+    _check_backend(backend)
+    if backend == 'auto':
+      backend = 'dense' if T <= _DENSE_LENGTH else 'chunked'
+    chex.assert_shape(list(seen), (B, T))
+    return _local(
+      backend, q_BTNH, k_BSKH, v_BSKH, seen, None, dropout_rate, dropout_key
+    )
+  parts = sharding.axis_size('act_heads')
+  if K % parts:  # every device gets the one head that its queries use
+    k_BSKH, v_BSKH = (jnp.repeat(x, parts // K, axis=2) for x in (k_BSKH, v_BSKH))
+  heads = ('act_batch', 'act_length', 'act_heads', None)
+  key = jax.random.key(0) if dropout_key is None else dropout_key
+
+  def here(q, k, v, visibility, metadata, key):
+    k, v = (sharding.gather_length(x, spread=seen.spread) for x in (k, v))
+    used = None if dropout_key is None else jax.random.fold_in(key, _device())
+    return _local(seen.backend, q, k, v, visibility, metadata, dropout_rate, used)
+
+  rows = ('act_batch', 'act_length')
+  run = sharding.per_device(
+    here, (heads, heads, heads, rows, _by_device(), ()), heads, kernels=True
+  )
+  return run(q_BTNH, k_BSKH, v_BSKH, seen.visibility, seen.metadata, key)
+
+
+def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  configs.check(
+    key is None or backend not in _PLATFORM,
+    'attention with dropout must be dense or chunked',
+    repr(backend),
+    'set attention_dropout to 0, or choose one of these',
+  )
   with jax.named_scope(f'attention_{backend}'):
-    out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, dropout_rate, dropout_key)
-  return out.reshape(B, T, N, H)
+    if backend in ('tpu_splash', 'tpu_tokamax'):
+      module = splash if backend == 'tpu_splash' else tokamax_splash
+      configs.check(
+        metadata is not None,
+        f'attention {backend!r} must be given what prepare() returns',
+        'a Visibility',
+        "use 'dense' or 'chunked' for a cache",
+      )
+      return module.attend(q_BTNH, k_BSKH, v_BSKH, metadata)
+    implementation = {
+      'dense': dense.attend,
+      'chunked': chunked.attend,
+      'gpu_tokamax': gpu.attend,
+    }[backend]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, rate, key)
+    return checkpoint_name(out.reshape(B, T, N, H), 'attention')
+
+
+def _check_backend(backend: str) -> None:
+  configs.check(
+    backend in BACKENDS,
+    f'attention must be one of {BACKENDS}',
+    repr(backend),
+    'choose one of these',
+  )
+
+
+def _by_device() -> PartitionSpec:
+  """Of metadata: each device that has rows of its own, or tokens, has its own."""
+  axes = (*sharding.axes_of('act_batch'), *sharding.axes_of('act_length'))
+  return PartitionSpec(axes)
+
+
+def _device() -> jax.Array | int:
+  """A number that differs between the devices that compute different probabilities."""
+  names = ('act_batch', 'act_length', 'act_heads')
+  axes = tuple(axis for name in names for axis in sharding.axes_of(name))
+  return jax.lax.axis_index(axes) if axes else 0

@@ -40,7 +40,7 @@ class Block(nn.Module):
     self,
     x_BTD: jax.Array,
     cache: Any,
-    visibility: Visibility,
+    seen: Any,
     cache_start: Any,
     phases: tuple[positions.Phases, ...],
   ) -> tuple[jax.Array, Any]:
@@ -63,12 +63,11 @@ class Block(nn.Module):
         c.head_size,
         (xavier(D, D, 1.0), xavier(D, D), xavier(D, D)),
         c.attention_dropout,
-        c.attention,
         dtype,
         name='attention',
       )(
         x_BTD,
-        visibility,
+        seen,
         self.deterministic,
         cache,
         cache_start,
@@ -105,7 +104,8 @@ class ChatGLM(nn.Module):
     deterministic: bool = True,
     cache: dict[str, jax.Array] | None = None,
     cache_start: jax.Array | None = None,
-  ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    head: layers.Head = layers.logits,
+  ) -> tuple[Any, dict[str, jax.Array] | None]:
     """Computes logits; arguments and result as `glm_jax.models.glm.GLM`.
 
     Without `two_positions`, `block_positions` is not used.
@@ -132,12 +132,12 @@ class ChatGLM(nn.Module):
     )
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, c.norm_epsilon, name='final_norm')(x_BTD)
-      head = words
+      table = words
       if not c.tied_head:
-        head = layers.Table(
+        table = layers.Table(
           c.vocab_size, c.hidden_size, 'vocab', c.init_std, dtype, name='head'
         )
-      return layers.constrain(head.logits(x_BTD), 'act_length', 'act_vocab'), cache
+      return head(x_BTD, table.cast()), cache
 
 
 def rotary_phases(

@@ -31,7 +31,7 @@ class Block(nn.Module):
     self,
     x_BTD: jax.Array,
     cache: Any,
-    visibility: Visibility,
+    seen: Any,
     cache_start: Any,
     phases: positions.Phases,
   ) -> tuple[jax.Array, Any]:
@@ -47,14 +47,13 @@ class Block(nn.Module):
         c.head_size,
         (c.init_std, c.init_std, out_std),
         0.0,
-        c.attention,
         dtype,
         qkv_bias=c.qkv_bias,
         out_bias=False,
         name='attention',
       )(
         norm(name='attention_norm')(x_BTD),
-        visibility,
+        seen,
         self.deterministic,
         cache,
         cache_start,
@@ -85,7 +84,8 @@ class ChatGLM2(nn.Module):
     deterministic: bool = True,
     cache: dict[str, jax.Array] | None = None,
     cache_start: jax.Array | None = None,
-  ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    head: layers.Head = layers.logits,
+  ) -> tuple[Any, dict[str, jax.Array] | None]:
     """Computes logits; arguments and result as `glm_jax.models.glm.GLM`.
 
     `block_positions` is not used: a causal model has one position a token.
@@ -107,8 +107,7 @@ class ChatGLM2(nn.Module):
     )
     with jax.named_scope('head'):
       x_BTD = layers.RMSNorm(dtype, c.norm_epsilon, name='final_norm')(x_BTD)
-      head = words if c.tied_head else table(name='head')
-      return layers.constrain(head.logits(x_BTD), 'act_length', 'act_vocab'), cache
+      return head(x_BTD, (words if c.tied_head else table(name='head')).cast()), cache
 
 
 def rotary_phases(c: ChatGLM2Config, positions_BT: jax.Array) -> positions.Phases:

@@ -9,7 +9,16 @@ from glm_jax import configs
 from glm_jax.attention import BACKENDS
 from glm_jax.models.positions import PHASE_DTYPES
 
-REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
+REMAT_POLICIES = (
+  'none',
+  'full',
+  'attention',
+  'attention_qkv',
+  'attention_qkv_mlp',
+  'offload',
+  'dots',
+  'dots_no_batch',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,10 +27,12 @@ class Compute:
 
   Attributes:
     dtype: of activations; parameters are float32.
-    remat: what the backward pass recomputes: nothing ('none'), all of a layer
-      ('full'), all but its matmuls ('dots'), all but its weight matmuls
-      ('dots_no_batch').
-    attention: backend, see `glm_jax.attention.attend`.
+    remat: what the backward pass recomputes of a layer: nothing ('none'), all ('full'),
+      all but the output of attention ('attention'), and but queries, keys and values
+      ('attention_qkv'), and but the MLP's gate and up ('attention_qkv_mlp'); these kept
+      in the host's memory ('offload', TPU and GPU); all but its matmuls ('dots'), all but
+      its weight matmuls ('dots_no_batch').
+    attention: of `glm_jax.attention.BACKENDS`; 'auto' is the best for the device.
   """
 
   dtype: str = 'float32'

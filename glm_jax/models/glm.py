@@ -27,7 +27,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: jax.Array, cache: Any, visibility: Visibility, cache_start: Any
+    self, x_BTD: jax.Array, cache: Any, seen: Any, cache_start: Any
   ) -> tuple[jax.Array, Any]:
     c = self.config
     dtype = jnp.dtype(c.dtype)
@@ -42,12 +42,11 @@ class Block(nn.Module):
         c.head_size,
         (c.init_std, c.init_std, out_std),
         c.attention_dropout,
-        c.attention,
         dtype,
         name='attention',
       )(
         layers.LayerNorm(dtype, name='attention_norm')(x_BTD),
-        visibility,
+        seen,
         self.deterministic,
         cache,
         cache_start,
@@ -77,7 +76,8 @@ class GLM(nn.Module):
     deterministic: bool = True,
     cache: dict[str, jax.Array] | None = None,
     cache_start: jax.Array | None = None,
-  ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    head: layers.Head = layers.logits,
+  ) -> tuple[Any, dict[str, jax.Array] | None]:
     """Computes logits.
 
     Args:
@@ -88,9 +88,11 @@ class GLM(nn.Module):
       deterministic: no dropout; otherwise apply with `rngs={'dropout': key}`.
       cache: {'k', 'v'}, each [L, B, S, K, H] (see `glm_jax.inference.decode`).
       cache_start: [B] int32, the slot of each row's first new token.
+      head: what is made of the last hidden state [B, T, D] and the head's weight [V, D].
 
     Returns:
-      logits [B, T, V] float32 and the cache with the new tokens' keys and values.
+      logits [B, T, V] float32, or what `head` returns; and the cache with the new
+      tokens' keys and values.
     """
     c = self.config
     chex.assert_equal_shape(
@@ -116,5 +118,4 @@ class GLM(nn.Module):
     )
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, name='final_norm')(x_BTD)
-      logits_BTV = words.logits(x_BTD)
-      return layers.constrain(logits_BTV, 'act_length', 'act_vocab'), cache
+      return head(x_BTD, words.cast()), cache

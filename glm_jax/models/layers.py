@@ -13,9 +13,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from glm_jax.attention import attend
+from glm_jax import attention, sharding
 from glm_jax.batch import Visibility
+
+Head = Callable[[jax.Array, jax.Array], Any]
+"""(hidden states [B, T, D], weight [V, D]) -> whatever is made of them."""
 
 
 class Einsum(nn.Module):
@@ -107,17 +111,45 @@ class Table(nn.Module):
     )
 
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
-    # Gathered over the width first, as FSDP does: rows looked up in a table that is
-    # spread over D would be moved to their devices the expensive way.
-    weight = nn.with_logical_constraint(
-      self.weight.astype(self.dtype), (self.row_axis, None)
+    look_up = sharding.per_device(
+      self._look_up,
+      ((self.row_axis, 'embed'), ('act_batch', 'act_length')),
+      ('act_batch', 'act_length', None),
     )
-    return weight[ids_BT]
+    return look_up(self.cast(), ids_BT)
 
-  def logits(self, x_BTD: jax.Array) -> jax.Array:
-    """[B, T, V] float32."""
-    weight_VD = self.weight.astype(self.dtype)
-    return jnp.einsum('BTD,VD->BTV', x_BTD, weight_VD, preferred_element_type=jnp.float32)
+  def cast(self) -> jax.Array:
+    """The table in the computation's dtype, as a `head` takes it."""
+    return self.weight.astype(self.dtype)
+
+  def _look_up(self, weight: jax.Array, ids: jax.Array) -> jax.Array:
+    """This device's rows of ids in its part of the table.
+
+    Left to itself, XLA sums the table's gradient over all devices before each takes its
+    part; so, it is scattered over the width first, and then summed.
+    """
+    copies = (*sharding.axes_of('act_batch'), *sharding.axes_of('act_length'))
+    width = sharding.axes_of('embed')
+    copies = tuple(axis for axis in copies if axis not in width)
+    if copies:
+      weight = jax.lax.pcast(weight, copies, to='varying')
+    if width:
+      weight = jax.lax.all_gather(weight, width, axis=1, tiled=True)
+    rows = sharding.axes_of(self.row_axis) if self.row_axis else ()
+    if not rows:
+      return weight[ids]
+    ids -= jax.lax.axis_index(rows) * weight.shape[0]
+    inside = (0 <= ids) & (ids < weight.shape[0])
+    found = weight[jnp.where(inside, ids, 0)]
+    return jax.lax.psum(jnp.where(inside[..., None], found, 0), rows)
+
+
+def logits(x_BTD: jax.Array, weight_VD: jax.Array) -> jax.Array:
+  """The linear head, [B, T, V] float32."""
+  logits_BTV = jnp.einsum(
+    'BTD,VD->BTV', x_BTD, weight_VD, preferred_element_type=jnp.float32
+  )
+  return constrain(logits_BTV, 'act_length', 'act_vocab')
 
 
 class Attention(nn.Module):
@@ -129,7 +161,6 @@ class Attention(nn.Module):
     head_size: H.
     init_stds: of the weights q (and k), v, out.
     dropout: on the attention probabilities.
-    backend: see `glm_jax.attention.attend`.
     dtype: of the computation.
     qkv_bias: whether q, k and v have biases.
     out_bias: whether out has.
@@ -140,7 +171,6 @@ class Attention(nn.Module):
   head_size: int
   init_stds: tuple[float, float, float]
   dropout: float
-  backend: str
   dtype: Any
   qkv_bias: bool = True
   out_bias: bool = True
@@ -149,7 +179,7 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    visibility: Visibility,
+    seen: attention.Seen | Visibility,
     deterministic: bool,
     cache: dict[str, jax.Array] | None = None,
     cache_start: jax.Array | None = None,
@@ -159,7 +189,8 @@ class Attention(nn.Module):
 
     Args:
       x_BTD: input.
-      visibility: intervals into the T keys, or into the S slots of the cache.
+      seen: what `attention.prepare` made of intervals into the T keys; with a cache,
+        intervals into its S slots.
       deterministic: no dropout.
       cache: {'k', 'v'}, each [B, S, K, H].
       cache_start: [B] int32, the slot of each row's first new key.
@@ -172,7 +203,7 @@ class Attention(nn.Module):
     qk_std, v_std, out_std = self.init_stds
 
     def project(name: str, heads: int, axis: str, std: float) -> jax.Array:
-      x_BTNH = Einsum(
+      return Einsum(
         'BTD,DNH->BTNH',
         (D, heads, H),
         ('embed', axis, 'head_dim'),
@@ -181,11 +212,13 @@ class Attention(nn.Module):
         self.dtype,
         name=name,
       )(x_BTD)
-      return constrain(x_BTNH, 'act_length', f'act_{axis}', None)
 
-    q_BTNH = rotate(project('q', N, 'heads', qk_std))
-    k_BSKH = rotate(project('k', K, 'kv_heads', qk_std))
-    v_BSKH = project('v', K, 'kv_heads', v_std)
+    name = lambda x: checkpoint_name(x, 'qkv')
+    q_BTNH = constrain(project('q', N, 'heads', qk_std), 'act_length', 'act_heads', None)
+    q_BTNH = name(rotate(q_BTNH))
+    # Key heads, which may be fewer than devices, are spread by `attend`.
+    k_BSKH = name(rotate(project('k', K, 'kv_heads', qk_std)))
+    v_BSKH = name(project('v', K, 'kv_heads', v_std))
     if cache is not None:
       write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
       cache = {
@@ -194,12 +227,11 @@ class Attention(nn.Module):
       }
       k_BSKH, v_BSKH = cache['k'], cache['v']
     drops = self.dropout > 0 and not deterministic
-    out_BTNH = attend(
+    out_BTNH = attention.attend(
       q_BTNH,
       k_BSKH,
       v_BSKH,
-      visibility,
-      backend=self.backend,
+      seen,
       dropout_rate=self.dropout,
       dropout_key=self.make_rng('dropout') if drops else None,
     )
@@ -256,7 +288,7 @@ class MLP(nn.Module):
         self.dtype,
         name=name,
       )(x_BTD)
-      return constrain(h_BTF, 'act_length', 'act_mlp')
+      return checkpoint_name(constrain(h_BTF, 'act_length', 'act_mlp'), 'mlp')
 
     h_BTF = act(project('gate')) * project('up') if self.gated else act(project('up'))
     return Einsum(
@@ -270,40 +302,72 @@ class MLP(nn.Module):
     )(h_BTF)
 
 
+_policies = jax.checkpoint_policies
+
 _REMAT = {
   'full': None,
-  'dots': jax.checkpoint_policies.dots_saveable,
-  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': _policies.dots_saveable,
+  'dots_no_batch': _policies.dots_with_no_batch_dims_saveable,
+  'attention': _policies.save_only_these_names('attention'),
+  'attention_qkv': _policies.save_only_these_names('attention', 'qkv'),
+  'attention_qkv_mlp': _policies.save_only_these_names('attention', 'qkv', 'mlp'),
+  'offload': _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=['attention'],
+    names_which_can_be_offloaded=['qkv', 'mlp'],
+    offload_src='device',
+    offload_dst='pinned_host',
+  ),
 }
 
 
 def stack(
-  block: type[nn.Module], config: Any, deterministic: bool, x_BTD: Any, cache: Any, *shared
+  block: type[nn.Module],
+  config: Any,
+  deterministic: bool,
+  x_BTD: jax.Array,
+  cache: Any,
+  visibility: Visibility,
+  cache_start: Any,
+  *by_token: Any,
 ) -> tuple[jax.Array, Any]:
   """`num_layers` blocks, one after the other, as a scan under the config's remat policy.
 
+  Between first and last, tokens are in the order that balances a sequence axis.
+
   Args:
-    block: a module of (config, deterministic), called as `(x_BTD, cache, *shared)`, that
-      returns its output and its cache.
+    block: a module of (config, deterministic), called as
+      `(x_BTD, cache, seen, cache_start, *by_token)`, that returns its output and its
+      cache; `seen` as `Attention` takes it.
     config: a model configuration.
     deterministic: no dropout.
     x_BTD: input of the first.
     cache: {'k', 'v'} with a leading axis L, or None.
-    *shared: what every block is given alike.
+    visibility: intervals into the T keys, or into the cache.
+    cache_start: [B] int32, or None.
+    *by_token: trees of [B, T, ...], which every block is given alike.
 
   Returns:
     The output of the last and the caches.
   """
+  seen: Any = visibility
+  spread = cache is None and sharding.axis_size('act_length') > 1
+  if spread:
+    x_BTD, visibility, by_token = jax.tree.map(
+      sharding.spread, (x_BTD, visibility, by_token)
+    )
+  if cache is None:
+    seen = attention.prepare(visibility, config.attention, spread=spread)
   if config.remat != 'none':
     block = nn.remat(block, prevent_cse=False, policy=_REMAT[config.remat])
-  return nn.scan(
+  x_BTD, cache = nn.scan(
     block,
     variable_axes={'params': 0},
     split_rngs={'params': True, 'dropout': True},
-    in_axes=(0, *[nn.broadcast] * len(shared)),
+    in_axes=(0, *[nn.broadcast] * (2 + len(by_token))),
     length=config.num_layers,
     metadata_params={nn.PARTITION_NAME: 'layers'},
-  )(config, deterministic, name='layers')(x_BTD, cache, *shared)
+  )(config, deterministic, name='layers')(x_BTD, cache, seen, cache_start, *by_token)
+  return sharding.unspread(x_BTD) if spread else x_BTD, cache
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -70,17 +70,17 @@ class Validation:
   """Losses of each task's validation split."""
 
   def __init__(
-    self, config: Any, tasks: Sequence[str], loss: LossFn, mesh: Any, process: Any
+    self, config: Any, tasks: Sequence[str], loss: LossFn, layout: Any, process: Any
   ):
     """
     Args:
       config: a `TrainConfig`.
       tasks: registered tasks to validate.
       loss: of a batch.
-      mesh: of the devices.
+      layout: of the devices.
       process: this process's share of each batch.
     """
-    self._config, self._tasks, self._mesh = config, tasks, mesh
+    self._config, self._tasks, self._layout = config, tasks, layout
     self._process = process
     self._step = jax.jit(make_eval_step(loss))
 
@@ -89,7 +89,7 @@ class Validation:
     total: dict[str, tuple[float, float]] = {}
     for task in self._tasks:
       for batch in validation_batches(self._config, task, self._process):
-        batch = sharding.place(batch._replace(index=None), self._mesh)
+        batch = sharding.place(batch._replace(index=None), self._layout)
         total = metrics.add(total, jax.device_get(self._step(params, batch)))
     values = metrics.averages(total)
     by_objective = [v for k, v in values.items() if k.startswith('loss/')]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from glm_jax import configs, sharding
 from glm_jax.batch import OBJECTIVES, Batch
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -15,6 +19,34 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 LossFn = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, Metrics]]
 """(params, batch, dropout key or None) -> (sum to differentiate, metrics with 'loss')."""
+
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+  """How the loss is computed.
+
+  Attributes:
+    vocab_chunks: parts of the vocabulary that are worked on one after the other, so that
+      no [B, T, V] array of logits exists; 0 for all at once, which is a little faster.
+    z_loss: weight of `logsumexp(logits) ** 2`, which keeps logits from drifting (PaLM,
+      section 5; 1e-4 there); reported apart from the loss.
+  """
+
+  vocab_chunks: int = 0
+  z_loss: float = 0.0
+
+  def __post_init__(self):
+    configs.check_types(self)
+    for name in ('vocab_chunks', 'z_loss'):
+      value = getattr(self, name)
+      configs.check(
+        0 <= value < math.inf,
+        f'LossConfig.{name} must not be negative',
+        str(value),
+        'use 0 to switch it off',
+      )
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -26,19 +58,149 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     [[0.0]]
   """
   logits_BTV = logits_BTV.astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  # A sum, since a gather over a sharded vocabulary would move it.
+  is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+  chosen = jnp.where(is_target, logits_BTV, 0).sum(-1)
   return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen
 
 
-def pretraining_loss(model: Any) -> LossFn:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def chunked_cross_entropy(
+  x_BTD: jax.Array, weight_VD: jax.Array, targets_BT: jax.Array, chunks: int
+) -> tuple[jax.Array, jax.Array]:
+  """`cross_entropy` and logsumexp of `x @ weight.T`, of which only a part exists at a time.
+
+  The logits are computed again in the backward pass, which costs one more product with
+  the head. Under a mesh, the head is gathered once over its width.
+
+  Args:
+    x_BTD: hidden states.
+    weight_VD: the head, in the dtype of the computation.
+    targets_BT: int32.
+    chunks: parts of a device's vocabulary.
+
+  Example:
+    >>> x, weight = jnp.ones((1, 1, 2)), jnp.array([[0.0, 0], [50, 50], [0, 0]])
+    >>> chunked_cross_entropy(x, weight, jnp.array([[1]]), 2)[0].tolist()
+    [[0.0]]
+  """
+  return _forward(x_BTD, weight_VD, targets_BT, chunks)[0]
+
+
+_TOKENS = ('act_batch', 'act_length')
+_HIDDEN = ('act_batch', 'act_length', None)
+
+
+def _forward(x_BTD, weight_VD, targets_BT, chunks):
+  def gather(weight):
+    axes = sharding.axes_of('embed')
+    return jax.lax.all_gather(weight, axes, axis=1, tiled=True) if axes else weight
+
+  def here(x, weight, targets):
+    first = _first(weight)
+
+    def chunk(carry, part):
+      highest, total, chosen = carry
+      logits, ids = _logits(x, weight, part, chunks, first)
+      new = jnp.maximum(highest, logits.max(-1))
+      total = total * jnp.exp(highest - new) + jnp.exp(logits - new[..., None]).sum(-1)
+      chosen += jnp.where(ids == targets[..., None], logits, 0).sum(-1)
+      return (new, total, chosen), None
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    (highest, total, chosen), _ = jax.lax.scan(
+      chunk, (zeros + _MASKED, zeros, zeros), jnp.arange(chunks)
+    )
+    axes = sharding.axes_of('vocab')
+    if axes:
+      top = jax.lax.pmax(highest, axes)
+      total, chosen = jax.lax.psum((total * jnp.exp(highest - top), chosen), axes)
+      highest = top
+    return highest + jnp.log(total) - chosen, highest + jnp.log(total)
+
+  weight_VD = sharding.per_device(
+    gather, (('vocab', 'embed'),), ('vocab', None), kernels=True
+  )(weight_VD)
+  losses = sharding.per_device(
+    here, (_HIDDEN, ('vocab', None), _TOKENS), _TOKENS, kernels=True
+  )(x_BTD, weight_VD, targets_BT)
+  return losses, (x_BTD, weight_VD, targets_BT, losses[1])
+
+
+def _backward(chunks, residuals, gradients):
+  x_BTD, weight_VD, targets_BT, total_BT = residuals
+
+  def here(x, weight, targets, total, of_loss, of_total):
+    first = _first(weight)
+
+    def chunk(dx, part):
+      logits, ids = _logits(x, weight, part, chunks, first)
+      d = jnp.exp(logits - total[..., None]) * (of_loss + of_total)[..., None]
+      d -= jnp.where(ids == targets[..., None], of_loss[..., None], 0)
+      d = d.astype(weight.dtype)
+      rows = _rows(weight, part, chunks)
+      dx += jnp.einsum('BTV,VD->BTD', d, rows, preferred_element_type=jnp.float32)
+      return dx, jnp.einsum('BTV,BTD->VD', d, x)
+
+    dx, dw = jax.lax.scan(chunk, jnp.zeros(x.shape, jnp.float32), jnp.arange(chunks))
+    dw = dw.reshape(-1, dw.shape[-1])[: weight.shape[0]]
+    vocab, width = sharding.axes_of('vocab'), sharding.axes_of('embed')
+    if vocab:
+      dx = jax.lax.psum(dx, vocab)
+    if width:
+      dw = jax.lax.psum_scatter(dw, width, scatter_dimension=1, tiled=True)
+    copies = (*sharding.axes_of('act_batch'), *sharding.axes_of('act_length'))
+    copies = tuple(axis for axis in copies if axis not in width)
+    return dx.astype(x.dtype), jax.lax.psum(dw, copies) if copies else dw
+
+  dx, dw = sharding.per_device(
+    here,
+    (_HIDDEN, ('vocab', None), *[_TOKENS] * 4),
+    [_HIDDEN, ('vocab', 'embed')],
+    kernels=True,
+  )(x_BTD, weight_VD, targets_BT, total_BT, *gradients)
+  return dx, dw, None
+
+
+chunked_cross_entropy.defvjp(_forward, _backward)
+
+
+def _first(weight):
+  """The first piece of this device's part of the vocabulary."""
+  axes = sharding.axes_of('vocab')
+  return jax.lax.axis_index(axes) * weight.shape[0] if axes else 0
+
+
+def _rows(weight, part, chunks):
+  size = math.ceil(weight.shape[0] / chunks)
+  weight = jnp.pad(weight, [(0, size * chunks - weight.shape[0]), (0, 0)])
+  return jax.lax.dynamic_slice_in_dim(weight, part * size, size)
+
+
+def _logits(x, weight, part, chunks, first):
+  """Logits of a chunk, float32, and the pieces they belong to; -1 behind the last."""
+  rows = _rows(weight, part, chunks)
+  logits = jnp.einsum('BTD,VD->BTV', x, rows, preferred_element_type=jnp.float32)
+  place = part * rows.shape[0] + jnp.arange(rows.shape[0])
+  inside = place < weight.shape[0]
+  return jnp.where(inside, logits, _MASKED), jnp.where(inside, first + place, -1)
+
+
+def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
   """sum(w * ce) with w = `loss_weights`, and the same for each objective.
 
   Args:
     model: a Flax module called as `glm_jax.models.glm.GLM`.
+    config: how it is computed.
   """
 
   def loss(params: Any, batch: Batch, key: jax.Array | None):
-    logits_BTV, _ = model.apply(
+    head = {}
+    if config.vocab_chunks:
+      head['head'] = lambda x, weight: chunked_cross_entropy(
+        x, weight, batch.targets, config.vocab_chunks
+      )
+    result, _ = model.apply(
       {'params': params},
       batch.tokens,
       batch.positions,
@@ -46,9 +208,15 @@ def pretraining_loss(model: Any) -> LossFn:
       batch.visibility,
       deterministic=key is None,
       rngs=None if key is None else {'dropout': key},
+      **head,
     )
     with jax.named_scope('loss'):
-      weighted = cross_entropy(logits_BTV, batch.targets) * batch.loss_weights
+      if config.vocab_chunks:
+        losses_BT, total_BT = result
+      else:
+        losses_BT = cross_entropy(result, batch.targets)
+        total_BT = jax.nn.logsumexp(result, axis=-1)
+      weighted = losses_BT * batch.loss_weights
       metrics = {'loss': (weighted.sum(), batch.loss_weights.sum())}
       for number, name in enumerate(OBJECTIVES):
         chosen = batch.objective == number
@@ -56,6 +224,11 @@ def pretraining_loss(model: Any) -> LossFn:
           jnp.where(chosen, weighted, 0).sum(),
           jnp.where(chosen, batch.loss_weights, 0).sum(),
         )
-    return metrics['loss'][0], metrics
+      total = metrics['loss'][0]
+      if config.z_loss:
+        z = config.z_loss * (jnp.square(total_BT) * batch.loss_weights).sum()
+        metrics['z_loss'] = (z, batch.loss_weights.sum())
+        total += z
+    return total, metrics
 
   return loss

@@ -128,8 +128,12 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
     f'raise {type(config).__name__}.max_positions',
   )
   shared = dataclasses.replace(config, max_positions=theirs.max_positions)
-  mesh = jax.tree.leaves(fresh)[0].sharding.mesh
-  params = checkpoint.read_params(folder, state.abstract_params(shared, mesh))
+  wanted = jax.tree.map(
+    lambda a, new: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=new.sharding),
+    state.abstract_params(shared),
+    fresh,
+  )
+  params = checkpoint.read_params(folder, wanted)
 
   def extend(old: jax.Array, new: jax.Array) -> jax.Array:
     if old.shape == new.shape:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from glm_jax import models, sharding
 from glm_jax.batch import prefix_visibility
+from glm_jax.sharding import Layout
 
 State = dict[str, Any]
 """{'step': int32, 'params': tree, 'opt_state': the optimizer's}"""
@@ -21,31 +22,31 @@ def init_params(config: Any, key: jax.Array) -> Any:
   """Fresh parameters, boxed with their logical axes."""
   ids = jnp.zeros((1, 2), jnp.int32)
   visibility = prefix_visibility(jnp.array([1]), jnp.array([2]), 2)
+  config = dataclasses.replace(config, attention='dense')  # weights are the same
   return models.build(config).init(key, ids, ids, ids, visibility)['params']
 
 
-def abstract_params(config: Any, mesh: Mesh | None = None) -> Any:
-  """Shapes, dtypes and (given a mesh) shardings of the parameters; no memory."""
+def abstract_params(config: Any, layout: Layout | None = None) -> Any:
+  """Shapes, dtypes and (given a layout) shardings of the parameters; no memory."""
   boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-  return _abstract(boxed, mesh)
+  return _abstract(boxed, layout)
 
 
 def abstract_state(
-  config: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+  config: Any, optimizer: optax.GradientTransformation, layout: Layout
 ) -> State:
   """The same for the whole state."""
-  return _abstract(jax.eval_shape(lambda: _init(config, optimizer, 0)), mesh)
+  return _abstract(jax.eval_shape(lambda: _init(config, optimizer, 0)), layout)
 
 
 def init_state(
-  config: Any, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+  config: Any, optimizer: optax.GradientTransformation, layout: Layout, seed: int
 ) -> State:
   """A fresh state. No device ever holds more than its own part of it."""
-  abstract = abstract_state(config, optimizer, mesh)
+  abstract = abstract_state(config, optimizer, layout)
   shardings = jax.tree.map(lambda a: a.sharding, abstract)
   init = jax.jit(lambda: nn.unbox(_init(config, optimizer, seed)), out_shardings=shardings)
-  with sharding.active(mesh):
-    return init()
+  return init()
 
 
 def with_params(state: State, params: Any) -> State:
@@ -68,11 +69,11 @@ def _init(config: Any, optimizer: optax.GradientTransformation, seed: int) -> St
   }
 
 
-def _abstract(boxed: Any, mesh: Mesh | None) -> Any:
+def _abstract(boxed: Any, layout: Layout | None) -> Any:
   plain = nn.unbox(boxed)
-  if mesh is None:
+  if layout is None:
     return plain
-  placed = sharding.shardings(nn.get_partition_spec(boxed), mesh)
+  placed = sharding.shardings(nn.get_partition_spec(boxed), plain, layout)
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), plain, placed
   )

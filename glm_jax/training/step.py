@@ -19,6 +19,7 @@ def make_train_step(
   *,
   microbatches: int,
   seed: int,
+  dtype: str = 'float32',
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
   """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -31,6 +32,9 @@ def make_train_step(
     optimizer: any optax transformation.
     microbatches: parts of the batch worked on one after the other to save memory.
     seed: of dropout.
+    dtype: of the computation. Weights are cast to it once, before the layers, so that
+      what moves between devices, gradients included, is of this size; sums over
+      micro-batches and the optimizer are in float32.
   """
   differentiate = jax.value_and_grad(loss, has_aux=True)
 
@@ -38,15 +42,14 @@ def make_train_step(
     # Apart from the key that initialised the parameters.
     key = jax.random.fold_in(jax.random.key(seed), 1)
     key = jax.random.fold_in(key, state['step'])
+    weights = _cast(state['params'], dtype)
     if microbatches == 1:
-      (_, metrics), gradients = differentiate(state['params'], batch, key)
+      (_, metrics), gradients = differentiate(weights, batch, key)
     else:
-      metrics, gradients = _accumulate(
-        differentiate, state['params'], batch, key, microbatches
-      )
+      metrics, gradients = _accumulate(differentiate, weights, batch, key, microbatches)
     total = metrics['loss'][1]
     scale = 1 / jnp.where(total > 0, total, 1)
-    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
     with jax.named_scope('optimizer'):
       updates, opt_state = optimizer.update(gradients, state['opt_state'], state['params'])
       params = optax.apply_updates(state['params'], updates)
@@ -65,6 +68,16 @@ def make_eval_step(loss: LossFn) -> Callable[[Any, Any], Metrics]:
   return eval_step
 
 
+def _cast(params, dtype):
+  """Weight matrices in `dtype`; biases and norms, which are small, as they are."""
+
+  def cast(path: Any, leaf: jax.Array) -> jax.Array:
+    name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else ''
+    return leaf.astype(dtype) if name == 'weight' else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def _accumulate(differentiate, params, batch, key, parts):
   # Part i holds rows i, i + parts, ..., so that each device keeps its own rows.
   split = jax.tree.map(
@@ -74,11 +87,14 @@ def _accumulate(differentiate, params, batch, key, parts):
   def one(carry, args):
     i, part = args
     (_, metrics), gradients = differentiate(params, part, jax.random.fold_in(key, i))
-    return jax.tree.map(jnp.add, carry, (metrics, gradients)), None
+    # The sum is float32; what is added to it may be smaller, so there is no second copy.
+    add = lambda a, b: a + b.astype(a.dtype)
+    return jax.tree.map(add, carry, (metrics, gradients)), None
 
   first = jax.tree.map(lambda x: x[0], split)
-  shapes = jax.eval_shape(differentiate, params, first, key)
-  (_, metrics), gradients = shapes
-  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (metrics, gradients))
+  (_, metrics), gradients = jax.eval_shape(differentiate, params, first, key)
+  zeros = jax.tree.map(
+    lambda a: jnp.zeros(a.shape, jnp.float32), (metrics, gradients)
+  )
   (metrics, gradients), _ = jax.lax.scan(one, zeros, (jnp.arange(parts), split))
   return metrics, gradients

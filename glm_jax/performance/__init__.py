@@ -1,0 +1,1 @@
+"""Performance: chips, compiled text, step-time estimates."""

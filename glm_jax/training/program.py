@@ -1,0 +1,73 @@
+"""The program of a run: what `train` compiles, and what `plan` compiles without a chip."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from glm_jax import attention, batch, models, sharding
+from glm_jax.performance import flags
+from glm_jax.training import loss, optimizer, state, step
+
+
+class Program(NamedTuple):
+  """A run's computation on a mesh.
+
+  Attributes:
+    train_step: jitted, (state, batch) -> (state, metrics); the state is donated.
+    loss: see `loss.LossFn`.
+    optimizer: of optax.
+    state: shapes, dtypes and shardings of the training state.
+    batch: likewise, of a batch.
+    attention: the backend, and why it was chosen.
+  """
+
+  train_step: Any
+  loss: loss.LossFn
+  optimizer: optax.GradientTransformation
+  state: state.State
+  batch: batch.Batch
+  attention: tuple[str, str]
+
+
+def build(config: Any, layout: sharding.Layout) -> Program:
+  """Builds it; nothing is computed or allocated.
+
+  Args:
+    config: a `TrainConfig`, whose model is resolved.
+    layout: the mesh, of devices that are here or only described.
+
+  Raises:
+    ValueError: the configuration does not fit the mesh or the device.
+  """
+  rows, length = config.batch_size, config.feature_lengths['tokens']
+  sharding.check_fits(config.model, rows, config.microbatches, length, layout)
+  device = layout.devices.flat[0]
+  backend, why = attention.choose(config.model, device, length)
+  model = dataclasses.replace(config.model, attention=backend)
+  loss_fn = loss.pretraining_loss(models.build(model), config.loss)
+  update = optimizer.make_optimizer(config.optimizer, config.train_steps)
+  train_step = step.make_train_step(
+    loss_fn,
+    update,
+    microbatches=config.microbatches,
+    seed=config.seed,
+    dtype=model.dtype,
+  )
+  place = sharding.batch_sharding(layout)
+  rows_of = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
+  return Program(
+    train_step=jax.jit(
+      train_step,
+      donate_argnums=0,
+      compiler_options=flags.compiler_options(device.device_kind),
+    ),
+    loss=loss_fn,
+    optimizer=update,
+    state=state.abstract_state(config.model, update, layout),
+    batch=batch.Batch(*map(rows_of, batch.DTYPES))._replace(index=None),
+    attention=(backend, why),
+  )
