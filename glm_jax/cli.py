@@ -162,6 +162,8 @@ def load_config(
   files: Sequence[str],
   search_paths: str,
   bindings: Sequence[str],
+  *,
+  placeholders: bool = False,
 ) -> tuple[Any, str]:
   """Builds a configuration from gin files and bindings.
 
@@ -171,6 +173,8 @@ def load_config(
     files: gin files, later ones win.
     search_paths: comma-separated folders.
     bindings: such as 'TRAIN_STEPS=3'; they win over files.
+    placeholders: whether macros that are used and not set, such as the path of a corpus,
+      become 'unset', for a command that does not need them.
 
   Returns:
     The instance of `kind`, and the operative configuration: gin text that alone gives
@@ -200,6 +204,9 @@ def load_config(
   try:
     gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False)
     _refuse_unused_macros(gin)
+    if placeholders:
+      defined, used = _macros(gin)
+      gin.parse_config([f"{name} = 'unset'" for name in sorted(used - defined)])
     gin.finalize()
     config = gin.get_configurable(kind.__name__)()
     return config, gin.operative_config_str()
@@ -268,15 +275,22 @@ def _refuse_unused_macros(gin: Any) -> None:
   """A macro that nothing refers to is a misspelt one."""
   import difflib
 
-  text = gin.config_str()
-  defined = set(re.findall(r'^([A-Za-z_]\w*)\s*=', text, re.MULTILINE))
-  used = set(re.findall(r'%([A-Za-z_]\w*)', text))
+  defined, used = _macros(gin)
   for name in sorted(defined - used):
     near = difflib.get_close_matches(name, sorted(used), 1)
     hint = f'did you mean {near[0]}' if near else f'macros in use are {sorted(used)}'
     raise ValueError(
       f'a macro must be used by something, got {name}, which nothing refers to; {hint}?'
     )
+
+
+def _macros(gin: Any) -> tuple[set[str], set[str]]:
+  """Names of macros that are defined, and that are used."""
+  text = gin.config_str()
+  return (
+    set(re.findall(r'^([A-Za-z_]\w*)\s*=', text, re.MULTILINE)),
+    set(re.findall(r'%([A-Za-z_]\w*)', text)),
+  )
 
 
 def _message(error: BaseException) -> str:

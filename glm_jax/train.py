@@ -227,7 +227,8 @@ def train(config: TrainConfig, config_text: str) -> None:
     validated: dict[str, float] = {}
     for number in range(first + 1, config.train_steps + 1):
       batch = next(stream)
-      meter.count(_tokens(batch), metrics.step_flops(config.model, batch))
+      tokens, flops = _tokens(batch), metrics.step_flops(config.model, batch)
+      meter.count(process.count * tokens, process.count * flops)
       current, found_metrics = built.train_step(
         current, sharding.place(batch._replace(index=None), layout)
       )
@@ -332,7 +333,7 @@ def _row_length(config: TrainConfig) -> int:
 
 
 def _tokens(batch: Any) -> float:
-  return float((batch.key_end > 0).sum()) * jax.process_count()
+  return float((batch.key_end > 0).sum())
 
 
 def _check_finite(since: dict[str, Any], number: int, model_dir: str) -> None:

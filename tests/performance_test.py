@@ -396,6 +396,15 @@ def test_vmem_slices_and_updates_in_place_count_what_moves():
   assert op.array_bytes == 2 * 4 * 8 * 8 * 4 + 4
 
 
+def test_every_output_counts():
+  entry = [
+    '%x = f32[8]{0} iota()',
+    '%pair = (f32[8]{0}, s32[8]{0}) sort(%x, %x), dimensions={0}, to_apply=%compare',
+  ]
+  (op,) = [op for op in hlo.read(_module(entry)).ops if op.name == 'pair']
+  assert (op.output_bytes, op.operand_bytes) == (64, 32)
+
+
 @pytest.mark.parametrize(
   'shape, expected',
   [('f32[2,384,384]', True), ('pred[384,384,4]', True), ('f32[384,128]', False)],

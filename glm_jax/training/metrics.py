@@ -12,22 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Peak dense bfloat16 FLOP/s of a device as JAX names it (vendors' data sheets).
-_PEAK_FLOPS = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5e': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
-  'TPU v6e': 918e12,
-  'TPU7x': 2307e12,
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H200': 989e12,
-}
-
+from glm_jax.performance import chips, flops
 
 def averages(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
   """(sum, count) pairs to means, leaving out what was not counted."""
@@ -46,23 +31,9 @@ def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float, fl
 
 
 def step_flops(model: Any, batch: Any) -> float:
-  """FLOPs that training on one batch asks for, however it is computed.
-
-  6 a token and weight (2 forward, 4 backward) without look-ups, and 12 a visible
-  (query, key) pair, layer and unit of the heads' width; padding and recomputation do not
-  count.
-
-  Args:
-    model: a model configuration.
-    batch: this process's numpy rows.
-  """
-  D, L, H = model.hidden_size, model.num_layers, model.head_size
-  N, K = model.num_heads, model.num_kv_heads
-  mlp = (3 if model.gated else 2) * D * model.inner_size
-  weights = L * (2 * D * H * (N + K) + mlp) + D * model.vocab_size
-  seen = np.asarray(batch.key_end, np.int64) - np.asarray(batch.key_start, np.int64)
-  tokens, pairs = float((seen > 0).sum()), float(seen.sum())
-  return (6 * weights * tokens + 12 * L * N * H * pairs) * jax.process_count()
+  """`flops.training` of the rows of a numpy batch."""
+  tokens = float((np.asarray(batch.key_end) > np.asarray(batch.key_start)).sum())
+  return flops.training(model, tokens, flops.pairs(batch.visibility))
 
 
 class Meter:
@@ -98,9 +69,9 @@ class Meter:
       'tokens_per_second': self._tokens / seconds,
       'seconds_left': (self._total - step) * seconds / max(steps, 1),
     }
-    peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    if peak:
-      speed['mfu'] = self._flops / seconds / (peak * jax.device_count())
+    chip = chips.of_device_kind(jax.devices()[0].device_kind)
+    if chip:
+      speed['mfu'] = self._flops / seconds / (chip.peak_flops * jax.device_count())
     self._step, self._seconds, self._tokens, self._flops = step, 0.0, 0.0, 0.0
     self.restart()
     return speed

@@ -1,0 +1,152 @@
+"""Accelerators as JAX sees them: peak, memory, links."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One JAX device, which is a chip or, on tpu7x, half of one.
+
+  Attributes:
+    device_kinds: what `jax.Device.device_kind` says.
+    peak_flops: dense bfloat16 FLOP/s.
+    hbm_bytes: memory a program may take; on TPU the compiler's own limit, which its
+      refusal of a program that is too large names ("exceeds available HBM (31.25G)").
+    hbm_bandwidth: bytes/s.
+    ici_bandwidth: bytes/s received along one torus axis, links of both directions
+      together (public chip pages, not measured); on GPU the NVLink of one device.
+    clock_hz: of a TensorCore, peak / (MXU FLOPs a cycle); None where the compiler
+      estimates no cycles.
+    devices_per_chip: JAX devices on one chip.
+    head_efficiency: by kernel ('splash', 'tokamax'), the assumed ratio of attention's
+      FLOP/s in visited blocks to `peak_flops`, head size 128. From the static cycles of
+      the kernels; on v4, and for stock Splash on tpu7x, from their nearest relative. On
+      v4/v5p the backward kernels must keep both cores busy (KV heads vmapped).
+    calibration: (measured / predicted tokens/s, the run); None where there is no run.
+  """
+
+  device_kinds: tuple[str, ...]
+  peak_flops: float
+  hbm_bytes: int
+  hbm_bandwidth: float
+  ici_bandwidth: float
+  clock_hz: float | None = None
+  devices_per_chip: int = 1
+  head_efficiency: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  calibration: tuple[float, str] | None = None
+
+
+# TPU: peak and HBM rate from `jax._src.pallas.mosaic.tpu_info` and the public chip pages,
+# HBM limits from libtpu 0.0.42.1. GPU: NVIDIA's data sheets.
+CHIPS: dict[str, Chip] = {
+  'v4': Chip(
+    device_kinds=('TPU v4',),
+    peak_flops=275e12,
+    hbm_bytes=int(30.5 * _GIB),  # 15.25 a core
+    hbm_bandwidth=1230e9,
+    ici_bandwidth=90e9,
+    clock_hz=1.05e9,
+    head_efficiency={'splash': 0.85, 'tokamax': 0.85},
+  ),
+  'v5e': Chip(
+    device_kinds=('TPU v5 lite', 'TPU v5e'),
+    peak_flops=197e12,
+    hbm_bytes=int(15.75 * _GIB),
+    hbm_bandwidth=820e9,
+    ici_bandwidth=90e9,
+    clock_hz=1.5e9,
+    head_efficiency={'splash': 0.85, 'tokamax': 0.85},
+    calibration=(
+      1.06,
+      'MaxText 16B on v5e-256, 6 x 2,048 tokens a chip, full remat: 61.1% MFU published, '
+      '59.2% mask-aware, against 55.7% (shape reconstructed: 4096/28672, 32 layers)',
+    ),
+  ),
+  'v5p': Chip(
+    device_kinds=('TPU v5', 'TPU v5p'),
+    peak_flops=459e12,
+    hbm_bytes=int(95.74 * _GIB),
+    hbm_bandwidth=2765e9,
+    ici_bandwidth=180e9,
+    clock_hz=1.75e9,
+    head_efficiency={'splash': 0.85, 'tokamax': 0.85},
+    calibration=(
+      1.18,
+      'MaxText 32B on 64 v5p chips, 7 x 2,048 tokens a chip, tensor 4: 71.5% MFU '
+      'published, 70.3% mask-aware, against 59.7% (shape reconstructed: 8192/28672, '
+      '32 layers)',
+    ),
+  ),
+  'v6e': Chip(
+    device_kinds=('TPU v6 lite', 'TPU v6e'),
+    peak_flops=918e12,
+    hbm_bytes=int(31.25 * _GIB),
+    hbm_bandwidth=1640e9,
+    ici_bandwidth=180e9,
+    clock_hz=1.75e9,
+    head_efficiency={'splash': 0.34, 'tokamax': 0.37},
+    calibration=(
+      1.28,
+      'MaxText Llama-3.1-8B on v6e-8, 3 x 8,192 tokens a chip, q/k/v/out offloaded: '
+      '7,139 tokens/s a chip published against 5,568',
+    ),
+  ),
+  'tpu7x': Chip(
+    device_kinds=('TPU7x',),
+    peak_flops=2307e12 / 2,
+    hbm_bytes=int(94.75 * _GIB),
+    hbm_bandwidth=7380e9 / 2,
+    ici_bandwidth=200e9,
+    clock_hz=2.2e9,
+    devices_per_chip=2,
+    head_efficiency={'splash': 0.35, 'tokamax': 0.39},
+  ),
+  'h100': Chip(
+    device_kinds=('NVIDIA H100 80GB HBM3',),
+    peak_flops=989e12,
+    hbm_bytes=80 * 10**9,
+    hbm_bandwidth=3350e9,
+    ici_bandwidth=450e9,
+  ),
+  'h200': Chip(
+    device_kinds=('NVIDIA H200',),
+    peak_flops=989e12,
+    hbm_bytes=141 * 10**9,
+    hbm_bandwidth=4800e9,
+    ici_bandwidth=450e9,
+  ),
+  'a100': Chip(
+    device_kinds=('NVIDIA A100-SXM4-80GB',),
+    peak_flops=312e12,
+    hbm_bytes=80 * 10**9,
+    hbm_bandwidth=2039e9,
+    ici_bandwidth=300e9,
+  ),
+  'a100-40gb': Chip(
+    device_kinds=('NVIDIA A100-SXM4-40GB',),
+    peak_flops=312e12,
+    hbm_bytes=40 * 10**9,
+    hbm_bandwidth=1555e9,
+    ici_bandwidth=300e9,
+  ),
+}
+
+
+def of_device_kind(kind: str) -> Chip | None:
+  """The chip of `jax.Device.device_kind`; None for an unknown one, such as a CPU.
+
+  Example:
+    >>> of_device_kind('TPU v5 lite') is CHIPS['v5e']
+    True
+    >>> of_device_kind('cpu') is None
+    True
+  """
+  for chip in CHIPS.values():
+    if kind in chip.device_kinds:
+      return chip
+  return None

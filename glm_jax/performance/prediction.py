@@ -1,0 +1,229 @@
+"""Compiles a run's step for devices that are not here, and says what it will need."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import time
+from typing import Any
+
+import numpy as np
+
+from glm_jax import configs, sharding
+from glm_jax.batch import MIXED, Visibility
+from glm_jax.performance import estimate, flops, hlo
+from glm_jax.performance.chips import Chip, of_device_kind
+from glm_jax.training import program, state
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """What a compiled step needs and, on a TPU, how long it is predicted to take.
+
+  Attributes:
+    parameters: of the model.
+    devices: in the mesh.
+    device_kind: as JAX names it.
+    mesh: axis -> devices.
+    attention: the backend, and why.
+    rows: of the global batch.
+    tokens: of the global batch.
+    memory: bytes of a device by kind: arguments, temporaries, peak, limit.
+    fits: whether the compiler accepted it.
+    model_flops: of a step, on all devices, as `flops.training`.
+    compile_seconds: of tracing, lowering and compiling.
+    fingerprint: of the lowered step.
+    estimate: of the step's time; None if it does not fit, or for a CPU.
+    efficiency: assumed of attention kernels; None without one.
+    visited: pairs in visited blocks over visible pairs; None without a kernel.
+  """
+
+  parameters: int
+  devices: int
+  device_kind: str
+  mesh: dict[str, int]
+  attention: tuple[str, str]
+  rows: int
+  tokens: int
+  memory: dict[str, int]
+  fits: bool
+  model_flops: float
+  compile_seconds: float
+  fingerprint: str
+  estimate: estimate.Estimate | None
+  efficiency: float | None
+  visited: float | None
+
+  @property
+  def chip(self) -> Chip | None:
+    return of_device_kind(self.device_kind)
+
+  @property
+  def chips(self) -> float:
+    return self.devices / (self.chip.devices_per_chip if self.chip else 1)
+
+  @property
+  def mfu(self) -> float | None:
+    if self.estimate is None or self.chip is None:
+      return None
+    share = self.model_flops / self.devices
+    return estimate.mfu(share, self.estimate.step_seconds, self.chip)
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """A chip, predicted."""
+    if self.estimate is None:
+      return None
+    return self.tokens / self.estimate.step_seconds / self.chips
+
+  def to_dict(self) -> dict[str, Any]:
+    """As JSON."""
+    extra = {'mfu': self.mfu, 'tokens_per_second_per_chip': self.tokens_per_second}
+    if self.estimate:
+      extra['step_seconds'] = self.estimate.step_seconds
+      if self.chip and self.chip.calibration:
+        factor, run = self.chip.calibration
+        extra['calibrated'] = {'mfu': self.mfu * factor, 'factor': factor, 'run': run}
+    return {**dataclasses.asdict(self), **extra}
+
+
+def lower(config: Any, layout: sharding.Layout) -> tuple[program.Program, Any]:
+  """The step that `train` would run on these devices, lowered.
+
+  Args:
+    config: a `TrainConfig`, whose model is resolved.
+    layout: of the devices.
+  """
+  built = program.build(config, layout)
+  with sharding.active(layout):
+    return built, built.train_step.lower(built.state, built.batch)
+
+
+def predict(config: Any, layout: sharding.Layout) -> Prediction:
+  """Compiles the step that `train` would run on these devices.
+
+  Args:
+    config: a `TrainConfig`, whose model is resolved.
+    layout: of the devices.
+
+  Raises:
+    ValueError: the configuration does not fit the mesh or the chip's kernels.
+  """
+  began = time.perf_counter()
+  built, lowered = lower(config, layout)
+  text = lowered.as_text()
+  rows = visibility_of(config)
+  kind = layout.device_kind
+  chip = of_device_kind(kind)
+  needed, compiled = _compile(lowered)
+  seconds = time.perf_counter() - began
+  limit = chip.hbm_bytes if chip else 0
+  memory, found, attention = {'limit': limit}, None, None
+  if compiled is None:
+    memory |= dict(zip(('peak', 'limit'), needed, strict=True))
+  else:
+    stats = compiled.memory_analysis()
+    memory |= {
+      'arguments': stats.argument_size_in_bytes,
+      'temporaries': stats.temp_size_in_bytes,
+      'peak': getattr(stats, 'peak_memory_in_bytes', 0) or stats.temp_size_in_bytes,
+    }
+    if chip:
+      step = hlo.read(compiled.as_text())
+      attention = _attention(config, built.attention[0], rows, layout, chip)
+      if chip.clock_hz:
+        found = estimate.estimate(step, chip, attention)
+      else:
+        share = flops.training(config.model, rows_tokens(rows), flops.pairs(rows))
+        found = estimate.roofline(step, chip, share * config.batch_size / layout.size)
+  return Prediction(
+    parameters=state.count(built.state['params']),
+    devices=layout.size,
+    device_kind=kind,
+    mesh=layout.shape,
+    attention=built.attention,
+    rows=config.batch_size,
+    tokens=int(config.batch_size * rows_tokens(rows)),
+    memory=memory,
+    fits=compiled is not None,
+    model_flops=config.batch_size
+    * flops.training(config.model, rows_tokens(rows), flops.pairs(rows)),
+    compile_seconds=seconds,
+    fingerprint=hashlib.sha256(_stable(text).encode()).hexdigest()[:16],
+    estimate=found,
+    efficiency=attention.efficiency if attention else None,
+    visited=flops.visited(rows) / flops.pairs(rows) if attention else None,
+  )
+
+
+def visibility_of(config: Any) -> Visibility:
+  """One row as a plan assumes it: full; causal, or with GLM's Part A as on average."""
+  T = config.feature_lengths['tokens']
+  t = np.arange(T)
+  end = t + 1
+  if not config.model.causal:
+    end = np.maximum(round(T * part_a(config)), end)
+  return Visibility(np.zeros((1, T), np.int32), end[None].astype(np.int32))
+
+
+def part_a(config: Any) -> float:
+  """Share of a row that is Part A: what the mixture leaves of a text."""
+  o = config.objectives
+  only = config.task.removeprefix('glm_')
+  if only in MIXED:
+    o = o.only(only)
+  hidden = (o.mask_ratio, (o.document_min_ratio + 1) / 2, o.mask_ratio)
+  return 1 - float(np.dot(o.weights, hidden)) / sum(o.weights)
+
+
+def rows_tokens(rows: Visibility) -> float:
+  return float((rows.key_end > rows.key_start).sum())
+
+
+def _compile(lowered: Any) -> tuple[tuple[int, int] | None, Any]:
+  """The executable; or, if it is too large, the bytes it needs and those there are."""
+  try:
+    return None, lowered.compile()
+  except Exception as error:  # XLA's own, of several types
+    needed = hlo.out_of_memory(str(error))
+    if needed is None:
+      raise
+    return needed, None
+
+
+def _attention(
+  config: Any, backend: str, rows: Visibility, layout: sharding.Layout, chip: Chip
+) -> estimate.Attention | None:
+  name = {'tpu_splash': 'splash', 'tpu_tokamax': 'tokamax'}.get(backend)
+  if name is None:
+    return None
+  model = config.model
+  width = model.num_heads * model.head_size / layout.count('act_heads')
+  area = flops.visited(rows) / layout.count('act_length')
+  # A head that is narrower than a systolic array leaves the rest of it idle.
+  filled = min(1.0, model.head_size / 128)
+  return estimate.Attention(
+    forward_flops=4 * area * width,
+    backward_flops=10 * area * width,
+    efficiency=chip.head_efficiency[name] * filled,
+  )
+
+
+def _stable(text: str) -> str:
+  """Lowered text without what changes from one compilation to the next."""
+  return re.sub(r'loc\(.*?\)|backend_config = "[^"]*"', '', text)
+
+
+def check_fits(prediction: Prediction) -> None:
+  """Raises ValueError if the step does not fit, by how much."""
+  peak, limit = prediction.memory['peak'], prediction.memory['limit']
+  configs.check(
+    prediction.fits,
+    f'the step must fit into {limit / GIB:.2f} GiB a device',
+    f'{peak / GIB:.2f} GiB, {(peak - limit) / GIB:.2f} too many',
+    'see what fits with --suggest: fewer rows, more remat or fsdp, or '
+    'LossConfig.vocab_chunks=8',
+  )

@@ -1,0 +1,1 @@
+"""Tries meshes, rows a device and remat policies, and keeps the fastest that fits."""

@@ -1,0 +1,114 @@
+"""A prediction as a table for a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glm_jax.performance import prediction
+from glm_jax.performance.prediction import GIB, Prediction
+
+
+def render(found: Prediction, config: Any, where: str) -> str:
+  """The table, one fact a line.
+
+  Args:
+    found: of the configuration.
+    config: a `TrainConfig`.
+    where: the topology, in words.
+  """
+  rows: list[tuple[str, str]] = [
+    ('topology', f'{where}: {found.devices} x {found.device_kind}'),
+    ('parameters', f'{found.parameters:,}'),
+    ('mesh', ' x '.join(f'{k} {v}' for k, v in found.mesh.items() if v > 1) or 'one'),
+    ('batch', _batch(found, config)),
+    ('remat, dtype', f'{config.model.remat}, {config.model.dtype}'),
+    ('attention', '{} ({})'.format(*found.attention)),
+    *_memory(found),
+    ('model FLOPs', _flops(found, config)),
+    *_time(found),
+    ('compiled in', f'{found.compile_seconds:.0f} s; fingerprint {found.fingerprint}'),
+  ]
+  width = max(len(name) for name, _ in rows)
+  return '\n'.join(f'{name:<{width}}  {value}' for name, value in rows)
+
+
+def _batch(found: Prediction, config: Any) -> str:
+  length = config.feature_lengths['tokens']
+  text = f'{found.rows} rows of {length:,}, {found.rows / found.devices:g} a device'
+  if config.microbatches > 1:
+    text += f', in {config.microbatches} micro-batches'
+  return text
+
+
+def _memory(found: Prediction) -> list[tuple[str, str]]:
+  m = found.memory
+  if not found.fits:
+    over = (m['peak'] - m['limit']) / GIB
+    return [
+      (
+        'HBM a device',
+        f'does not fit: {m["peak"] / GIB:.2f} of {m["limit"] / GIB:.2f} GiB, '
+        f'{over:.2f} too many',
+      )
+    ]
+  text = f'arguments {m["arguments"] / GIB:.2f}, temporaries {m["temporaries"] / GIB:.2f}'
+  text += f', peak {m["peak"] / GIB:.2f}'
+  if m['limit']:
+    text += f' of {m["limit"] / GIB:.2f} GiB, headroom {1 - m["peak"] / m["limit"]:.0%}'
+  else:
+    text += ' GiB'
+  return [('HBM a device', text)]
+
+
+def _flops(found: Prediction, config: Any) -> str:
+  text = f'{found.model_flops:.4g} a step, visible pairs only'
+  if not config.model.causal:
+    text += f' (rows full, {prediction.part_a(config):.0%} of them Part A)'
+  return text
+
+
+def _time(found: Prediction) -> list[tuple[str, str]]:
+  e, chip = found.estimate, found.chip
+  if e is None or chip is None:
+    return []
+  kind = 'step, predicted' if chip.clock_hz else 'step, roofline'
+  rows = [
+    (
+      kind,
+      f'{e.step_seconds:.3f} s: TensorCore {e.tensorcore_seconds:.3f}, attention '
+      f'{e.attention_seconds:.3f}, exposed collectives '
+      f'{e.exposed_collective_seconds:.3f}',
+    ),
+    ('speed', f'{found.tokens_per_second:,.0f} tokens/s a chip, MFU {found.mfu:.1%}'),
+  ]
+  if chip.calibration:
+    factor, run = chip.calibration
+    rows.append(
+      (
+        'calibrated',
+        f'{found.tokens_per_second * factor:,.0f} tokens/s a chip, MFU '
+        f'{found.mfu * factor:.1%} (x {factor:.2f}, from one run: {run}; such '
+        'predictions were 6 to 28% too low)',
+      )
+    )
+  elif chip.clock_hz:
+    rows.append(('calibrated', 'no public run of this chip to calibrate with'))
+  if found.efficiency:
+    rows.append(
+      (
+        'attention assumed',
+        f'{found.efficiency:.0%} of peak in visited blocks, which hold '
+        f'{found.visited:.2f} x the visible pairs',
+      )
+    )
+  for name, t in sorted(e.traffic.items()):
+    rows.append(
+      (
+        name,
+        f'{t.count} x, {t.bytes / 1e9:.2f} GB, {t.overlapped_bytes / max(t.bytes, 1):.0%} '
+        f'of them overlapped, {t.exposed_seconds:.4f} s exposed',
+      )
+    )
+  if e.unknown_loops:
+    rows.append(('loops counted once', ', '.join(e.unknown_loops)))
+  return rows

@@ -1,0 +1,122 @@
+"""Devices that are not here: the TPU and GPU topologies that XLA compiles for.
+
+libtpu describes a TPU slice, and XLA's GPU compiler a set of hosts, on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from glm_jax import configs
+
+# Some that libtpu knows: a host, a middle size, the largest of a pod.
+KNOWN = {
+  'v4': ('v4:2x2x1', 'v4:4x4x4', 'v4:8x8x16', 'v4:12x16x16'),
+  'v5e': ('v5e:1x1', 'v5e:2x4', 'v5e:4x4', 'v5e:8x16', 'v5e:16x16'),
+  'v5p': ('v5p:2x2x1', 'v5p:4x4x4', 'v5p:4x4x8', 'v5p:8x16x16', 'v5p:16x16x16'),
+  'v6e': ('v6e:1x1', 'v6e:2x4', 'v6e:4x4', 'v6e:8x16', 'v6e:16x16'),
+  'tpu7x': ('tpu7x:2x2x1', 'tpu7x:4x4x4', 'tpu7x:4x4x8', 'tpu7x:8x8x8'),
+  'h100': ('h100:1x1x8', 'h100:1x4x8'),
+}
+
+# XLA's description of a GPU to compile for (fields of its GpuTargetConfigProto, numbers of
+# NVIDIA's data sheet).
+_GPU_TARGETS = {
+  'h100': """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+""",
+}
+
+
+def prepare_environment() -> None:
+  """Lets libtpu be loaded on a machine without a TPU; precedes the first use of JAX."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')
+
+
+def devices(name: str, slices: int = 1) -> list[Any]:
+  """The devices of a topology.
+
+  Args:
+    name: such as 'v5p:4x4x8', or 'h100:1x4x8' (partitions, hosts, devices a host).
+    slices: of that shape, joined by the data-center network.
+
+  Raises:
+    ValueError: a topology that the compiler does not know, or a compiler that is not
+      installed.
+  """
+  kind, _, shape = name.partition(':')
+  configs.check(
+    kind in KNOWN and re.fullmatch(r'\d+(x\d+)*', shape) is not None,
+    '--topology must be KIND:SHAPE of a kind among ' + ', '.join(KNOWN),
+    repr(name),
+    'use such as ' + ', '.join(names[-1] for names in KNOWN.values()),
+  )
+  configs.check(slices >= 1, '--slices must be 1 or more', str(slices), 'correct it')
+  from jax.experimental import topologies
+
+  if kind in _GPU_TARGETS:
+    configs.check(slices == 1, 'GPUs have no slices', str(slices), 'leave --slices out')
+    return _described(
+      lambda: topologies.get_topology_desc(
+        platform='cuda',
+        topology_name=kind,
+        target_config=_GPU_TARGETS[kind],
+        topology=shape,
+      ),
+      name,
+      "GPU compiler: pip install 'jax[cuda12]'",
+    )
+  options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
+  if shape == '1x1':
+    options['chips_per_host_bounds'] = (1, 1, 1)
+  return _described(
+    lambda: topologies.get_topology_desc(platform='tpu', topology_name=name, **options),
+    name,
+    'TPU compiler: pip install libtpu',
+  )
+
+
+def _described(describe: Callable[[], Any], name: str, compiler: str) -> list[Any]:
+  try:
+    return list(describe().devices)
+  except Exception as error:  # of several kinds, by version
+    text = ' '.join(str(error).split())
+    missing = re.search(r'Unable to load|not found|Unknown backend|No module|dlopen', text)
+    if missing:
+      raise ValueError(
+        f'--topology={name} must have its compiler installed, got {text[:200]!r}; '
+        f'install the {compiler}.'
+      ) from error
+    kind = name.partition(':')[0]
+    raise ValueError(
+      f'--topology must be one that the compiler knows, got {name!r} ({text[:200]}); use '
+      f'such as {", ".join(KNOWN[kind])}.'
+    ) from error

@@ -1,0 +1,122 @@
+"""Compiles a run's step for accelerators that are not here, and prints what it needs.
+
+The phases, in order: configuration, topology, compile, table. `--suggest` repeats the last
+two over meshes, rows and remat policies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_jax import cli, configs
+
+
+def plan(config: Any, flags: argparse.Namespace) -> None:
+  """Prints the table of one configuration, or the best of several.
+
+  Args:
+    config: a `TrainConfig`.
+    flags: of the command.
+
+  Raises:
+    ValueError: the topology is unknown, or the step does not divide over it or fit.
+  """
+  import jax
+
+  from glm_jax import sharding
+  from glm_jax.performance import prediction, table, topologies
+  from glm_jax.training import start
+
+  config, _, _ = start.resolve(config)
+  if flags.topology:
+    devices = topologies.devices(flags.topology, flags.slices)
+  else:
+    devices = jax.devices()
+  where = flags.topology or f'{len(devices)} CPU devices'
+  if flags.slices > 1:
+    where = f'{flags.slices} slices of {where}'
+  if flags.suggest:
+    raise NotImplementedError
+  else:
+    print(f'compiling for {where} (minutes for a large model)', flush=True)
+    found = prediction.predict(config, sharding.make_mesh(config.mesh, devices))
+  print(table.render(found, config, where))
+  Path(flags.json).write_text(
+    json.dumps({'topology': where, **found.to_dict()}, indent=2) + '\n', encoding='utf-8'
+  )
+  print(f'\nall of it in {flags.json}')
+  prediction.check_fits(found)
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command."""
+  argv, bindings = cli.split_bindings(argv)
+  flags = _flags().parse_args(argv)
+  configs.check(
+    bool(flags.topology) != (flags.platform == 'cpu'),
+    'plan must be given --topology, or --platform=cpu',
+    f'--topology={flags.topology!r}, --platform={flags.platform!r}',
+    'give one of them, such as --topology=v5p:4x4x8',
+  )
+  configs.check(
+    not flags.json or Path(flags.json).resolve().parent.is_dir(),
+    '--json must be a file in a folder that exists',
+    repr(flags.json),
+    'correct the path',
+  )
+  from glm_jax.performance import topologies
+
+  topologies.prepare_environment()
+  if flags.platform == 'cpu':
+    cli.use_cpu_devices(flags.cpu_devices)
+  from glm_jax.train import CONFIGURABLES, TrainConfig
+
+  config, _ = cli.load_config(
+    TrainConfig,
+    CONFIGURABLES,
+    flags.gin_file,
+    flags.gin_search_paths,
+    bindings,
+    placeholders=True,
+  )
+  plan(dataclasses.replace(config), flags)
+
+
+def _flags() -> argparse.ArgumentParser:
+  flags = cli.parser(
+    'plan',
+    'Compiles the training step of a configuration for accelerators that are not here: '
+    'does it fit, how fast would it be, what moves between devices.',
+    'python -m glm_jax.plan --gin_file=gin_configs/pretrain_chatglm2_6b.gin '
+    '--topology=v5p:4x4x8',
+  )
+  cli.add_gin_flags(flags)
+  group = flags.add_argument_group('where')
+  group.add_argument(
+    '--topology', default='', metavar='KIND:SHAPE', help='such as v5e:16x16, h100:1x4x8'
+  )
+  group.add_argument(
+    '--slices', type=int, default=1, metavar='N', help='TPU slices of that shape'
+  )
+  group.add_argument(
+    '--platform', default='', choices=['cpu'], help='a dry run on virtual CPU devices'
+  )
+  group.add_argument('--cpu_devices', type=int, default=1, metavar='N')
+  group = flags.add_argument_group('what')
+  group.add_argument(
+    '--suggest', action='store_true', help='try meshes, rows and remat; print the best'
+  )
+  group.add_argument(
+    '--trials', type=int, default=6, metavar='N', help='compiles of --suggest'
+  )
+  group.add_argument('--json', default='plan.json', metavar='FILE', help='results as JSON')
+  return flags
+
+
+if __name__ == '__main__':
+  cli.main(main)
