@@ -181,9 +181,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
   )
   if slices == 1:
     shape = tuple(sizes.values())
-    arranged = mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:
     inside = (sizes['data'] // slices, *list(sizes.values())[1:])
     arranged = mesh_utils.create_hybrid_device_mesh(

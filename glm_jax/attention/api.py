@@ -175,9 +175,7 @@ def attend(
     if backend == 'auto':
       backend = 'dense' if T <= _DENSE_LENGTH else 'chunked'
     chex.assert_shape(list(seen), (B, T))
-    return _local(
-      backend, q_BTNH, k_BSKH, v_BSKH, seen, None, dropout_rate, dropout_key
-    )
+    return _local(backend, q_BTNH, k_BSKH, v_BSKH, seen, None, dropout_rate, dropout_key)
   parts = sharding.axis_size('act_heads')
   if K % parts:  # every device gets the one head that its queries use
     k_BSKH, v_BSKH = (jnp.repeat(x, parts // K, axis=2) for x in (k_BSKH, v_BSKH))

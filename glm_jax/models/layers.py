@@ -45,7 +45,7 @@ class Einsum(nn.Module):
     weight = self.param(
       'weight', _partitioned(nn.initializers.normal(self.init_std), self.axes), self.shape
     )
-    out = jnp.einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype))
+    out = einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype), self.axes)
     if not self.bias_axes:
       return out
     bias = self.param(
@@ -123,18 +123,8 @@ class Table(nn.Module):
     return self.weight.astype(self.dtype)
 
   def _look_up(self, weight: jax.Array, ids: jax.Array) -> jax.Array:
-    """This device's rows of ids in its part of the table.
-
-    Left to itself, XLA sums the table's gradient over all devices before each takes its
-    part; so, it is scattered over the width first, and then summed.
-    """
-    copies = (*sharding.axes_of('act_batch'), *sharding.axes_of('act_length'))
-    width = sharding.axes_of('embed')
-    copies = tuple(axis for axis in copies if axis not in width)
-    if copies:
-      weight = jax.lax.pcast(weight, copies, to='varying')
-    if width:
-      weight = jax.lax.all_gather(weight, width, axis=1, tiled=True)
+    """This device's rows of ids in its part of the table."""
+    weight = _gathered(weight, (self.row_axis, 'embed'))
     rows = sharding.axes_of(self.row_axis) if self.row_axis else ()
     if not rows:
       return weight[ids]
@@ -146,10 +136,65 @@ class Table(nn.Module):
 
 def logits(x_BTD: jax.Array, weight_VD: jax.Array) -> jax.Array:
   """The linear head, [B, T, V] float32."""
-  logits_BTV = jnp.einsum(
-    'BTD,VD->BTV', x_BTD, weight_VD, preferred_element_type=jnp.float32
-  )
-  return constrain(logits_BTV, 'act_length', 'act_vocab')
+  return einsum('BTD,VD->BTV', x_BTD, weight_VD, ('vocab', 'embed'), jnp.float32)
+
+
+def einsum(
+  equation: str,
+  x: jax.Array,
+  weight: jax.Array,
+  axes: tuple[str, ...],
+  dtype: Any = None,
+) -> jax.Array:
+  """`jnp.einsum`, in which each device gathers the weight over the width and no more.
+
+  Left to itself, XLA sums some gradients over all devices before each takes its part of
+  the sum; the transpose of a gather is to scatter first.
+
+  Args:
+    equation: of tokens [B, T, ...] and a weight.
+    x: activations.
+    weight: of the same dtype.
+    axes: logical axes of the weight.
+    dtype: of the sums and the result; None for that of `x`.
+  """
+  inputs, result = equation.split('->')
+  tokens, letters = inputs.split(',')
+  # A weight's width is whole where it meets activations; key heads may be copies.
+  size = dict(zip(letters, weight.shape, strict=True))
+  held = {
+    letter: None if name == 'kv_heads' and size[letter] % sharding.axis_size(name) else name
+    for letter, name in zip(letters, axes, strict=True)
+  }
+  whole = {letter: None if name == 'embed' else name for letter, name in held.items()}
+  whole |= {'B': 'act_batch', 'T': 'act_length'}
+  summed = [whole[letter] for letter in letters if letter not in result and whole[letter]]
+
+  def here(x: jax.Array, weight: jax.Array) -> jax.Array:
+    weight = _gathered(weight, tuple(held.values()))
+    y = jnp.einsum(equation, x, weight, preferred_element_type=dtype)
+    over = [axis for name in summed for axis in sharding.axes_of(name)]
+    return jax.lax.psum(y, over) if over else y
+
+  of = lambda letters: tuple(whole[letter] for letter in letters)
+  run = sharding.per_device(here, (of(tokens), tuple(held.values())), of(result))
+  return run(x, weight)
+
+
+def _gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """Inside `per_device`: a weight, whole over its width.
+
+  Its gradient is scattered over the width, and then summed over what holds copies.
+  """
+  width = sharding.axes_of('embed')
+  tokens = (*sharding.axes_of('act_batch'), *sharding.axes_of('act_length'))
+  copies = tuple(axis for axis in tokens if axis not in width)
+  if copies:
+    weight = jax.lax.pcast(weight, copies, to='varying')
+  if width and 'embed' in axes:
+    place = axes.index('embed')
+    weight = jax.lax.all_gather(weight, width, axis=place, tiled=True)
+  return weight
 
 
 class Attention(nn.Module):

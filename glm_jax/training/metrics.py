@@ -14,6 +14,7 @@ import numpy as np
 
 from glm_jax.performance import chips, flops
 
+
 def averages(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
   """(sum, count) pairs to means, leaving out what was not counted."""
   pairs = {k: (float(total), float(count)) for k, (total, count) in metrics.items()}

@@ -93,8 +93,6 @@ def _accumulate(differentiate, params, batch, key, parts):
 
   first = jax.tree.map(lambda x: x[0], split)
   (_, metrics), gradients = jax.eval_shape(differentiate, params, first, key)
-  zeros = jax.tree.map(
-    lambda a: jnp.zeros(a.shape, jnp.float32), (metrics, gradients)
-  )
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (metrics, gradients))
   (metrics, gradients), _ = jax.lax.scan(one, zeros, (jnp.arange(parts), split))
   return metrics, gradients
