@@ -40,6 +40,7 @@ _FSDP = {
   'mlp': 'tensor',
   'vocab': 'tensor',
   'head_dim': None,
+  'norm': None,  # too small to be worth gathering
   'layers': None,
 }
 

@@ -65,8 +65,8 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     D = x_BTD.shape[-1]
-    scale = self.param('scale', _partitioned(nn.initializers.ones, ('embed',)), (D,))
-    bias = self.param('bias', _partitioned(nn.initializers.zeros, ('embed',)), (D,))
+    scale = self.param('scale', _partitioned(nn.initializers.ones, ('norm',)), (D,))
+    bias = self.param('bias', _partitioned(nn.initializers.zeros, ('norm',)), (D,))
     x_BTD = x_BTD.astype(jnp.float32)
     mean = x_BTD.mean(-1, keepdims=True)
     variance = jnp.square(x_BTD - mean).mean(-1, keepdims=True)
@@ -87,7 +87,7 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     scale = self.param(
-      'scale', _partitioned(nn.initializers.ones, ('embed',)), (x_BTD.shape[-1],)
+      'scale', _partitioned(nn.initializers.ones, ('norm',)), (x_BTD.shape[-1],)
     )
     x_BTD = x_BTD.astype(jnp.float32)
     x_BTD *= jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + self.epsilon)
@@ -124,7 +124,7 @@ class Table(nn.Module):
 
   def _look_up(self, weight: jax.Array, ids: jax.Array) -> jax.Array:
     """This device's rows of ids in its part of the table."""
-    weight = _gathered(weight, (self.row_axis, 'embed'))
+    weight = _gathered(weight)
     rows = sharding.axes_of(self.row_axis) if self.row_axis else ()
     if not rows:
       return weight[ids]
@@ -161,28 +161,30 @@ def einsum(
   inputs, result = equation.split('->')
   tokens, letters = inputs.split(',')
   # A weight's width is whole where it meets activations; key heads may be copies.
-  size = dict(zip(letters, weight.shape, strict=True))
-  held = {
-    letter: None if name == 'kv_heads' and size[letter] % sharding.axis_size(name) else name
-    for letter, name in zip(letters, axes, strict=True)
-  }
-  whole = {letter: None if name == 'embed' else name for letter, name in held.items()}
+  names = dict(zip(letters, axes, strict=True))
+  heads = {k: n for k, n in zip(axes, weight.shape, strict=True) if k == 'kv_heads'}
+  if heads and heads['kv_heads'] % sharding.axis_size('kv_heads'):
+    names = {letter: None if n == 'kv_heads' else n for letter, n in names.items()}
+  whole = {letter: None if name == 'embed' else name for letter, name in names.items()}
   whole |= {'B': 'act_batch', 'T': 'act_length'}
   summed = [whole[letter] for letter in letters if letter not in result and whole[letter]]
+  # The width last: elsewhere XLA makes a sum over all devices of a large scatter.
+  place = axes.index('embed')
+  last = letters[:place] + letters[place + 1 :] + letters[place]
 
   def here(x: jax.Array, weight: jax.Array) -> jax.Array:
-    weight = _gathered(weight, tuple(held.values()))
-    y = jnp.einsum(equation, x, weight, preferred_element_type=dtype)
+    weight = _gathered(jnp.moveaxis(weight, place, -1))
+    y = jnp.einsum(f'{tokens},{last}->{result}', x, weight, preferred_element_type=dtype)
     over = [axis for name in summed for axis in sharding.axes_of(name)]
     return jax.lax.psum(y, over) if over else y
 
   of = lambda letters: tuple(whole[letter] for letter in letters)
-  run = sharding.per_device(here, (of(tokens), tuple(held.values())), of(result))
+  run = sharding.per_device(here, (of(tokens), tuple(names.values())), of(result))
   return run(x, weight)
 
 
-def _gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Inside `per_device`: a weight, whole over its width.
+def _gathered(weight: jax.Array) -> jax.Array:
+  """Inside `per_device`: a weight [..., D] that is whole over its width.
 
   Its gradient is scattered over the width, and then summed over what holds copies.
   """
@@ -191,9 +193,8 @@ def _gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   copies = tuple(axis for axis in tokens if axis not in width)
   if copies:
     weight = jax.lax.pcast(weight, copies, to='varying')
-  if width and 'embed' in axes:
-    place = axes.index('embed')
-    weight = jax.lax.all_gather(weight, width, axis=place, tiled=True)
+  if width:
+    weight = jax.lax.all_gather(weight, width, axis=weight.ndim - 1, tiled=True)
   return weight
 
 
@@ -289,7 +290,7 @@ class Attention(nn.Module):
       self.dtype,
       name='out',
     )(out_BTNH)
-    return out_BTD, cache
+    return checkpoint_name(out_BTD, 'out'), cache
 
 
 ACTIVATIONS = {
@@ -333,9 +334,11 @@ class MLP(nn.Module):
         self.dtype,
         name=name,
       )(x_BTD)
-      return checkpoint_name(constrain(h_BTF, 'act_length', 'act_mlp'), 'mlp')
+      h_BTF = checkpoint_name(constrain(h_BTF, 'act_length', 'act_mlp'), 'mlp')
+      return jax.lax.optimization_barrier(h_BTF)
 
     h_BTF = act(project('gate')) * project('up') if self.gated else act(project('up'))
+    h_BTF = jax.lax.optimization_barrier(h_BTF)
     return Einsum(
       'BTF,FD->BTD',
       (F, D),
@@ -355,7 +358,7 @@ _REMAT = {
   'dots_no_batch': _policies.dots_with_no_batch_dims_saveable,
   'attention': _policies.save_only_these_names('attention'),
   'attention_qkv': _policies.save_only_these_names('attention', 'qkv'),
-  'attention_qkv_mlp': _policies.save_only_these_names('attention', 'qkv', 'mlp'),
+  'projections': _policies.save_only_these_names('attention', 'qkv', 'out', 'mlp'),
   'offload': _policies.save_and_offload_only_these_names(
     names_which_can_be_saved=['attention'],
     names_which_can_be_offloaded=['qkv', 'mlp'],

@@ -461,8 +461,10 @@ class _Walk:
   ) -> None:
     """A collective inside a fusion; several fusions of a chain carry the same one."""
     for holder, c in self._held_collectives(i):
+      # Gathers written by hand share one channel: what they gather tells them apart.
       channel = re.search(r'channel_id=(\d+)', c.attributes)
-      key = channel[1] if channel else c.name
+      source = re.search(r'op_name="([^"]*)"', c.attributes)
+      key = f'{channel[1]} {source and source[1]}' if channel else c.name
       if key not in chains:
         chains.add(key)
         scatter = holder.name.startswith('all-reduce-scatter')
