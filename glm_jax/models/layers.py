@@ -71,7 +71,7 @@ class LayerNorm(nn.Module):
     mean = x_BTD.mean(-1, keepdims=True)
     variance = jnp.square(x_BTD - mean).mean(-1, keepdims=True)
     x_BTD = (x_BTD - mean) * jax.lax.rsqrt(variance + self.epsilon)
-    return (x_BTD * scale + bias).astype(self.dtype)
+    return jax.lax.optimization_barrier((x_BTD * scale + bias).astype(self.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
     )
     x_BTD = x_BTD.astype(jnp.float32)
     x_BTD *= jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + self.epsilon)
-    return (x_BTD * scale).astype(self.dtype)
+    return jax.lax.optimization_barrier((x_BTD * scale).astype(self.dtype))
 
 
 class Table(nn.Module):
