@@ -7,7 +7,6 @@ two over meshes, rows and remat policies.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
   import jax
 
   from glm_jax import sharding
-  from glm_jax.performance import prediction, table, topologies
+  from glm_jax.performance import prediction, suggest, table, topologies
   from glm_jax.training import start
 
   config, _, _ = start.resolve(config)
@@ -41,7 +40,7 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
   if flags.slices > 1:
     where = f'{flags.slices} slices of {where}'
   if flags.suggest:
-    raise NotImplementedError
+    found, config = suggest.best(config, devices, flags.trials, print)
   else:
     print(f'compiling for {where} (minutes for a large model)', flush=True)
     found = prediction.predict(config, sharding.make_mesh(config.mesh, devices))
@@ -84,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     bindings,
     placeholders=True,
   )
-  plan(dataclasses.replace(config), flags)
+  plan(config, flags)
 
 
 def _flags() -> argparse.ArgumentParser:

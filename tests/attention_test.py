@@ -1,5 +1,6 @@
 """Attention over intervals: every backend equals a plain softmax."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,9 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.attention import attend, chunked
+from glm_jax.attention import (
+  api,
+  attend,
+  blocks,
+  choose,
+  chunked,
+  prepare,
+  splash,
+  tokamax_splash,
+)
 from glm_jax.attention.dense import drop
 from glm_jax.batch import Visibility
+from glm_jax.models import ChatGLM2Config, GLMConfig
+from glm_jax.performance import flops
 
 B, H = 3, 8
 
@@ -138,3 +150,188 @@ def test_chunked_attention_holds_no_square_array():
 
   assert f'{T},{T}]' not in compiled('chunked')
   assert f'{T},{T}]' in compiled('dense')
+
+
+KINDS = ['causal', 'bidirectional', 'prefix', 'padded', 'packed']
+HEADS = {'mha': (2, 2), 'gqa': (4, 2), 'mqa': (4, 1)}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+  """The TPU kernels without a TPU, in blocks of 128."""
+  from jax.experimental.pallas import tpu as pltpu
+
+  monkeypatch.setattr(splash, 'INTERPRET', True)
+  # Plain interpret mode gets tokamax's gradients wrong: it does not share memory between
+  # inputs and outputs.
+  monkeypatch.setattr(tokamax_splash, 'INTERPRET', pltpu.InterpretParams())
+  monkeypatch.setattr(blocks.tiles, '__defaults__', (128,))
+
+
+def _equal_to_dense(backend, kind, heads, T=300):
+  """Values and gradients of one row of T queries, of which the last block is not full."""
+  N, K = heads
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, weight = (jax.random.normal(key, (1, T, N, 128)) for key in (keys[0], keys[3]))
+  k, v = (jax.random.normal(key, (1, T, K, 128)) for key in keys[1:3])
+  visibility = jax.tree.map(lambda x: x[:1], _visibility(kind, T))
+
+  def weighted(q, k, v, seen):
+    out = attend(q, k, v, seen)
+    return (out * weight).sum(), out
+
+  run = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))
+  seen = jax.jit(lambda v: prepare(v, backend))(visibility)
+  assert seen.backend == backend and seen.metadata is not None
+  (_, wanted), wanted_gradients = run(q, k, v, prepare(visibility, 'dense'))
+  (_, out), gradients = run(q, k, v, seen)
+  np.testing.assert_allclose(out, wanted, atol=2e-5)
+  for found, right in zip(gradients, wanted_gradients, strict=True):
+    np.testing.assert_allclose(found, right, atol=2e-5)
+
+
+@pytest.mark.parametrize('heads', HEADS)
+@pytest.mark.parametrize('kind', KINDS)
+def test_splash_equals_dense(kind, heads, kernels):
+  _equal_to_dense('tpu_splash', kind, HEADS[heads])
+
+
+@pytest.mark.parametrize('heads', HEADS)
+def test_splash_with_segments_equals_dense(heads, kernels, monkeypatch):
+  """As for rows whose intervals do not fit into an int32."""
+  monkeypatch.setattr(splash, 'LONGEST_PACKED', 128)
+  _equal_to_dense('tpu_splash', 'packed', HEADS[heads])
+  if heads == 'mqa':
+    _equal_to_dense('tpu_splash', 'padded', HEADS[heads])
+
+
+@pytest.mark.parametrize('kind,heads', [('packed', 'gqa'), ('padded', 'mha')])
+def test_tokamax_equals_dense(kind, heads, kernels):
+  _equal_to_dense('tpu_tokamax', kind, HEADS[heads])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'kind,heads', [('causal', 'mqa'), ('bidirectional', 'gqa'), ('prefix', 'mha')]
+)
+def test_tokamax_equals_dense_in_the_other_layouts(kind, heads, kernels):
+  _equal_to_dense('tpu_tokamax', kind, HEADS[heads])
+
+
+@pytest.mark.parametrize('backend', ['dense', 'chunked', 'tpu_splash', 'tpu_tokamax'])
+def test_a_key_influences_exactly_the_queries_whose_interval_holds_it(backend, kernels):
+  """Boundaries inside blocks and at their edges, empty rows, an interval of one."""
+  T = 260
+  start, end = np.zeros((1, T), np.int32), np.zeros((1, T), np.int32)
+  intervals = {0: (0, 1), 1: (0, 128), 127: (127, 128), 128: (128, 129), 129: (5, 259)}
+  intervals |= {200: (128, 256), 255: (127, 257), 256: (259, 260), 258: (0, 260)}
+  for t, (a, z) in intervals.items():
+    start[0, t], end[0, t] = a, z
+  q, k, v = (
+    jax.random.normal(key, (1, T, 1, 128)) for key in jax.random.split(jax.random.key(1), 3)
+  )
+  seen = prepare(Visibility(jnp.asarray(start), jnp.asarray(end)), backend)
+  out, pull = jax.vjp(jax.jit(lambda k, v: attend(q, k, v, seen)), k, v)
+  nothing = np.setdiff1d(np.arange(T), list(intervals))
+  assert not np.asarray(out)[0, nothing].any()
+  pull = jax.jit(pull)
+  for t, (a, z) in intervals.items():
+    dk, dv = pull(jnp.zeros_like(out).at[0, t].set(1.0))
+    touched = np.flatnonzero(np.abs(np.asarray(dv)[0]).max((1, 2)) > 0)
+    np.testing.assert_array_equal(touched, np.arange(a, z), err_msg=f'query {t}')
+    assert set(np.flatnonzero(np.abs(np.asarray(dk)[0]).max((1, 2)))) <= set(range(a, z))
+  dk, dv = pull(jnp.zeros_like(out).at[0, nothing].set(1.0))
+  assert not np.asarray(dk).any() and not np.asarray(dv).any()
+
+
+def test_one_token_is_a_row(kernels):
+  x = jax.random.normal(jax.random.key(0), (1, 1, 2, 128))
+  one = Visibility(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+  np.testing.assert_allclose(attend(x, x, x, prepare(one, 'tpu_splash')), x, atol=1e-6)
+
+
+def _random_row(rng, T):
+  """Packed prefix documents and padding."""
+  used = T - int(rng.integers(0, T // 4))
+  cuts = np.sort(rng.choice(np.arange(1, used), rng.integers(0, 8), replace=False))
+  start, end = np.zeros(T, np.int32), np.zeros(T, np.int32)
+  for a, z in itertools.pairwise([0, *cuts, used]):
+    t = np.arange(a, z)
+    start[a:z], end[a:z] = a, np.maximum(a + int(rng.integers(1, z - a + 1)), t + 1)
+  return start, end
+
+
+@pytest.mark.parametrize('block', [512, 1024])
+def test_no_block_is_visited_in_vain(block):
+  rng, T = np.random.default_rng(0), 8192
+  cut = blocks.tiles(T, block)
+  classify = jax.jit(lambda a, z: blocks.active(a, z, cut, cut))
+  visited = needed = 0
+  for _ in range(20):
+    start, end = _random_row(rng, T)
+    found = classify(start, end)
+    s = np.arange(T)
+    seen = (start[:, None] <= s) & (s < end[:, None])
+    seen = seen.reshape(cut.count, cut.block, cut.count, cut.block)
+    needs, full = seen.any((1, 3)), seen.all((1, 3))
+    assert not (needs & ~np.asarray(found.visited)).any()
+    np.testing.assert_array_equal(found.full, full)
+    visited, needed = visited + int(found.visited.sum()), needed + int(needs.sum())
+  assert visited <= 1.05 * needed
+
+
+def test_visited_pairs_are_counted():
+  """8 blocks of 1,024: 36 of 64 for a causal row."""
+  t = np.arange(8192)
+  causal = Visibility(np.zeros((2, 8192), np.int32), np.stack([t + 1, t + 1]))
+  assert flops.visited(causal) == 2 * 36 * 1024**2
+  assert flops.pairs(causal) == 8192 * 8193
+
+
+class _Device:
+  def __init__(self, platform, kind):
+    self.platform, self.device_kind = platform, kind
+
+
+_SIZES = dict(num_layers=1, hidden_size=256, num_heads=2, vocab_size=64, max_positions=64)
+_CAUSAL = ChatGLM2Config(**_SIZES, num_kv_heads=1, head_size=128, mlp_size=8)
+
+
+@pytest.mark.parametrize(
+  'kind,length,best',
+  [
+    ('TPU v4', 8192, 'tpu_splash'),
+    ('TPU v5', 8192, 'tpu_splash'),
+    ('TPU v5 lite', 8192, 'tpu_tokamax'),
+    ('TPU v6 lite', 8192, 'tpu_tokamax'),
+    ('TPU7x', 8192, 'tpu_tokamax'),
+    ('TPU7x', 65536, 'tpu_splash'),
+  ],
+)
+def test_the_backend_is_that_of_the_chip(kind, length, best):
+  assert choose(_CAUSAL, _Device('tpu', kind), length)[0] == best
+
+
+def test_a_backend_that_cannot_is_refused_or_named():
+  cpu, tpu = _Device('cpu', 'cpu'), _Device('tpu', 'TPU v5')
+  assert choose(_CAUSAL, cpu, 512)[0] == 'dense'
+  assert choose(_CAUSAL, cpu, 8192)[0] == 'chunked'
+  dropping = GLMConfig(**_SIZES, attention_dropout=0.1)
+  backend, why = choose(dropping, tpu, 8192)
+  assert backend == 'chunked' and 'attention_dropout=0.1' in why
+  for model, device, words in [
+    (dataclasses.replace(_CAUSAL, attention='tpu_splash'), cpu, 'runs on tpu.*this is cpu'),
+    (dataclasses.replace(dropping, attention='tpu_splash'), tpu, 'attention_dropout=0.1'),
+    (dataclasses.replace(_CAUSAL, attention='tpu_tokamax'), tpu, '65536 positions'),
+    (dataclasses.replace(_CAUSAL, attention='gpu_tokamax'), tpu, 'runs on gpu'),
+  ]:
+    with pytest.raises(ValueError, match=words):
+      choose(model, device, 65536)
+  x = jnp.zeros((1, 2, 1, 128))
+  ones = Visibility(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
+  with pytest.raises(ValueError, match='prepare'):
+    attend(x, x, x, ones, backend='tpu_splash')
+  with pytest.raises(ValueError, match='dropout must be dense or chunked'):
+    api.attend(
+      x, x, x, prepare(ones, 'tpu_splash'), dropout_rate=0.1, dropout_key=jax.random.key(0)
+    )

@@ -12,6 +12,7 @@ from glm_jax import models, sharding
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import checkpoint, loss, metrics, state, step
 from glm_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from glm_jax.training.loss import LossConfig
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=2), 100)
@@ -22,13 +23,21 @@ def _devices(config):
   return jax.devices()[: int(np.prod(sizes))]
 
 
-def _run(config, batch, mesh_config, microbatches=1, steps=3, start=None):
+def _run(
+  config,
+  batch,
+  mesh_config,
+  microbatches=1,
+  steps=3,
+  optimizer=OPTIMIZER,
+  loss_config=LossConfig(),
+):
   """State and metrics after some steps on a mesh."""
   mesh = sharding.make_mesh(mesh_config, _devices(mesh_config))
-  current = start or state.init_state(config, OPTIMIZER, mesh, 0)
+  current = state.init_state(config, optimizer, mesh, 0)
   train_step = step.make_train_step(
-    loss.pretraining_loss(models.build(config)),
-    OPTIMIZER,
+    loss.pretraining_loss(models.build(config), loss_config),
+    optimizer,
     microbatches=microbatches,
     seed=0,
   )
@@ -62,6 +71,11 @@ def _largest_difference(a, b):
     (MeshConfig(data=1, tensor=2), 1),
     (MeshConfig(data=2, fsdp=2, tensor=2), 1),
     (MeshConfig(data=2, fsdp=4), 2),
+    (MeshConfig(data=1, sequence=4), 1),
+    (MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 1),
+    (MeshConfig(data=4, fsdp=2, rules='fsdp_data'), 1),
+    (MeshConfig(data=4, fsdp=2, rules='replicated'), 1),
+    (MeshConfig(data=2, tensor=2, overrides={'vocab': None}), 1),
   ],
 )
 def test_eight_devices_equal_one(config, batch, reference, mesh, microbatches):
@@ -85,10 +99,99 @@ _SMALL |= dict(max_positions=48)
 )
 def test_eight_devices_equal_one_in_every_family(other, batch):
   one, found = _run(other, batch, MeshConfig(data=1), steps=2)
-  many, again = _run(other, batch, MeshConfig(data=2, fsdp=2, tensor=2), steps=2)
+  # Four devices share the heads: two of them each of the two key heads.
+  many, again = _run(other, batch, MeshConfig(data=1, sequence=2, tensor=4), steps=2)
   assert again == pytest.approx(found, abs=1e-5)
   params = jax.device_get((one['params'], many['params']))
   assert _largest_difference(*params) <= 1e-5
+
+
+@pytest.mark.parametrize(
+  'mesh', [MeshConfig(data=1), MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)]
+)
+def test_the_loss_in_chunks_of_the_vocabulary_equals_the_whole(
+  config, batch, reference, mesh
+):
+  """256 or 512 pieces a device in 3 chunks, which do not divide them."""
+  current, found = _run(config, batch, mesh, loss_config=LossConfig(vocab_chunks=3))
+  assert found == pytest.approx(reference[1], abs=1e-5)
+  assert _largest_difference(jax.device_get(current['params']), reference[0]) <= 1e-5
+
+
+def test_the_loss_in_chunks_holds_no_logits():
+  T, V, D = 2048, 16384, 64
+  shapes = [(1, T, D), (V, D)]
+  x, weight = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+  targets = jnp.zeros((1, T), jnp.int32)
+
+  def peak(f):
+    gradient = jax.jit(jax.grad(f, argnums=(0, 1)))
+    return gradient.lower(x, weight).compile().memory_analysis().temp_size_in_bytes
+
+  whole = peak(lambda x, w: loss.cross_entropy(x @ w.T, targets).sum())
+  chunked = peak(lambda x, w: loss.chunked_cross_entropy(x, w, targets, 16)[0].sum())
+  assert chunked <= 0.25 * 4 * T * V <= whole
+
+
+def test_z_loss_is_the_square_of_the_logsumexp(config, batch):
+  params = nn.unbox(state.init_params(config, jax.random.key(0)))
+  rows = batch._replace(index=None)
+  model = models.build(config)
+  logits, _ = model.apply({'params': params}, rows.tokens, *rows[3:5], rows.visibility)
+  square = np.square(np.asarray(jax.nn.logsumexp(logits, -1)))
+  wanted = 0.01 * (square * batch.loss_weights).sum()
+  totals = []
+  for chunks in (0, 4):
+    made = loss.pretraining_loss(model, LossConfig(z_loss=0.01, vocab_chunks=chunks))
+    total, found = made(params, rows, None)
+    assert float(found['z_loss'][0]) == pytest.approx(wanted, rel=1e-5)
+    assert float(total) == pytest.approx(float(found['loss'][0]) + wanted, rel=1e-5)
+    totals.append(jax.grad(lambda p, made=made: made(p, rows, None)[0])(params))
+  assert (
+    _largest_difference(*totals) <= 1e-3
+  )  # of gradients up to 100: sums over 768 tokens
+
+
+@pytest.mark.parametrize('remat', ['full', 'attention', 'attention_qkv', 'projections'])
+def test_what_is_computed_again_changes_nothing(config, batch, reference, remat):
+  again = dataclasses.replace(config, remat=remat)
+  current, found = _run(again, batch, MeshConfig(data=1))
+  assert found == pytest.approx(reference[1], rel=1e-6)
+  assert _largest_difference(current['params'], reference[0]) <= 1e-6
+
+
+def test_a_smaller_first_moment_is_close(config, batch, reference):
+  small = make_optimizer(
+    OptimizerConfig(learning_rate=1e-3, warmup_steps=2, first_moment_dtype='bfloat16'), 100
+  )
+  current, found = _run(config, batch, MeshConfig(data=1), optimizer=small)
+  assert found['loss'] == pytest.approx(reference[1]['loss'], abs=1e-3)
+  # Three steps of at most 1e-3 each; bfloat16 keeps 8 bits of the moment, and their sign
+  # and size follow it.
+  assert 0 < _largest_difference(current['params'], reference[0]) <= 1e-4
+  kinds = {leaf.dtype for leaf in jax.tree.leaves(current['opt_state'])}
+  assert jnp.bfloat16 in kinds and jnp.float32 in kinds
+
+
+def test_balanced_rows_and_back():
+  """Device i of n holds chunks i and 2 n - 1 - i; gathered keys are in order again."""
+  mesh = sharding.make_mesh(MeshConfig(data=2, sequence=4))
+  x = jnp.arange(2 * 32).reshape(2, 32)
+  with sharding.active(mesh):
+    spread = jax.jit(sharding.spread)(x)
+    back = jax.jit(sharding.unspread)(spread)
+    whole = jax.jit(
+      sharding.per_device(
+        lambda x: sharding.gather_length(x, spread=True),
+        (('act_batch', 'act_length'),),
+        ('act_batch', None),
+        kernels=True,
+      )
+    )(spread)
+  chunks = [0, 7, 1, 6, 2, 5, 3, 4]
+  np.testing.assert_array_equal(spread, x.reshape(2, 8, 4)[:, chunks].reshape(2, 32))
+  np.testing.assert_array_equal(back, x)
+  np.testing.assert_array_equal(whole, x)
 
 
 @pytest.mark.parametrize('parts', [2, 4, 16])
@@ -282,6 +385,21 @@ def test_models_and_batches_that_do_not_divide_are_refused(config):
     sharding.check_fits(config, 9, 1, 48, mesh)
   with pytest.raises(ValueError, match='num_heads must divide'):
     sharding.check_fits(dataclasses.replace(config, num_heads=2), 8, 1, 48, mesh)
-  for bad in (dict(data=0), dict(data=-1, fsdp=-1), dict(tensor=2.0)):
+  long = sharding.make_mesh(MeshConfig(data=1, sequence=8))
+  with pytest.raises(ValueError, match='divide by twice the mesh axis sequence'):
+    sharding.check_fits(config, 8, 1, 40, long)
+  few = models.ChatGLM2Config(**_SMALL, num_kv_heads=2, head_size=16)
+  sharding.check_fits(few, 8, 1, 48, mesh)
+  three = dataclasses.replace(few, num_heads=12, num_kv_heads=3)
+  with pytest.raises(ValueError, match='num_kv_heads must divide'):
+    sharding.check_fits(three, 8, 1, 48, mesh)
+  for bad in (
+    dict(data=0),
+    dict(data=-1, fsdp=-1),
+    dict(tensor=2.0),
+    dict(rules='zero'),
+    dict(overrides={'width': 'fsdp'}),
+    dict(overrides={'embed': 'pipeline'}),
+  ):
     with pytest.raises(ValueError, match='MeshConfig'):
       MeshConfig(**bad)

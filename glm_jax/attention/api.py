@@ -71,7 +71,7 @@ def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
   platform = 'gpu' if device.platform in ('gpu', 'cuda', 'rocm') else device.platform
   plain = 'dense' if length <= _DENSE_LENGTH else 'chunked'
   if model.attention != 'auto':
-    lacking = _lacks(model.attention, model, platform, length)
+    lacking = _lacks(model.attention, model, platform, device, length)
     configs.check(
       not lacking,
       f'{type(model).__name__}.attention={model.attention!r} must be able to compute the '
@@ -86,13 +86,13 @@ def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
   }.get(platform, plain)
   if best == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
     best = 'tpu_splash'
-  lacking = _lacks(best, model, platform, length)
+  lacking = _lacks(best, model, platform, device, length)
   if lacking:
     return plain, f'{best} is out: {lacking}'
   return best, f'best on {device.device_kind}'
 
 
-def _lacks(backend: str, model: Any, platform: str, length: int) -> str:
+def _lacks(backend: str, model: Any, platform: str, device: Any, length: int) -> str:
   """What a backend cannot do for a model; '' if nothing."""
   if backend not in _PLATFORM:
     return ''
@@ -103,7 +103,7 @@ def _lacks(backend: str, model: Any, platform: str, length: int) -> str:
   if backend == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
     return f'rows of {length} positions exceed {splash.LONGEST_PACKED}'
   if backend == 'gpu_tokamax':
-    return gpu.lacks(model.head_size, model.dtype)
+    return gpu.lacks(model.head_size, model.dtype, device)
   return ''
 
 
@@ -213,12 +213,10 @@ def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
         "use 'dense' or 'chunked' for a cache",
       )
       return module.attend(q_BTNH, k_BSKH, v_BSKH, metadata)
-    implementation = {
-      'dense': dense.attend,
-      'chunked': chunked.attend,
-      'gpu_tokamax': gpu.attend,
-    }[backend]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    if backend == 'gpu_tokamax':  # names what remat may save itself, as Splash does
+      return gpu.flash(q_BTKGH, k_BSKH, v_BSKH, visibility).reshape(B, T, N, H)
+    implementation = {'dense': dense.attend, 'chunked': chunked.attend}[backend]
     out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, rate, key)
     return checkpoint_name(out.reshape(B, T, N, H), 'attention')
 

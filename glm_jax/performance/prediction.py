@@ -8,6 +8,7 @@ import re
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from glm_jax import configs, sharding
@@ -98,7 +99,8 @@ def lower(config: Any, layout: sharding.Layout) -> tuple[program.Program, Any]:
     layout: of the devices.
   """
   built = program.build(config, layout)
-  with sharding.active(layout):
+  # The GPU kernels ask which GPU they are traced for.
+  with sharding.active(layout), jax.default_device(layout.devices.flat[0]):
     return built, built.train_step.lower(built.state, built.batch)
 
 

@@ -1,1 +1,197 @@
-"""Tries meshes, rows a device and remat policies, and keeps the fastest that fits."""
+"""Tries meshes, rows a device and remat policies, and keeps the fastest that fits.
+
+A rough count of FLOPs, memory and traffic orders the candidates; the compiler judges the
+best of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from glm_jax import configs, sharding
+from glm_jax.performance import flops, prediction
+from glm_jax.performance.chips import Chip, of_device_kind
+from glm_jax.performance.prediction import GIB, Prediction
+
+_LONG_ROW = 16384  # from here on, a row's tokens may be spread over devices
+
+
+class Candidate(NamedTuple):
+  """One way to run a step."""
+
+  fsdp: int
+  sequence: int
+  tensor: int
+  rows: int  # a device that holds rows of its own
+  remat: str
+
+
+def best(
+  config: Any, devices: list[Any], trials: int, say: Callable[..., None]
+) -> tuple[Prediction, Any]:
+  """Compiles the most promising candidates.
+
+  Args:
+    config: a `TrainConfig`, whose model is resolved.
+    devices: of the topology.
+    trials: how many to compile.
+    say: prints a line for each.
+
+  Returns:
+    The prediction with the most tokens a second, and its configuration.
+
+  Raises:
+    ValueError: no candidate fits.
+  """
+  chip = of_device_kind(devices[0].device_kind)
+  configs.check(
+    chip is not None,
+    '--suggest must know the memory and speed of the chip',
+    devices[0].device_kind,
+    'give it a --topology',
+  )
+  configs.check(trials >= 1, '--trials must be 1 or more', str(trials), 'correct it')
+  ranked = sorted(
+    (c for c in _candidates(config, len(devices)) if _bytes(c, config) < chip.hbm_bytes),
+    key=lambda c: _seconds_a_token(c, config, chip),
+  )
+  found: list[tuple[Prediction, Any]] = []
+  tried = 0
+  for candidate in ranked:
+    if tried == trials:
+      break
+    changed = apply(config, candidate, len(devices))
+    layout = sharding.make_mesh(changed.mesh, devices)
+    try:
+      sharding.check_fits(
+        changed.model,
+        changed.batch_size,
+        changed.microbatches,
+        changed.feature_lengths['tokens'],
+        layout,
+      )
+    except ValueError:
+      continue  # does not divide: not a candidate
+    tried += 1
+    result = prediction.predict(changed, layout)
+    say(f'{tried:>3}/{trials}  {_words(candidate)}: {_outcome(result)}', flush=True)
+    if result.fits:
+      found.append((result, changed))
+  configs.check(
+    bool(found),
+    f'the model must fit {len(devices)} x {devices[0].device_kind}',
+    f'{tried} candidates, none of which does',
+    'use more or larger chips, or more --trials',
+  )
+  winner = max(found, key=lambda pair: pair[0].tokens_per_second or 0)
+  say(f'\nthe best of them:\n  {bindings(winner[1])}\n')
+  return winner
+
+
+def bindings(config: Any) -> str:
+  """The flags that make a configuration of the original one."""
+  name = type(config.model).__name__
+  mesh = config.mesh
+  return ' '.join(
+    [
+      f'--gin.MeshConfig.{axis}={getattr(mesh, axis)}'
+      for axis in ('fsdp', 'sequence', 'tensor')
+      if axis == 'fsdp' or getattr(mesh, axis) > 1
+    ]
+    + [
+      f'--gin.BATCH_SIZE={config.batch_size}',
+      f'--gin.{name}.remat="\'{config.model.remat}\'"',
+    ]
+  )
+
+
+def apply(config: Any, candidate: Candidate, devices: int) -> Any:
+  """The configuration, run that way: the batch is what its devices hold."""
+  c = candidate
+  mesh = dataclasses.replace(
+    config.mesh, data=-1, fsdp=c.fsdp, sequence=c.sequence, tensor=c.tensor
+  )
+  return dataclasses.replace(
+    config,
+    mesh=mesh,
+    batch_size=c.rows * devices // (c.sequence * c.tensor) * config.microbatches,
+    model=dataclasses.replace(config.model, remat=c.remat),
+  )
+
+
+def _candidates(config: Any, devices: int) -> Iterator[Candidate]:
+  powers = [2**i for i in range(14) if devices % 2**i == 0]
+  long = config.feature_lengths['tokens'] >= _LONG_ROW
+  for fsdp, tensor, sequence, rows, remat in itertools.product(
+    powers, (1, 2, 4, 8), (1, 2, 4, 8) if long else (1,), (1, 2, 4, 8), _RECOMPUTED
+  ):
+    if devices % (fsdp * tensor * sequence) == 0:
+      yield Candidate(fsdp, sequence, tensor, rows, remat)
+
+
+# Share of the forward pass that is computed again.
+_RECOMPUTED = {
+  'projections': 0.05,
+  'attention_qkv': 0.75,
+  'attention': 0.85,
+  'full': 1.0,
+}
+
+
+def _bytes(c: Candidate, config: Any) -> float:
+  """Roughly, of a device: float32 state, bfloat16 weights, what is saved of each layer."""
+  m = config.model
+  layer_weights = flops.matmul_weights(m) - m.hidden_size * m.vocab_size
+  weights = layer_weights + 2 * m.hidden_size * m.vocab_size
+  state = 16 * weights / (c.fsdp * c.tensor)
+  tokens = c.rows * config.feature_lengths['tokens'] / c.sequence
+  heads = m.num_heads * m.head_size / c.tensor
+  inner = m.inner_size / c.tensor
+  saved = m.hidden_size
+  if c.remat != 'full':
+    saved += heads
+  if c.remat in ('attention_qkv', 'projections'):
+    saved += heads + 2 * m.num_kv_heads * m.head_size
+  if c.remat == 'projections':
+    saved += m.hidden_size + (2 if m.gated else 1) * inner
+  logits = 6 * m.vocab_size / c.tensor
+  if config.loss.vocab_chunks:
+    logits /= config.loss.vocab_chunks
+  gathered = 4 * layer_weights / m.num_layers / c.tensor + 4 * m.hidden_size * (
+    m.vocab_size / c.tensor
+  )
+  return state + tokens * (2 * m.num_layers * saved + max(logits, 10 * inner)) + gathered
+
+
+def _seconds_a_token(c: Candidate, config: Any, chip: Chip) -> float:
+  m = config.model
+  weights = flops.matmul_weights(m)
+  tokens = c.rows * config.feature_lengths['tokens'] / c.sequence
+  compute = 2 * weights * (3 + _RECOMPUTED[c.remat]) / c.tensor / chip.peak_flops
+  # Weights move three times a step (half of it hidden), sums over tensor eight times a
+  # layer, keys and values of other devices four times.
+  moved = 3 * 2 * weights / c.tensor / tokens if c.fsdp > 1 else 0.0
+  if c.tensor > 1:
+    moved += 8 * 2 * 2 * m.num_layers * m.hidden_size
+  if c.sequence > 1:
+    moved += 4 * 2 * 2 * m.num_layers * m.num_kv_heads * m.head_size * c.sequence
+  # A gather over many devices has more, smaller parts.
+  spread = 1 + 0.1 * max(0, c.fsdp // 16 - 1)
+  seconds = compute + 0.5 * spread * moved / chip.ici_bandwidth
+  return seconds * c.tensor * c.sequence
+
+
+def _words(c: Candidate) -> str:
+  axes = [f'{n} {getattr(c, n)}' for n in ('fsdp', 'sequence', 'tensor')]
+  return f'{", ".join(axes)}, {c.rows} rows, remat {c.remat}'
+
+
+def _outcome(p: Prediction) -> str:
+  peak = p.memory['peak'] / GIB
+  if not p.fits:
+    return f'{peak:.1f} GiB, does not fit'
+  speed = f'{p.tokens_per_second:,.0f} tokens/s a chip, MFU {p.mfu:.1%}'
+  return f'{peak:.1f} GiB, {speed}'
