@@ -126,9 +126,9 @@ def test_triton_equals_dense_forward_and_backward(T, S, K, G, H, monkeypatch):
   k, v = (jax.random.normal(key, (B, S, K, H)) for key in keys[2:])
   visibility = _visibility(B, T, S)
 
-  def run(attend):
+  def run(attend, *dropout):
     def weighted(q, k, v):
-      out = attend(q, k, v, visibility, 0.0, None)
+      out = attend(q, k, v, visibility, *dropout)
       return (out * weight).sum(), out
 
     gradient = jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True)
@@ -137,8 +137,8 @@ def test_triton_equals_dense_forward_and_backward(T, S, K, G, H, monkeypatch):
 
   gpu._op()  # from here on tokamax's configuration can be set
   with tokamax.config.cross_compile(True):
-    results = run(gpu.attend)
-  for ours, reference in zip(results, run(dense.attend), strict=True):
+    results = run(gpu.flash)
+  for ours, reference in zip(results, run(dense.attend, 0.0, None), strict=True):
     np.testing.assert_allclose(ours, reference, atol=2e-5)
   empty = visibility.key_end <= visibility.key_start
   assert bool(empty[0].any()) and bool(empty[1].all())

@@ -40,20 +40,39 @@ class Einsum(nn.Module):
   init_std: float
   dtype: Any
 
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    weight = self.param(
+  def setup(self):
+    self.weight = self.param(
       'weight', _partitioned(nn.initializers.normal(self.init_std), self.axes), self.shape
     )
-    out = einsum(self.equation, x.astype(self.dtype), weight.astype(self.dtype), self.axes)
-    if not self.bias_axes:
-      return out
-    bias = self.param(
-      'bias',
-      _partitioned(nn.initializers.zeros, self.axes[-self.bias_axes :]),
-      self.shape[-self.bias_axes :],
-    )
-    return out + bias.astype(self.dtype)
+    if self.bias_axes:
+      self.bias = self.param(
+        'bias',
+        _partitioned(nn.initializers.zeros, self.axes[-self.bias_axes :]),
+        self.shape[-self.bias_axes :],
+      )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return together(x, self)[0]
+
+  def parameters(self) -> tuple[jax.Array, jax.Array | None]:
+    """Weight and bias in the computation's dtype."""
+    bias = self.bias.astype(self.dtype) if self.bias_axes else None
+    return self.weight.astype(self.dtype), bias
+
+
+def together(x: jax.Array, *modules: Einsum) -> list[jax.Array]:
+  """Several projections of the same activations, whose gradients are summed at once."""
+  parameters = [module.parameters() for module in modules]
+  products = einsum(
+    modules[0].equation,
+    x.astype(modules[0].dtype),
+    [weight for weight, _ in parameters],
+    [module.axes for module in modules],
+  )
+  return [
+    product if bias is None else product + bias
+    for product, (_, bias) in zip(products, parameters, strict=True)
+  ]
 
 
 class LayerNorm(nn.Module):
@@ -136,17 +155,18 @@ class Table(nn.Module):
 
 def logits(x_BTD: jax.Array, weight_VD: jax.Array) -> jax.Array:
   """The linear head, [B, T, V] float32."""
-  return einsum('BTD,VD->BTV', x_BTD, weight_VD, ('vocab', 'embed'), jnp.float32)
+  axes = ('vocab', 'embed')
+  return einsum('BTD,VD->BTV', x_BTD, [weight_VD], [axes], jnp.float32)[0]
 
 
 def einsum(
   equation: str,
   x: jax.Array,
-  weight: jax.Array,
-  axes: tuple[str, ...],
+  weights: list[jax.Array],
+  axes: list[tuple[str, ...]],
   dtype: Any = None,
-) -> jax.Array:
-  """`jnp.einsum`, in which each device gathers the weight over the width and no more.
+) -> list[jax.Array]:
+  """`jnp.einsum` with each weight; each device gathers it over the width and no more.
 
   Left to itself, XLA sums some gradients over all devices before each takes its part of
   the sum; the transpose of a gather is to scatter first.
@@ -154,33 +174,54 @@ def einsum(
   Args:
     equation: of tokens [B, T, ...] and a weight.
     x: activations.
-    weight: of the same dtype.
-    axes: logical axes of the weight.
-    dtype: of the sums and the result; None for that of `x`.
+    weights: of the same dtype.
+    axes: logical axes of each weight.
+    dtype: of the sums and the results; None for that of `x`.
   """
   inputs, result = equation.split('->')
   tokens, letters = inputs.split(',')
-  # A weight's width is whole where it meets activations; key heads may be copies.
-  names = dict(zip(letters, axes, strict=True))
-  heads = {k: n for k, n in zip(axes, weight.shape, strict=True) if k == 'kv_heads'}
-  if heads and heads['kv_heads'] % sharding.axis_size('kv_heads'):
-    names = {letter: None if n == 'kv_heads' else n for letter, n in names.items()}
-  whole = {letter: None if name == 'embed' else name for letter, name in names.items()}
-  whole |= {'B': 'act_batch', 'T': 'act_length'}
-  summed = [whole[letter] for letter in letters if letter not in result and whole[letter]]
+  names = [_held(weight, a) for weight, a in zip(weights, axes, strict=True)]
+  # A weight's width is whole where it meets activations.
+  whole = [
+    {'B': 'act_batch', 'T': 'act_length'}
+    | {k: None if n == 'embed' else n for k, n in zip(letters, held, strict=True)}
+    for held in names
+  ]
   # The width last: elsewhere XLA makes a sum over all devices of a large scatter.
-  place = axes.index('embed')
+  place = axes[0].index('embed')
   last = letters[:place] + letters[place + 1 :] + letters[place]
+  of = lambda axes, letters: tuple(axes[letter] for letter in letters)
+  mesh_axes = lambda names: {a for n in names if n for a in sharding.axes_of(n)}
+  here_already = mesh_axes(of(whole[0], tokens))
 
-  def here(x: jax.Array, weight: jax.Array) -> jax.Array:
-    weight = _gathered(jnp.moveaxis(weight, place, -1))
-    y = jnp.einsum(f'{tokens},{last}->{result}', x, weight, preferred_element_type=dtype)
-    over = [axis for name in summed for axis in sharding.axes_of(name)]
-    return jax.lax.psum(y, over) if over else y
+  def here(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    # Cast once, so that there is one sum over devices of all gradients of `x`.
+    spread = {a for w in whole for a in mesh_axes(w.values())} - here_already
+    varying = jax.lax.pcast(x, tuple(spread), to='varying') if spread else x
+    products = []
+    for number, (weight, letter_axes) in enumerate(zip(weights, whole, strict=True)):
+      with jax.named_scope(f'product_{number}'):
+        weight = _gathered(jnp.moveaxis(weight, place, -1))
+        used = varying if mesh_axes(letter_axes.values()) - here_already else x
+        y = jnp.einsum(
+          f'{tokens},{last}->{result}', used, weight, preferred_element_type=dtype
+        )
+        over = mesh_axes(letter_axes[i] for i in letters if i not in result)
+        products.append(jax.lax.psum(y, tuple(over)) if over else y)
+    return tuple(products)
 
-  of = lambda letters: tuple(whole[letter] for letter in letters)
-  run = sharding.per_device(here, (of(tokens), tuple(names.values())), of(result))
-  return run(x, weight)
+  run = sharding.per_device(
+    here, (of(whole[0], tokens), *names), [of(axes, result) for axes in whole]
+  )
+  return list(run(x, *weights))
+
+
+def _held(weight: jax.Array, axes: tuple[str, ...]) -> tuple[str | None, ...]:
+  """Logical axes of a weight as it is stored: key heads may be whole on every device."""
+  return tuple(
+    None if name == 'kv_heads' and size % sharding.axis_size(name) else name
+    for name, size in zip(axes, weight.shape, strict=True)
+  )
 
 
 def _gathered(weight: jax.Array) -> jax.Array:
@@ -248,7 +289,7 @@ class Attention(nn.Module):
     D, N, K, H = x_BTD.shape[-1], self.num_heads, self.num_kv_heads, self.head_size
     qk_std, v_std, out_std = self.init_stds
 
-    def project(name: str, heads: int, axis: str, std: float) -> jax.Array:
+    def projection(name: str, heads: int, axis: str, std: float) -> Einsum:
       return Einsum(
         'BTD,DNH->BTNH',
         (D, heads, H),
@@ -257,14 +298,18 @@ class Attention(nn.Module):
         std,
         self.dtype,
         name=name,
-      )(x_BTD)
+      )
 
+    q_BTNH, k_BSKH, v_BSKH = together(
+      x_BTD,
+      projection('q', N, 'heads', qk_std),
+      projection('k', K, 'kv_heads', qk_std),
+      projection('v', K, 'kv_heads', v_std),
+    )
     name = lambda x: checkpoint_name(x, 'qkv')
-    q_BTNH = constrain(project('q', N, 'heads', qk_std), 'act_length', 'act_heads', None)
-    q_BTNH = name(rotate(q_BTNH))
+    q_BTNH = name(rotate(constrain(q_BTNH, 'act_length', 'act_heads', None)))
     # Key heads, which may be fewer than devices, are spread by `attend`.
-    k_BSKH = name(rotate(project('k', K, 'kv_heads', qk_std)))
-    v_BSKH = name(project('v', K, 'kv_heads', v_std))
+    k_BSKH, v_BSKH = name(rotate(k_BSKH)), name(v_BSKH)
     if cache is not None:
       write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
       cache = {
@@ -324,8 +369,8 @@ class MLP(nn.Module):
     D, F = x_BTD.shape[-1], self.size
     bias_axes, act = int(self.bias), ACTIVATIONS[self.activation]
 
-    def project(name: str) -> jax.Array:
-      h_BTF = Einsum(
+    def projection(name: str) -> Einsum:
+      return Einsum(
         'BTD,DF->BTF',
         (D, F),
         ('embed', 'mlp'),
@@ -333,11 +378,15 @@ class MLP(nn.Module):
         self.init_stds[0],
         self.dtype,
         name=name,
-      )(x_BTD)
-      h_BTF = checkpoint_name(constrain(h_BTF, 'act_length', 'act_mlp'), 'mlp')
-      return jax.lax.optimization_barrier(h_BTF)
+      )
 
-    h_BTF = act(project('gate')) * project('up') if self.gated else act(project('up'))
+    names = ('gate', 'up') if self.gated else ('up',)
+    parts = []
+    for h_BTF in together(x_BTD, *map(projection, names)):
+      h_BTF = checkpoint_name(constrain(h_BTF, 'act_length', 'act_mlp'), 'mlp')
+      # Behind a barrier: activations inside a matmul's fusion slow the matmul down.
+      parts.append(jax.lax.optimization_barrier(h_BTF))
+    h_BTF = act(parts[0]) * parts[1] if self.gated else act(parts[0])
     h_BTF = jax.lax.optimization_barrier(h_BTF)
     return Einsum(
       'BTF,FD->BTD',

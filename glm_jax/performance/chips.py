@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 _GIB = 2**30
+# Written by `python -m benchmarks.calibration`.
+_CALIBRATION = Path(__file__).with_name('calibration.json')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,6 @@ class Chip:
       FLOP/s in visited blocks to `peak_flops`, head size 128. From the static cycles of
       the kernels; on v4, and for stock Splash on tpu7x, from their nearest relative. On
       v4/v5p the backward kernels must keep both cores busy (KV heads vmapped).
-    calibration: (measured / predicted tokens/s, the run); None where there is no run.
   """
 
   device_kinds: tuple[str, ...]
@@ -38,7 +41,12 @@ class Chip:
   clock_hz: float | None = None
   devices_per_chip: int = 1
   head_efficiency: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  calibration: tuple[float, str] | None = None
+
+  @property
+  def calibration(self) -> tuple[float, str] | None:
+    """(measured / predicted tokens/s, the public run of it); None where there is none."""
+    found = [pair for name, pair in calibrations().items() if CHIPS.get(name) is self]
+    return found[0] if found else None
 
 
 # TPU: peak and HBM rate from `jax._src.pallas.mosaic.tpu_info` and the public chip pages,
@@ -61,11 +69,6 @@ CHIPS: dict[str, Chip] = {
     ici_bandwidth=90e9,
     clock_hz=1.5e9,
     head_efficiency={'splash': 0.85, 'tokamax': 0.85},
-    calibration=(
-      1.06,
-      'MaxText 16B on v5e-256, 6 x 2,048 tokens a chip, full remat: 61.1% MFU published, '
-      '59.2% mask-aware, against 55.7% (shape reconstructed: 4096/28672, 32 layers)',
-    ),
   ),
   'v5p': Chip(
     device_kinds=('TPU v5', 'TPU v5p'),
@@ -75,12 +78,6 @@ CHIPS: dict[str, Chip] = {
     ici_bandwidth=180e9,
     clock_hz=1.75e9,
     head_efficiency={'splash': 0.85, 'tokamax': 0.85},
-    calibration=(
-      1.18,
-      'MaxText 32B on 64 v5p chips, 7 x 2,048 tokens a chip, tensor 4: 71.5% MFU '
-      'published, 70.3% mask-aware, against 59.7% (shape reconstructed: 8192/28672, '
-      '32 layers)',
-    ),
   ),
   'v6e': Chip(
     device_kinds=('TPU v6 lite', 'TPU v6e'),
@@ -90,11 +87,6 @@ CHIPS: dict[str, Chip] = {
     ici_bandwidth=180e9,
     clock_hz=1.75e9,
     head_efficiency={'splash': 0.34, 'tokamax': 0.37},
-    calibration=(
-      1.28,
-      'MaxText Llama-3.1-8B on v6e-8, 3 x 8,192 tokens a chip, q/k/v/out offloaded: '
-      '7,139 tokens/s a chip published against 5,568',
-    ),
   ),
   'tpu7x': Chip(
     device_kinds=('TPU7x',),
@@ -135,6 +127,17 @@ CHIPS: dict[str, Chip] = {
     ici_bandwidth=300e9,
   ),
 }
+
+
+def calibrations() -> dict[str, tuple[float, str]]:
+  """chip -> (measured / predicted tokens/s, the public run of it).
+
+  Example:
+    >>> sorted(calibrations())
+    ['v5e', 'v5p', 'v6e']
+  """
+  runs = json.loads(_CALIBRATION.read_text(encoding='utf-8'))
+  return {k: (r['measured'] / r['predicted'], r['run']) for k, r in runs.items()}
 
 
 def of_device_kind(kind: str) -> Chip | None:

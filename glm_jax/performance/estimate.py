@@ -1,7 +1,7 @@
 """Step time from the text of a compiled step, without running it.
 
 TensorCore, attention and exposed collectives add up. Against public runs of MaxText the
-sum was 6-28 % too long (`Chip.calibration`).
+sum was too long (`Chip.calibration`).
 """
 
 from __future__ import annotations
@@ -183,17 +183,6 @@ def mfu(model_flops_per_device: float, step_seconds: float, chip: Chip) -> float
     0.5
   """
   return model_flops_per_device / (step_seconds * chip.peak_flops)
-
-
-def calibrated_seconds(step_seconds: float, chip: Chip) -> float | None:
-  """A predicted step time corrected by the chip's one public run; None without one.
-
-  Example:
-    >>> from glm_jax.performance.chips import CHIPS
-    >>> calibrated_seconds(2.36, CHIPS['v5p'])
-    2.0
-  """
-  return step_seconds / chip.calibration[0] if chip.calibration else None
 
 
 def attention_calls(step: hlo.Step) -> dict[str, int]:

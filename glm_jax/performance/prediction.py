@@ -116,7 +116,6 @@ def predict(config: Any, layout: sharding.Layout) -> Prediction:
   """
   began = time.perf_counter()
   built, lowered = lower(config, layout)
-  text = lowered.as_text()
   rows = visibility_of(config)
   kind = layout.device_kind
   chip = of_device_kind(kind)
@@ -154,7 +153,7 @@ def predict(config: Any, layout: sharding.Layout) -> Prediction:
     model_flops=config.batch_size
     * flops.training(config.model, rows_tokens(rows), flops.pairs(rows)),
     compile_seconds=seconds,
-    fingerprint=hashlib.sha256(_stable(text).encode()).hexdigest()[:16],
+    fingerprint=fingerprint(lowered),
     estimate=found,
     efficiency=attention.efficiency if attention else None,
     visited=flops.visited(rows) / flops.pairs(rows) if attention else None,
@@ -214,9 +213,11 @@ def _attention(
   )
 
 
-def _stable(text: str) -> str:
-  """Lowered text without what changes from one compilation to the next."""
-  return re.sub(r'loc\(.*?\)|backend_config = "[^"]*"', '', text)
+def fingerprint(lowered: Any) -> str:
+  """Of a lowered step: changes when what is compiled changes, kernels apart."""
+  # A kernel's program is written out differently each time.
+  text = re.sub(r'backend_config = "[^"]*"', '', lowered.as_text())
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_fits(prediction: Prediction) -> None:

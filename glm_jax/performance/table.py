@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from glm_jax.performance import prediction
+from glm_jax.performance.chips import calibrations
 from glm_jax.performance.prediction import GIB, Prediction
 
 
@@ -81,18 +82,19 @@ def _time(found: Prediction) -> list[tuple[str, str]]:
     ),
     ('speed', f'{found.tokens_per_second:,.0f} tokens/s a chip, MFU {found.mfu:.1%}'),
   ]
+  factors = [factor for factor, _ in calibrations().values()]
+  error = f'public runs were {min(factors) - 1:+.0%} to {max(factors) - 1:+.0%} off'
   if chip.calibration:
     factor, run = chip.calibration
     rows.append(
       (
         'calibrated',
         f'{found.tokens_per_second * factor:,.0f} tokens/s a chip, MFU '
-        f'{found.mfu * factor:.1%} (x {factor:.2f}, from one run: {run}; such '
-        'predictions were 6 to 28% too low)',
+        f'{found.mfu * factor:.1%}, by one run (x {factor:.2f}: {run}); {error}',
       )
     )
   elif chip.clock_hz:
-    rows.append(('calibrated', 'no public run of this chip to calibrate with'))
+    rows.append(('calibrated', f'by no public run of this chip; of others, {error}'))
   if found.efficiency:
     rows.append(
       (

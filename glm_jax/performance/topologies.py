@@ -95,6 +95,8 @@ def devices(name: str, slices: int = 1) -> list[Any]:
       "GPU compiler: pip install 'jax[cuda12]'",
     )
   options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
+  if kind == 'v4':
+    options['chip_config_name'] = 'megacore'  # two cores are one device, as on a v4 host
   if shape == '1x1':
     options['chips_per_host_bounds'] = (1, 1, 1)
   return _described(

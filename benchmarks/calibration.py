@@ -1,0 +1,119 @@
+"""The planner's prediction for runs that others measured: how far off is it?
+
+python -m benchmarks.calibration
+
+writes glm_jax/performance/calibration.json, from which every prediction is printed with
+its error. The runs are MaxText's, of models of the same shape as ChatGLM2 (grouped heads,
+RMSNorm, gated MLP); MFU counts visible pairs alone. Minutes each.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks import readme
+from glm_jax.performance import topologies
+
+RESULTS = Path(__file__).parent.parent / 'glm_jax' / 'performance' / 'calibration.json'
+
+_SHAPE = dict(head_size=128, max_positions=8192, qkv_bias=False, dtype='bfloat16')
+
+# Sizes: MaxText's configs (the 16B and 32B by its `global_parameter_scale`). Measured:
+# its READMEs and tpu-recipes; the published figures count masked pairs, too.
+RUNS = {
+  'v5e': dict(
+    run='MaxText 16B on v5e-256, 6 x 2,048 tokens a chip, full remat: 61.1% published',
+    topology='v5e:16x16',
+    model=dict(
+      num_layers=32, hidden_size=4096, num_heads=64, num_kv_heads=64, mlp_size=28672
+    ),
+    vocab_size=32000,
+    remat='full',
+    rows=6 * 256,
+    length=2048,
+    mesh=dict(fsdp=256),
+    measured=0.592,
+  ),
+  'v5p': dict(
+    run='MaxText 32B on 64 v5p chips, 7 x 2,048 tokens a chip, tensor 4: 71.5% published',
+    topology='v5p:4x4x4',
+    model=dict(
+      num_layers=32, hidden_size=8192, num_heads=64, num_kv_heads=64, mlp_size=28672
+    ),
+    vocab_size=32000,
+    remat='projections',
+    rows=7 * 64,
+    length=2048,
+    mesh=dict(fsdp=16, tensor=4),
+    measured=0.703,
+  ),
+  'v6e': dict(
+    run='MaxText Llama-3.1-8B on v6e-8, 3 x 8,192 tokens a chip, q, k, v and out '
+    'offloaded: 7,139 tokens/s a chip published',
+    topology='v6e:2x4',
+    model=dict(
+      num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, mlp_size=14336
+    ),
+    vocab_size=128256,
+    remat='offload',
+    rows=3 * 8,
+    length=8192,
+    mesh=dict(fsdp=8),
+    measured=0.404,
+  ),
+}
+
+
+def main() -> None:
+  topologies.prepare_environment()
+  from glm_jax import sharding
+  from glm_jax.models import ChatGLM2Config
+  from glm_jax.performance import prediction
+  from glm_jax.train import TrainConfig
+
+  results = {}
+  for chip, run in RUNS.items():
+    config = TrainConfig(
+      model=ChatGLM2Config(
+        **run['model'], **_SHAPE, vocab_size=run['vocab_size'], remat=run['remat']
+      ),
+      task='glm_causal',
+      feature_lengths={'tokens': run['length']},
+      batch_size=run['rows'],
+      train_steps=1000,
+      model_dir='unset',
+      mesh=sharding.MeshConfig(**run['mesh']),
+    )
+    layout = sharding.make_mesh(config.mesh, topologies.devices(run['topology']))
+    found = prediction.predict(config, layout)
+    prediction.check_fits(found)
+    results[chip] = {
+      'measured': run['measured'],
+      'predicted': round(found.mfu, 4),
+      'run': run['run'],
+      'peak_gib': round(found.memory['peak'] / prediction.GIB, 1),
+    }
+    print(chip, results[chip], flush=True)
+  RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+  readme.write_section('calibration', lines(results))
+
+
+def lines(results: dict[str, dict]) -> list[str]:
+  """The table of the README."""
+  rows = [
+    f'| {r["run"]} | {r["measured"]:.1%} | {r["predicted"]:.1%} | '
+    f'{r["measured"] / r["predicted"]:.2f} |'
+    for r in results.values()
+  ]
+  return [
+    '| run | measured MFU, visible pairs | predicted | measured / predicted |',
+    '|---|---|---|---|',
+    *rows,
+    '',
+    '(Written by `python -m benchmarks.calibration`.)',
+  ]
+
+
+if __name__ == '__main__':
+  main()
