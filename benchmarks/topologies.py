@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import readme
-from glm_jax.performance import topologies
+from glm_jax.performance import chips, topologies
 
 RESULTS = Path(__file__).parent / 'topologies' / 'results.json'
 
@@ -161,14 +161,15 @@ def lines(results: dict[str, Any]) -> list[str]:
     if r is None:
       continue
     mesh = ' x '.join(f'{k} {v}' for k, v in r['mesh'].items() if v > 1)
-    chips = f'{row.slices} x {row.topology}' if row.slices > 1 else row.topology
+    where = f'{row.slices} x {row.topology}' if row.slices > 1 else row.topology
     peak, limit = r['memory']['peak'] / 2**30, r['memory']['limit'] / 2**30
     speed = ['does not fit', '']
     if r['fits']:
-      calibrated = f', {r["calibrated"]["mfu"]:.0%}' if 'calibrated' in r else ''
+      factor = chips.of_device_kind(r['device_kind']).calibration
+      calibrated = f', {r["mfu"] * factor[0]:.0%}' if factor else ''
       speed = [f'{r["mfu"]:.1%}{calibrated}', f'{r["tokens_per_second_per_chip"]:,.0f}']
     table.append(
-      f'| {row.model} | {chips} | {mesh} | {r["tokens_a_chip"]:,.0f} | '
+      f'| {row.model} | {where} | {mesh} | {r["tokens_a_chip"]:,.0f} | '
       f'{peak:.1f} of {limit:.1f} | {speed[0]} | {speed[1]} |'
     )
   return [

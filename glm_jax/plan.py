@@ -33,7 +33,8 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
 
   config, _, _ = start.resolve(config)
   if flags.topology:
-    devices = topologies.devices(flags.topology, flags.slices)
+    with cli.silenced_stderr():  # libtpu says there what it does not find
+      devices = topologies.devices(flags.topology, flags.slices)
   else:
     devices = jax.devices()
   where = flags.topology or f'{len(devices)} CPU devices'

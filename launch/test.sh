@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lints and tests. --all adds the slow tests, and PyTorch and transformers for them
-# (gigabytes); other arguments go to pytest.
+# Lints and tests. --all adds the slow tests, and PyTorch, transformers and the compilers
+# for TPUs and GPUs for them (gigabytes); other arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
 
@@ -10,7 +10,7 @@ arguments=()
 for argument in "$@"; do
   if [[ $argument == --all ]]; then
     chosen=()
-    extras=(launch/requirements/torch.txt launch/requirements/peers.txt)
+    extras=(launch/requirements/{torch,peers,compilers}.txt)
   else
     arguments+=("$argument")
   fi

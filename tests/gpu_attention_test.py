@@ -20,8 +20,6 @@ from glm_jax.attention import dense, gpu
 from glm_jax.batch import Visibility
 from glm_jax.performance import topologies
 
-pytest.importorskip('tokamax')
-
 H100 = types.SimpleNamespace(device_kind='NVIDIA H100', compute_capability='9.0')
 
 
@@ -148,7 +146,6 @@ def test_triton_equals_dense_forward_and_backward(T, S, K, G, H, monkeypatch):
 
 def _compiled(T, N, K, H, *, dtype='bfloat16', remat=False):
   """Gradients of attention, compiled for one H100."""
-  pytest.importorskip('jax_cuda12_plugin')
   device = topologies.devices('h100:1x1x1')[0]
 
   def array(dtype, *shape):

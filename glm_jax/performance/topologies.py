@@ -5,9 +5,9 @@ libtpu describes a TPU slice, and XLA's GPU compiler a set of hosts, on any mach
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 from glm_jax import configs
@@ -80,45 +80,40 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     'use such as ' + ', '.join(names[-1] for names in KNOWN.values()),
   )
   configs.check(slices >= 1, '--slices must be 1 or more', str(slices), 'correct it')
-  from jax.experimental import topologies
-
+  compiler, package, install = (
+    ('GPU', 'jax_cuda12_plugin', "pip install 'jax[cuda12]'")
+    if kind in _GPU_TARGETS
+    else ('TPU', 'libtpu', 'pip install libtpu')
+  )
+  configs.check(
+    importlib.util.find_spec(package) is not None,
+    f'--topology={name} must have the {compiler} compiler installed',
+    f'no package {package}',
+    install,
+  )
   if kind in _GPU_TARGETS:
     configs.check(slices == 1, 'GPUs have no slices', str(slices), 'leave --slices out')
-    return _described(
-      lambda: topologies.get_topology_desc(
-        platform='cuda',
-        topology_name=kind,
-        target_config=_GPU_TARGETS[kind],
-        topology=shape,
-      ),
-      name,
-      "GPU compiler: pip install 'jax[cuda12]'",
-    )
-  options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
-  if kind == 'v4':
-    options['chip_config_name'] = 'megacore'  # two cores are one device, as on a v4 host
-  if shape == '1x1':
-    options['chips_per_host_bounds'] = (1, 1, 1)
-  return _described(
-    lambda: topologies.get_topology_desc(platform='tpu', topology_name=name, **options),
-    name,
-    'TPU compiler: pip install libtpu',
-  )
+    options: dict[str, Any] = {
+      'platform': 'cuda',
+      'topology_name': kind,
+      'target_config': _GPU_TARGETS[kind],
+      'topology': shape,
+    }
+  else:
+    options = {'platform': 'tpu', 'topology_name': name}
+    if slices > 1:
+      options['num_slices'] = slices
+    if kind == 'v4':
+      options['chip_config_name'] = 'megacore'  # two cores are one device, as on its host
+    if shape == '1x1':
+      options['chips_per_host_bounds'] = (1, 1, 1)
+  from jax.experimental import topologies
 
-
-def _described(describe: Callable[[], Any], name: str, compiler: str) -> list[Any]:
   try:
-    return list(describe().devices)
-  except Exception as error:  # of several kinds, by version
-    text = ' '.join(str(error).split())
-    missing = re.search(r'Unable to load|not found|Unknown backend|No module|dlopen', text)
-    if missing:
-      raise ValueError(
-        f'--topology={name} must have its compiler installed, got {text[:200]!r}; '
-        f'install the {compiler}.'
-      ) from error
-    kind = name.partition(':')[0]
+    return list(topologies.get_topology_desc(**options).devices)
+  except Exception as error:  # of several types, by version
+    text = ' '.join(str(error).split())[:200]
     raise ValueError(
-      f'--topology must be one that the compiler knows, got {name!r} ({text[:200]}); use '
-      f'such as {", ".join(KNOWN[kind])}.'
+      f'--topology must be one that the compiler knows, got {name!r} ({text}); use such '
+      f'as {", ".join(KNOWN[kind])}.'
     ) from error
