@@ -45,7 +45,7 @@ _GLM = ('GLMConfig.attention_dropout=0.0', "GLMConfig.remat='attention_qkv'")
 ROWS = (
   _6b('v5e:16x16', 256, 'attention_qkv'),
   _6b('v5p:4x4x8', 256, 'projections'),
-  _6b('v6e:16x16', 512, 'attention_qkv'),
+  _6b('v6e:16x16', 256, 'attention_qkv'),
   _6b('tpu7x:4x4x4', 128, 'projections'),
   _6b('v4:4x4x8', 128, 'attention_qkv'),
   _6b('v5p:2x2x1', 8, 'attention_qkv', 'MeshConfig.fsdp=4'),

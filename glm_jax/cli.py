@@ -140,6 +140,14 @@ def use_cpu_devices(count: int) -> None:
     jax.config.update('jax_num_cpu_devices', count)
 
 
+def find_devices() -> None:
+  """Starts JAX quietly: libtpu without a chip says so at length."""
+  import jax
+
+  with silenced_stderr():
+    jax.devices()
+
+
 def import_modules(names: Sequence[str]) -> None:
   """Imports modules of the user's by name, with the current folder on the path."""
   if names and '' not in sys.path and str(Path.cwd()) not in sys.path:

@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.models import config as model_config
   from glm_jax.training import checkpoint, start, state
 
+  cli.find_devices()
   sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
   folder = checkpoint.find(flags.checkpoint)
   meta = checkpoint.read_meta(folder)

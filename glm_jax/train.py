@@ -94,6 +94,12 @@ class TrainConfig:
         value >= 1, f'TrainConfig.{name} must be positive', str(value), 'give 1 or more'
       )
     configs.check(
+      set(self.feature_lengths) == {'tokens'},
+      "TASK_FEATURE_LENGTHS must have the one key 'tokens'",
+      str(self.feature_lengths),
+      "write {'tokens': 512}",
+    )
+    configs.check(
       bool(self.model_dir),
       'MODEL_DIR must name a folder',
       "''",
@@ -143,7 +149,8 @@ def train(config: TrainConfig, config_text: str) -> None:
   # Data. The leader goes first, so that the others find its caches.
   with cli.silenced_stderr():
     from glm_jax.data import pipeline, prepare
-  process = pipeline.Process(*sharding.row_share(layout))
+  index, count = sharding.row_share(layout)
+  process = pipeline.Process(index=index, count=count)
   with distributed.leader_first():
     data = prepare.prepare(
       config.task,
@@ -193,11 +200,11 @@ def train(config: TrainConfig, config_text: str) -> None:
     current = checkpoints.restore(found, built.state)
     say(f'resumed {config.model_dir} at step {found}')
   first = int(current['step'])
+  backend, why = built.attention
   say(
     f'{state.count(current["params"]):,} parameters on {layout.size} '
     f'{layout.device_kind} device(s), mesh {layout.shape}; '
-    f'{config.batch_size} x {length} positions a step; '
-    'attention: {} ({})'.format(*built.attention)
+    f'{config.batch_size} x {length} positions a step; attention: {backend} ({why})'
   )
 
   # Steps. Each waits for the one before it, while the next is being computed.
@@ -293,6 +300,7 @@ def main(argv: Sequence[str]) -> None:
       process_index=flags.process_index,
     )
   )
+  cli.find_devices()
   train(config, text)
 
 

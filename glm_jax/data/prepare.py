@@ -64,7 +64,7 @@ def prepare(
   if task in tasks.NAMES:
     if vocabulary is None:
       vocabulary = corpora.load_or_train_vocabulary(vocabulary_config, corpus)
-    length = _length(feature_lengths)
+    length = feature_lengths['tokens']
     if task == tasks.CAUSAL:
       row_length = length + 1  # the last token is a target alone
       configs.check(
@@ -110,7 +110,6 @@ def prepare(
     str(feature),
     'use output_features() of glm_jax.data.preprocessors',
   )
-  _length(feature_lengths)
   has_validation = 'validation' in provider.splits
   return Prepared(
     vocabulary=vocabulary,
@@ -118,13 +117,3 @@ def prepare(
     evaluation_tasks=(task,) if has_validation else (),
     stats={},
   )
-
-
-def _length(feature_lengths: Mapping[str, int]) -> int:
-  configs.check(
-    set(feature_lengths) == {'tokens'},
-    "TASK_FEATURE_LENGTHS must have the one key 'tokens'",
-    str(dict(feature_lengths)),
-    "write {'tokens': 512}",
-  )
-  return feature_lengths['tokens']
