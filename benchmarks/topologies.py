@@ -73,7 +73,12 @@ ROWS = (
       'ChatGLM2Config.vocab_size=151552',
     ),
   ),
-  Row('GLM-Base, 568', 'v5e:2x4', (), file='pretrain_glm_base.gin'),
+  Row(
+    'GLM-Base, 568',
+    'v5e:2x4',
+    ('TrainConfig.microbatches=16',),
+    file='pretrain_glm_base.gin',
+  ),
   Row('GLM-Large, 568', 'v5e:16x16', (), file='pretrain_glm_large.gin'),
   Row(
     'GLM-10B, 1,024',
