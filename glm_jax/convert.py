@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -319,7 +320,10 @@ def _bar(size: int) -> Any:
 
 def main(argv: Sequence[str]) -> None:
   """The command."""
-  convert(_flags().parse_args(argv))
+  flags = _flags().parse_args(argv)
+  # In host memory: accelerators are left to whoever trains on them.
+  jax.config.update('jax_platforms', 'cpu')
+  convert(flags)
 
 
 def _flags() -> argparse.ArgumentParser:

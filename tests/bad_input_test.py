@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import refused
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
@@ -64,16 +65,6 @@ def _snapshot(folder):
   }
 
 
-def _refused(done, *words, code=65):
-  """One line on stderr that says all of `words`; the exit code; no traceback."""
-  assert done.returncode == code, done.stderr
-  lines = done.stderr.strip().splitlines()
-  assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
-  assert 'Traceback' not in done.stdout + done.stderr
-  for word in words:
-    assert word in lines[0], (word, lines[0])
-
-
 @pytest.fixture
 def corpus(tmp_path):
   folder = tmp_path / 'text'
@@ -108,7 +99,7 @@ def finished(tmp_path_factory):
 )
 def test_a_bad_configuration_stops_before_anything_is_read(corpus, binding, words):
   before = _snapshot(corpus)
-  _refused(_train(corpus, binding), *words)
+  refused(_train(corpus, binding), *words)
   assert _snapshot(corpus) == before
 
 
@@ -127,14 +118,14 @@ def test_a_bad_configuration_stops_before_anything_is_read(corpus, binding, word
 )
 def test_what_does_not_fit_the_devices_is_refused(corpus, bindings, flags, words):
   before = _snapshot(corpus)
-  _refused(_train(corpus, *bindings, flags=flags), *words)
+  refused(_train(corpus, *bindings, flags=flags), *words)
   assert _snapshot(corpus) == before
 
 
 def test_flags_that_are_wrong_are_refused(corpus):
-  _refused(_train(corpus, flags=['--import=no_such_module']), 'no_such_module')
-  _refused(_train(corpus, gin_file='nowhere.gin'), 'nowhere.gin')
-  _refused(_train(corpus, flags=['--process_count=2']), 'go together')
+  refused(_train(corpus, flags=['--import=no_such_module']), 'no_such_module')
+  refused(_train(corpus, gin_file='nowhere.gin'), 'nowhere.gin')
+  refused(_train(corpus, flags=['--process_count=2']), 'go together')
 
 
 @pytest.mark.parametrize(
@@ -157,7 +148,7 @@ def test_bad_text_and_sizes_are_named(corpus, bindings, text, words):
   (corpus / 'bad.txt').write_bytes(b'good \xff bad')
   (corpus / 'bad.jsonl').write_text('{"text": "x"}\nno json\n')
   before = _snapshot(corpus)
-  _refused(_train(corpus, *bindings, text=text), *words)
+  refused(_train(corpus, *bindings, text=text), *words)
   assert _snapshot(corpus) == before
 
 
@@ -172,7 +163,7 @@ def test_bad_text_and_sizes_are_named(corpus, bindings, text, words):
 )
 def test_a_folder_of_another_run_is_refused_and_left_alone(finished, binding, word):
   before = _snapshot(finished)
-  _refused(_train(finished, binding), 'holds a run of another configuration', word)
+  refused(_train(finished, binding), 'holds a run of another configuration', word)
   assert _snapshot(finished) == before
 
 
@@ -182,7 +173,7 @@ def test_other_data_in_the_same_folder_is_refused(finished):
   path.write_text(text + 'One more sentence. ')
   before = _snapshot(finished)
   try:
-    _refused(_train(finished), 'data was')
+    refused(_train(finished), 'data was')
     assert _snapshot(finished) == before
   finally:
     path.write_text(text)
@@ -192,7 +183,7 @@ def test_a_folder_with_something_else_in_it_is_refused(corpus):
   (corpus / 'run').mkdir()
   (corpus / 'run' / 'thesis.tex').write_text('years of work')
   before = _snapshot(corpus)
-  _refused(_train(corpus), 'thesis.tex', 'choose another folder')
+  refused(_train(corpus), 'thesis.tex', 'choose another folder')
   assert _snapshot(corpus) == before
 
 
@@ -200,7 +191,7 @@ def test_a_folder_that_cannot_be_made_is_refused(corpus):
   """Through a file, since permissions do not stop root."""
   (corpus / 'file').write_text('')
   before = _snapshot(corpus)
-  _refused(_train(corpus, f"MODEL_DIR='{corpus}/file/run'"), 'file', code=74)
+  refused(_train(corpus, f"MODEL_DIR='{corpus}/file/run'"), 'file', code=74)
   assert _snapshot(corpus) == before
 
 
@@ -222,7 +213,7 @@ def test_generation_from_a_finished_run_and_its_refusals(finished, tmp_path):
       'max_tokens',
     ),
   ):
-    _refused(_command('generate', *arguments), word)
+    refused(_command('generate', *arguments), word)
 
 
 def test_an_unreadable_checkpoint_is_refused(finished, tmp_path):
@@ -234,7 +225,7 @@ def test_an_unreadable_checkpoint_is_refused(finished, tmp_path):
     copy = tmp_path / str(number)
     shutil.copytree(finished / 'run', copy)
     (copy / 'checkpoints' / '2' / file).write_text(content)
-    _refused(_command('generate', f'--checkpoint={copy}', '--prompt=[MASK]'), 'checkpoint')
+    refused(_command('generate', f'--checkpoint={copy}', '--prompt=[MASK]'), 'checkpoint')
 
 
 @pytest.mark.parametrize('module', ['train', 'preview', 'generate'])

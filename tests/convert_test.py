@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from commands import refused
 from foreign import arrays_of, config_json, exported, imported, write_safetensors
 from safetensors.numpy import load_file, save_file
 
@@ -413,14 +414,6 @@ def _command(*arguments, code=None):
   )
 
 
-def _refused(done, *words, code=65):
-  assert done.returncode == code, (done.stdout, done.stderr)
-  lines = done.stderr.strip().splitlines()
-  assert len(lines) == 1 and lines[0].startswith('error: '), done.stderr
-  for word in words:
-    assert word in lines[0], (word, lines[0])
-
-
 def _everything(folder):
   return {
     str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob('*')
@@ -513,7 +506,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_written(
   shutil.copytree(released[0] / 'source', tmp_path / 'source')
   damage(tmp_path / 'source')
   before = _everything(tmp_path)
-  _refused(_command(tmp_path / 'source', tmp_path / 'checkpoint'), *words)
+  refused(_command(tmp_path / 'source', tmp_path / 'checkpoint'), *words)
   assert _everything(tmp_path) == before
 
 
@@ -533,7 +526,7 @@ def test_flags_and_folders_that_are_wrong_are_refused(released, tmp_path):
     ((folder / 'source', out, '--vocabulary=bert:x.txt'), ('x.txt',)),
   ):
     before = _everything(tmp_path)
-    _refused(_command(*arguments), *words)
+    refused(_command(*arguments), *words)
     assert _everything(tmp_path) == before
 
 
@@ -553,4 +546,4 @@ def test_without_torch_its_files_are_refused_with_a_remedy(tmp_path):
     "sys.argv[0] = 'convert'; runpy.run_module('glm_jax.convert', run_name='__main__')"
   )
   done = _command(tmp_path / 'source', tmp_path / 'out', code=hidden)
-  _refused(done, 'PyTorch must be installed', 'pip install torch')
+  refused(done, 'PyTorch must be installed', 'pip install torch')

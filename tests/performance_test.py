@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from glm_jax.performance import chips, estimate, hlo
+from glm_jax.performance import chips, estimate, hlo, hlo_text
 from glm_jax.performance.chips import CHIPS
 from glm_jax.performance.estimate import Attention
 
@@ -186,7 +186,9 @@ def test_kernels_keep_name_trips_and_operands_behind_line_breaks():
   )
   text = _module(call, MATH, *parts)
   kernel = (
-    hlo.parse(text).computations['loop_body'].instructions['splash_mha_fwd_residuals.1']
+    hlo_text.parse(text)
+    .computations['loop_body']
+    .instructions['splash_mha_fwd_residuals.1']
   )
   assert 'pallas_call' in kernel.attributes
   step = hlo.read(text)

@@ -22,6 +22,7 @@ import numpy as np
 from glm_jax.batch import Visibility
 from glm_jax.models import layers, positions
 from glm_jax.models.config import ChatGLMConfig
+from glm_jax.models.stack import stack
 
 
 class Block(nn.Module):
@@ -127,7 +128,7 @@ class ChatGLM(nn.Module):
       x_BTD = nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x_BTD)
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
       phases = rotary_phases(c, positions, block_positions)
-    x_BTD, cache = layers.stack(
+    x_BTD, cache = stack(
       Block, c, deterministic, x_BTD, cache, visibility, cache_start, phases
     )
     with jax.named_scope('head'):

@@ -18,6 +18,7 @@ import numpy as np
 from glm_jax.batch import Visibility
 from glm_jax.models import layers, positions
 from glm_jax.models.config import ChatGLM2Config
+from glm_jax.models.stack import stack
 
 
 class Block(nn.Module):
@@ -102,7 +103,7 @@ class ChatGLM2(nn.Module):
     with jax.named_scope('embed'):
       x_BTD = layers.constrain(words(tokens), 'act_length', 'act_embed')
       phases = rotary_phases(c, positions)
-    x_BTD, cache = layers.stack(
+    x_BTD, cache = stack(
       Block, c, deterministic, x_BTD, cache, visibility, cache_start, phases
     )
     with jax.named_scope('head'):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from glm_jax.batch import Visibility
 from glm_jax.models import layers
 from glm_jax.models.config import GLMConfig
+from glm_jax.models.stack import stack
 
 
 class Block(nn.Module):
@@ -113,9 +114,7 @@ class GLM(nn.Module):
       x_BTD = nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x_BTD)
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
 
-    x_BTD, cache = layers.stack(
-      Block, c, deterministic, x_BTD, cache, visibility, cache_start
-    )
+    x_BTD, cache = stack(Block, c, deterministic, x_BTD, cache, visibility, cache_start)
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, name='final_norm')(x_BTD)
       return head(x_BTD, words.cast()), cache

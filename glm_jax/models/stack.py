@@ -1,0 +1,78 @@
+"""The blocks of a model: a scan over stacked weights, under a rematerialisation policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from glm_jax import attention, sharding
+from glm_jax.batch import Visibility
+
+_policies = jax.checkpoint_policies
+
+_REMAT = {
+  'full': None,
+  'dots': _policies.dots_saveable,
+  'dots_no_batch': _policies.dots_with_no_batch_dims_saveable,
+  'attention': _policies.save_only_these_names('attention'),
+  'attention_qkv': _policies.save_only_these_names('attention', 'qkv'),
+  'projections': _policies.save_only_these_names('attention', 'qkv', 'out', 'mlp'),
+  'offload': _policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=['attention'],
+    names_which_can_be_offloaded=['qkv', 'out'],
+    offload_src='device',
+    offload_dst='pinned_host',
+  ),
+}
+
+
+def stack(
+  block: type[nn.Module],
+  config: Any,
+  deterministic: bool,
+  x_BTD: jax.Array,
+  cache: Any,
+  visibility: Visibility,
+  cache_start: Any,
+  *by_token: Any,
+) -> tuple[jax.Array, Any]:
+  """`num_layers` blocks, one after the other, as a scan under the config's remat policy.
+
+  Between first and last, tokens are in the order that balances a sequence axis.
+
+  Args:
+    block: a module of (config, deterministic), called as
+      `(x_BTD, cache, seen, cache_start, *by_token)`, that returns its output and its
+      cache; `seen` as `Attention` takes it.
+    config: a model configuration.
+    deterministic: no dropout.
+    x_BTD: input of the first.
+    cache: {'k', 'v'} with a leading axis L, or None.
+    visibility: intervals into the T keys, or into the cache.
+    cache_start: [B] int32, or None.
+    *by_token: trees of [B, T, ...], which every block is given alike.
+
+  Returns:
+    The output of the last and the caches.
+  """
+  seen: Any = visibility
+  spread = cache is None and sharding.axis_size('act_length') > 1
+  if spread:
+    x_BTD, visibility, by_token = jax.tree.map(
+      sharding.spread, (x_BTD, visibility, by_token)
+    )
+  if cache is None:
+    seen = attention.prepare(visibility, config.attention, spread=spread)
+  if config.remat != 'none':
+    block = nn.remat(block, prevent_cse=False, policy=_REMAT[config.remat])
+  x_BTD, cache = nn.scan(
+    block,
+    variable_axes={'params': 0},
+    split_rngs={'params': True, 'dropout': True},
+    in_axes=(0, *[nn.broadcast] * (2 + len(by_token))),
+    length=config.num_layers,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+  )(config, deterministic, name='layers')(x_BTD, cache, seen, cache_start, *by_token)
+  return sharding.unspread(x_BTD) if spread else x_BTD, cache
