@@ -140,7 +140,8 @@ def lowered_fingerprint(config: Any, layout: Any) -> str:
   """Of the step as it is handed to the compiler."""
   from glm_jax.performance import prediction
 
-  return prediction.fingerprint(prediction.lower(config, layout)[1])
+  lowered = prediction.lower(config, layout)[1]
+  return prediction.fingerprint(lowered, layout.device_kind)
 
 
 def predict(config: Any, layout: Any) -> dict[str, Any]:

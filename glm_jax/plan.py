@@ -63,8 +63,9 @@ def main(argv: Sequence[str]) -> None:
     f'--topology={flags.topology!r}, --platform={flags.platform!r}',
     'give one of them, such as --topology=v5p:4x4x8',
   )
+  path = Path(flags.json)
   configs.check(
-    not flags.json or Path(flags.json).resolve().parent.is_dir(),
+    path.resolve().parent.is_dir() and not path.is_dir(),
     '--json must be a file in a folder that exists',
     repr(flags.json),
     'correct the path',
@@ -72,7 +73,11 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.performance import topologies
 
   topologies.prepare_environment()
+  cli.import_modules(flags.imports)
   if flags.platform == 'cpu':
+    configs.check(
+      flags.slices == 1, '--slices are of a TPU', str(flags.slices), 'give a --topology'
+    )
     cli.use_cpu_devices(flags.cpu_devices)
   from glm_jax.train import CONFIGURABLES, TrainConfig
 

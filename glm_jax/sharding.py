@@ -32,7 +32,6 @@ _FSDP = {
   'act_embed': None,
   'act_heads': 'tensor',
   'act_mlp': 'tensor',
-  'act_vocab': 'tensor',
   # Weights: the model width over fsdp, the other axis over tensor.
   'embed': 'fsdp',
   'heads': 'tensor',
@@ -52,6 +51,18 @@ RULES = {
   'fsdp_data': {**_FSDP, 'embed': ('fsdp', 'data')},
 }
 """name -> logical axis -> mesh axis, axes, or None (whole on every device)."""
+
+# Logical axes of one array: no two of them can be spread over the same mesh axis.
+_TOGETHER = (
+  *(('layers', 'embed', heads, 'head_dim') for heads in ('heads', 'kv_heads')),
+  ('layers', 'embed', 'mlp'),
+  ('layers', 'norm'),
+  ('embed', 'vocab'),
+  *(
+    ('act_batch', 'act_length', name)
+    for name in ('act_embed', 'act_heads', 'heads', 'kv_heads', 'act_mlp', 'mlp', 'vocab')
+  ),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +117,14 @@ class MeshConfig:
         f'{name!r}: {axes!r}',
         'correct the axis',
       )
+    for names in _TOGETHER:
+      used = [axis for name in names for axis in _as_tuple(self.table[name])]
+      configs.check(
+        len(used) == len({*used}),
+        f'the mesh axes of {names}, which one array may have, must differ',
+        str({name: self.table[name] for name in names}),
+        'change MeshConfig.overrides',
+      )
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -153,6 +172,10 @@ class Layout:
     """Parts that a logical axis is cut into."""
     axes = _as_tuple(dict(self.rules)[logical])
     return int(np.prod([self.shape[axis] for axis in axes], dtype=int))
+
+  def words(self, logical: str) -> str:
+    """The mesh axes of a logical one, for a message."""
+    return ' x '.join(_as_tuple(dict(self.rules)[logical]))
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
@@ -214,8 +237,9 @@ def check_fits(
   rows = layout.count('act_batch')
   configs.check(
     batch_size % (rows * microbatches) == 0,
-    'BATCH_SIZE must divide by data x fsdp x microbatches',
-    f'BATCH_SIZE={batch_size}, data x fsdp={rows}, microbatches={microbatches}',
+    f'BATCH_SIZE must divide by {layout.words("act_batch")} x microbatches',
+    f'BATCH_SIZE={batch_size}, {layout.words("act_batch")}={rows}, '
+    f'microbatches={microbatches}',
     'change one of them',
   )
   parts = layout.count('act_length')
@@ -225,25 +249,31 @@ def check_fits(
     f'{length} positions, sequence={parts}',
     'change TASK_FEATURE_LENGTHS or MeshConfig.sequence',
   )
-  for name, axis, uses in (
-    ('num_heads', 'tensor', 'act_heads'),
-    ('inner_size', 'tensor', 'mlp'),
-    ('vocab_size', 'tensor', 'vocab'),
-    ('hidden_size', 'fsdp', 'embed'),
+  for name, logical in (
+    ('num_heads', 'heads'),
+    ('num_heads', 'act_heads'),
+    ('inner_size', 'mlp'),
+    ('inner_size', 'act_mlp'),
+    ('vocab_size', 'vocab'),
+    ('hidden_size', 'embed'),
   ):
-    size, parts = getattr(model, name), layout.count(uses)
+    size, parts = getattr(model, name), layout.count(logical)
     configs.check(
       size % parts == 0,
-      f"the model's {name} must divide by the mesh axis {axis}",
-      f'{name}={size}, {axis}={parts}',
+      f"the model's {name} must divide by the mesh axis {layout.words(logical)}",
+      f'{name}={size}, {layout.words(logical)}={parts}',
       'change one of them',
     )
   # Few key heads are copied, so that each device has the one that its queries use.
-  heads, parts = model.num_kv_heads, layout.count('kv_heads')
+  heads, parts, axis = (
+    model.num_kv_heads,
+    layout.count('act_heads'),
+    layout.words('act_heads'),
+  )
   configs.check(
     heads % parts == 0 or parts % heads == 0,
-    "the model's num_kv_heads must divide by the mesh axis tensor, or the other way round",
-    f'num_kv_heads={heads}, tensor={parts}',
+    f"the model's num_kv_heads must divide by the mesh axis {axis}, or the other way round",
+    f'num_kv_heads={heads}, {axis}={parts}',
     'change one of them',
   )
 

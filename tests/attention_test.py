@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_jax import sharding
 from glm_jax.attention import (
   api,
   attend,
@@ -22,6 +23,7 @@ from glm_jax.attention.dense import drop
 from glm_jax.batch import Visibility
 from glm_jax.models import ChatGLM2Config, GLMConfig
 from glm_jax.performance import flops
+from glm_jax.sharding import MeshConfig
 
 B, H = 3, 8
 
@@ -244,6 +246,57 @@ def test_a_key_influences_exactly_the_queries_whose_interval_holds_it(backend, k
   assert not np.asarray(dk).any() and not np.asarray(dv).any()
 
 
+@pytest.mark.parametrize('longest_packed', [splash.LONGEST_PACKED, 128])
+def test_splash_under_a_mesh_equals_dense(longest_packed, kernels, monkeypatch):
+  """Tokens over sequence, two key heads over four devices: values and all gradients."""
+  monkeypatch.setattr(splash, 'LONGEST_PACKED', longest_packed)
+  T, N, K = 512, 4, 2
+  visibility = jax.tree.map(lambda x: x[:1], _visibility('packed', T))
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, weight = (jax.random.normal(key, (1, T, N, 128)) for key in (keys[0], keys[3]))
+  k, v = (jax.random.normal(key, (1, T, K, 128)) for key in keys[1:3])
+  layout = sharding.make_mesh(MeshConfig(sequence=2, tensor=4), jax.devices())
+
+  def weighted(q, k, v, visibility, backend, spread):
+    if spread:
+      q, k, v, visibility = jax.tree.map(sharding.spread, (q, k, v, visibility))
+    seen = prepare(visibility, backend, spread=spread)
+    out = attend(q, k, v, seen)
+    out = sharding.unspread(out) if spread else out
+    return (out * weight).sum(), out
+
+  run = jax.jit(
+    jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True), static_argnums=(4, 5)
+  )
+  (_, wanted), wanted_gradients = run(q, k, v, visibility, 'dense', False)
+  with sharding.active(layout):
+    (_, out), gradients = run(q, k, v, visibility, 'tpu_splash', True)
+  np.testing.assert_allclose(out, wanted, atol=2e-5)
+  for found, right in zip(gradients, wanted_gradients, strict=True):
+    np.testing.assert_allclose(found, right, atol=2e-5)
+
+
+@pytest.mark.parametrize('backend', ['dense', 'chunked'])
+def test_devices_drop_different_probabilities(backend):
+  """The same row and head on each of four devices, and the same again with its key."""
+  layout = sharding.make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+  x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 64, 1, 8)), (2, 64, 4, 8))
+  visibility = Visibility(jnp.zeros((2, 64), jnp.int32), jnp.full((2, 64), 64))
+
+  @jax.jit
+  def run(key):
+    seen = prepare(visibility, backend)
+    return attend(x, x, x, seen, dropout_rate=0.5, dropout_key=key)
+
+  with sharding.active(layout):
+    out, again, other = (np.asarray(run(jax.random.key(i))) for i in (0, 0, 1))
+  np.testing.assert_array_equal(out, again)
+  assert np.abs(out - other).max() > 0.1
+  seen = [out[b, :, n] for b in range(2) for n in range(4)]
+  for a, b in itertools.combinations(seen, 2):
+    assert np.abs(a - b).max() > 0.1
+
+
 def test_one_token_is_a_row(kernels):
   x = jax.random.normal(jax.random.key(0), (1, 1, 2, 128))
   one = Visibility(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
@@ -310,6 +363,12 @@ _CAUSAL = ChatGLM2Config(**_SIZES, num_kv_heads=1, head_size=128, mlp_size=8)
 )
 def test_the_backend_is_that_of_the_chip(kind, length, best):
   assert choose(_CAUSAL, _Device('tpu', kind), length)[0] == best
+
+
+def test_without_tokamax_the_next_best_is_named(monkeypatch):
+  monkeypatch.setattr(api.importlib.util, 'find_spec', lambda name: None)
+  backend, why = choose(_CAUSAL, _Device('tpu', 'TPU v6 lite'), 8192)
+  assert backend == 'tpu_splash' and 'tpu_tokamax is out: tokamax is missing' in why
 
 
 def test_a_backend_that_cannot_is_refused_or_named():

@@ -13,6 +13,8 @@ import pytest
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+# Tests compile for longer than they run; XLA's own passes remain.
+jax.config.update('jax_disable_most_optimizations', True)
 
 from glm_jax.batch import Batch
 from glm_jax.models import GLMConfig

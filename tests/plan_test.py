@@ -62,10 +62,10 @@ def test_the_planned_step_is_the_step_that_trains(config, batch):
     placed = sharding.place(batch._replace(index=None), layout)
     trained = built.train_step.lower(current, placed)
   assert planned.as_text() == trained.as_text()
-  assert prediction.fingerprint(planned) == prediction.fingerprint(trained)
+  assert prediction.fingerprint(planned, 'cpu') == prediction.fingerprint(trained, 'cpu')
   other = dataclasses.replace(run, microbatches=2)
   _, differs = prediction.lower(other, layout)
-  assert prediction.fingerprint(differs) != prediction.fingerprint(planned)
+  assert prediction.fingerprint(differs, 'cpu') != prediction.fingerprint(planned, 'cpu')
 
 
 def test_a_dry_run_on_virtual_devices(tmp_path):
@@ -111,6 +111,9 @@ def test_a_dry_run_on_virtual_devices(tmp_path):
     ),
     (['--platform=cpu', '--suggest'], ('--suggest must know', 'topology')),
     (['--platform=cpu', '--json=no/such/plan.json'], ('no/such/plan.json',)),
+    (['--platform=cpu', '--json='], ('--json must be a file',)),
+    (['--platform=cpu', '--slices=3'], ('--slices are of a TPU', '3')),
+    (['--platform=cpu', '--import=no.such'], ('--import', 'no.such')),
   ],
 )
 def test_what_cannot_be_planned_is_refused(arguments, words, tmp_path):
@@ -184,6 +187,16 @@ def test_suggestions_keep_the_fastest_that_fits(config, monkeypatch):
   assert found.estimate.step_seconds == 2.0  # the second: the first did not fit
   assert (changed.mesh.fsdp, changed.model.remat, changed.batch_size) == tried[1]
   assert 'does not fit' in lines[0] and '--gin.BATCH_SIZE=' in lines[-1]
+  # The flags that are printed give the same run.
+  before = _config(config, mesh=MeshConfig(data=2, tensor=4))
+  after = suggest.apply(before, suggest.Candidate(8, 1, 1, 2, 'full'), 8)
+  flags = dict(
+    flag.removeprefix('--gin.').split('=', 1)
+    for flag in suggest.bindings(before, after).split()
+  )
+  mesh = {k.split('.')[1]: int(v) for k, v in flags.items() if 'MeshConfig' in k}
+  assert dataclasses.replace(before.mesh, **mesh) == after.mesh
+  assert int(flags['BATCH_SIZE']) == 16 and flags['GLMConfig.remat'] == '"\'full\'"'
   monkeypatch.setattr(prediction, 'predict', lambda *_: _prediction())
   with pytest.raises(ValueError, match='must fit 8 x TPU v5 lite'):
     suggest.best(_config(config), [_Chip()] * 8, 2, lambda *_, **__: None)
@@ -311,6 +324,9 @@ def test_an_h100_is_planned_without_one():
   assert found.attention[0] == 'gpu_tokamax' and found.memory['peak'] > 0
   text = table.render(found, run, 'h100:1x1x8')
   assert 'roofline' in text and 'predicted' not in text
+  # XLA compiles for a GPU what it cannot hold.
+  found = prediction.predict(dataclasses.replace(run, batch_size=4096), layout)
+  assert not found.fits and found.memory['peak'] > found.memory['limit']
 
 
 @pytest.mark.slow

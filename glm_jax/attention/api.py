@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from typing import Any
 
 import chex
@@ -69,7 +70,7 @@ def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
     ValueError: the backend that the configuration asks for lacks something.
   """
   platform = 'gpu' if device.platform in ('gpu', 'cuda', 'rocm') else device.platform
-  plain = 'dense' if length <= _DENSE_LENGTH else 'chunked'
+  plain = _plain(length)
   if model.attention != 'auto':
     lacking = _lacks(model.attention, model, platform, device, length)
     configs.check(
@@ -80,16 +81,17 @@ def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
       f"set it to 'auto', or {plain!r}",
     )
     return model.attention, 'as set'
-  best = {
-    'tpu': _BEST.get(device.device_kind, 'tpu_splash'),
-    'gpu': 'gpu_tokamax',
-  }.get(platform, plain)
-  if best == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
-    best = 'tpu_splash'
-  lacking = _lacks(best, model, platform, device, length)
-  if lacking:
-    return plain, f'{best} is out: {lacking}'
-  return best, f'best on {device.device_kind}'
+  wanted = {
+    'tpu': (_BEST.get(device.device_kind, 'tpu_splash'), 'tpu_splash'),
+    'gpu': ('gpu_tokamax',),
+  }.get(platform, ())
+  why = f'best on {device.device_kind}'
+  for backend in wanted:
+    lacking = _lacks(backend, model, platform, device, length)
+    if not lacking:
+      return backend, why
+    why = f'{backend} is out: {lacking}'
+  return plain, why
 
 
 def _lacks(backend: str, model: Any, platform: str, device: Any, length: int) -> str:
@@ -102,6 +104,8 @@ def _lacks(backend: str, model: Any, platform: str, device: Any, length: int) ->
     return f'attention_dropout={model.attention_dropout} needs the probabilities'
   if backend == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
     return f'rows of {length} positions exceed {splash.LONGEST_PACKED}'
+  if backend.endswith('tokamax') and importlib.util.find_spec('tokamax') is None:
+    return f"tokamax is missing (pip install 'glm_jax[{platform}]')"
   if backend == 'gpu_tokamax':
     return gpu.lacks(model.head_size, model.dtype, device)
   return ''
@@ -117,8 +121,7 @@ def prepare(visibility: Visibility, backend: str = 'auto', *, spread: bool = Fal
   """
   _check_backend(backend)
   if backend == 'auto':
-    length = visibility.key_start.shape[1]
-    backend = 'dense' if length <= _DENSE_LENGTH else 'chunked'
+    backend = _plain(visibility.key_start.shape[1])
   module = {'tpu_splash': splash, 'tpu_tokamax': tokamax_splash}.get(backend)
   if module is None:
     return Seen(visibility, None, backend, spread)
@@ -173,7 +176,7 @@ def attend(
   if isinstance(seen, Visibility):
     _check_backend(backend)
     if backend == 'auto':
-      backend = 'dense' if T <= _DENSE_LENGTH else 'chunked'
+      backend = _plain(T)
     chex.assert_shape(list(seen), (B, T))
     return _local(backend, q_BTNH, k_BSKH, v_BSKH, seen, None, dropout_rate, dropout_key)
   parts = sharding.axis_size('act_heads')
@@ -219,6 +222,10 @@ def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
     implementation = {'dense': dense.attend, 'chunked': chunked.attend}[backend]
     out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, rate, key)
     return checkpoint_name(out.reshape(B, T, N, H), 'attention')
+
+
+def _plain(length: int) -> str:
+  return 'dense' if length <= _DENSE_LENGTH else 'chunked'
 
 
 def _check_backend(backend: str) -> None:

@@ -7,7 +7,6 @@ alone: it runs over blocks of queries, whose masks are small. No [T, S] array ex
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -48,8 +47,6 @@ def lacks(head_size: int, dtype: Any, device: Any = None) -> str:
     kind = device.device_kind
     if not kind.startswith('NVIDIA') or float(device.compute_capability) < 8:
       return f'{kind} is no NVIDIA GPU of compute capability 8.0 or higher'
-  if importlib.util.find_spec('tokamax') is None:
-    return "tokamax is missing (pip install 'glm_jax[gpu]')"
   return ''
 
 

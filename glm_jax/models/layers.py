@@ -55,9 +55,8 @@ class Einsum(nn.Module):
     return together(x, self)[0]
 
   def parameters(self) -> tuple[jax.Array, jax.Array | None]:
-    """Weight and bias in the computation's dtype."""
-    bias = self.bias.astype(self.dtype) if self.bias_axes else None
-    return self.weight.astype(self.dtype), bias
+    """The weight in the computation's dtype; the bias as it is."""
+    return self.weight.astype(self.dtype), self.bias if self.bias_axes else None
 
 
 def together(x: jax.Array, *modules: Einsum) -> list[jax.Array]:
@@ -69,8 +68,9 @@ def together(x: jax.Array, *modules: Einsum) -> list[jax.Array]:
     [weight for weight, _ in parameters],
     [module.axes for module in modules],
   )
+  # A bias is added in float32, so that its gradient, a sum over all tokens, is, too.
   return [
-    product if bias is None else product + bias
+    product if bias is None else (product + bias).astype(product.dtype)
     for product, (_, bias) in zip(products, parameters, strict=True)
   ]
 
@@ -145,11 +145,13 @@ class Table(nn.Module):
     """This device's rows of ids in its part of the table."""
     weight = _gathered(weight)
     rows = sharding.axes_of(self.row_axis) if self.row_axis else ()
+    # A frequent token's gradient is a sum over all its places: in float32.
+    weight = weight.astype(jnp.float32)
     if not rows:
-      return weight[ids]
+      return weight[ids].astype(self.dtype)
     ids -= jax.lax.axis_index(rows) * weight.shape[0]
     inside = (0 <= ids) & (ids < weight.shape[0])
-    found = weight[jnp.where(inside, ids, 0)]
+    found = weight[jnp.where(inside, ids, 0)].astype(self.dtype)
     return jax.lax.psum(jnp.where(inside[..., None], found, 0), rows)
 
 

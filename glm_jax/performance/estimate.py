@@ -150,7 +150,7 @@ def roofline(step: hlo.Step, chip: Chip, flops: float) -> Estimate:
   Args:
     step: of the compiled text.
     chip: of it.
-    flops: all that one device computes in a step, recomputation included.
+    flops: of a device and step, without recomputation.
   """
   moved: dict[str, float] = collections.defaultdict(float)
   for op in step.ops:

@@ -13,7 +13,7 @@ import numpy as np
 
 from glm_jax import configs, sharding
 from glm_jax.batch import MIXED, Visibility
-from glm_jax.performance import estimate, flops, hlo
+from glm_jax.performance import estimate, flags, flops, hlo
 from glm_jax.performance.chips import Chip, of_device_kind
 from glm_jax.training import program, state
 
@@ -33,7 +33,7 @@ class Prediction:
     rows: of the global batch.
     tokens: of the global batch.
     memory: bytes of a device by kind: arguments, temporaries, peak, limit.
-    fits: whether the compiler accepted it.
+    fits: whether the compiler accepted it, and its peak is within the limit.
     model_flops: of a step, on all devices, as `flops.training`.
     compile_seconds: of tracing, lowering and compiling.
     fingerprint: of the lowered step.
@@ -117,6 +117,9 @@ def predict(config: Any, layout: sharding.Layout) -> Prediction:
   began = time.perf_counter()
   built, lowered = lower(config, layout)
   rows = visibility_of(config)
+  model_flops = config.batch_size * flops.training(
+    config.model, rows_tokens(rows), flops.pairs(rows)
+  )
   kind = layout.device_kind
   chip = of_device_kind(kind)
   needed, compiled = _compile(lowered)
@@ -130,7 +133,8 @@ def predict(config: Any, layout: sharding.Layout) -> Prediction:
     memory |= {
       'arguments': stats.argument_size_in_bytes,
       'temporaries': stats.temp_size_in_bytes,
-      'peak': getattr(stats, 'peak_memory_in_bytes', 0) or stats.temp_size_in_bytes,
+      'peak': stats.peak_memory_in_bytes
+      or stats.argument_size_in_bytes + stats.temp_size_in_bytes,
     }
     if chip:
       step = hlo.read(compiled.as_text())
@@ -138,8 +142,7 @@ def predict(config: Any, layout: sharding.Layout) -> Prediction:
       if chip.clock_hz:
         found = estimate.estimate(step, chip, attention)
       else:
-        share = flops.training(config.model, rows_tokens(rows), flops.pairs(rows))
-        found = estimate.roofline(step, chip, share * config.batch_size / layout.size)
+        found = estimate.roofline(step, chip, model_flops / layout.size)
   return Prediction(
     parameters=state.count(built.state['params']),
     devices=layout.size,
@@ -149,11 +152,11 @@ def predict(config: Any, layout: sharding.Layout) -> Prediction:
     rows=config.batch_size,
     tokens=int(config.batch_size * rows_tokens(rows)),
     memory=memory,
-    fits=compiled is not None,
-    model_flops=config.batch_size
-    * flops.training(config.model, rows_tokens(rows), flops.pairs(rows)),
+    # XLA refuses what does not fit into a TPU; for a GPU it compiles anything.
+    fits=compiled is not None and (not limit or memory['peak'] <= limit),
+    model_flops=model_flops,
     compile_seconds=seconds,
-    fingerprint=fingerprint(lowered),
+    fingerprint=fingerprint(lowered, kind),
     estimate=found,
     efficiency=attention.efficiency if attention else None,
     visited=flops.visited(rows) / flops.pairs(rows) if attention else None,
@@ -192,6 +195,12 @@ def _compile(lowered: Any) -> tuple[tuple[int, int] | None, Any]:
     needed = hlo.out_of_memory(str(error))
     if needed is None:
       raise
+    configs.check(
+      'vmem' not in str(error).lower(),
+      f"a kernel must fit into a core's {needed[1] / 2**20:.0f} MiB of VMEM",
+      f'{needed[0] / 2**20:.0f} MiB',
+      'set attention to another backend',
+    )
     return needed, None
 
 
@@ -213,10 +222,11 @@ def _attention(
   )
 
 
-def fingerprint(lowered: Any) -> str:
-  """Of a lowered step: changes when what is compiled changes, kernels apart."""
+def fingerprint(lowered: Any, device_kind: str) -> str:
+  """Of a lowered step and its compiler's options, but not of the kernels' insides."""
   # A kernel's program is written out differently each time.
   text = re.sub(r'backend_config = "[^"]*"', '', lowered.as_text())
+  text += str(sorted(flags.compiler_options(device_kind).items()))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

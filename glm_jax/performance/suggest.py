@@ -64,8 +64,8 @@ def best(
     if tried == trials:
       break
     changed = apply(config, candidate, len(devices))
-    layout = sharding.make_mesh(changed.mesh, devices)
     try:
+      layout = sharding.make_mesh(changed.mesh, devices)
       sharding.check_fits(
         changed.model,
         changed.batch_size,
@@ -87,19 +87,19 @@ def best(
     'use more or larger chips, or more --trials',
   )
   winner = max(found, key=lambda pair: pair[0].tokens_per_second or 0)
-  say(f'\nthe best of them:\n  {bindings(winner[1])}\n')
+  say(f'\nthe best of them:\n  {bindings(config, winner[1])}\n')
   return winner
 
 
-def bindings(config: Any) -> str:
-  """The flags that make a configuration of the original one."""
+def bindings(original: Any, config: Any) -> str:
+  """The flags that make a suggested configuration of the original one."""
   name = type(config.model).__name__
-  mesh = config.mesh
+  before = original.mesh.sizes
   return ' '.join(
     [
-      f'--gin.MeshConfig.{axis}={getattr(mesh, axis)}'
-      for axis in ('fsdp', 'sequence', 'tensor')
-      if axis == 'fsdp' or getattr(mesh, axis) > 1
+      f'--gin.MeshConfig.{axis}={size}'
+      for axis, size in config.mesh.sizes.items()
+      if size != before[axis]
     ]
     + [
       f'--gin.BATCH_SIZE={config.batch_size}',

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax import configs, sharding
+from glm_jax.attention.dense import MASKED
 from glm_jax.batch import OBJECTIVES, Batch
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -19,8 +20,6 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 LossFn = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, Metrics]]
 """(params, batch, dropout key or None) -> (sum to differentiate, metrics with 'loss')."""
-
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,7 @@ def _forward(x_BTD, weight_VD, targets_BT, chunks):
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     (highest, total, chosen), _ = jax.lax.scan(
-      chunk, (zeros + _MASKED, zeros, zeros), jnp.arange(chunks)
+      chunk, (zeros + MASKED, zeros, zeros), jnp.arange(chunks)
     )
     axes = sharding.axes_of('vocab')
     if axes:
@@ -183,7 +182,7 @@ def _logits(x, weight, part, chunks, first):
   logits = jnp.einsum('BTD,VD->BTV', x, rows, preferred_element_type=jnp.float32)
   place = part * rows.shape[0] + jnp.arange(rows.shape[0])
   inside = place < weight.shape[0]
-  return jnp.where(inside, logits, _MASKED), jnp.where(inside, first + place, -1)
+  return jnp.where(inside, logits, MASKED), jnp.where(inside, first + place, -1)
 
 
 def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:

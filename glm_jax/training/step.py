@@ -87,6 +87,9 @@ def _accumulate(differentiate, params, batch, key, parts):
   def one(carry, args):
     i, part = args
     (_, metrics), gradients = differentiate(params, part, jax.random.fold_in(key, i))
+    # Behind a barrier: XLA's TPU compiler stumbles over sums of gradients that it could
+    # move behind the loop (while_loop_all_reduce_code_motion).
+    gradients = jax.lax.optimization_barrier(gradients)
     # The sum is float32; what is added to it may be smaller, so there is no second copy.
     add = lambda a, b: a + b.astype(a.dtype)
     return jax.tree.map(add, carry, (metrics, gradients)), None
