@@ -62,6 +62,7 @@ RUNS = {
     rows=3 * 8,
     length=8192,
     mesh=dict(fsdp=8),
+    vocab_chunks=8,
     measured=0.404,
   ),
 }
@@ -73,6 +74,7 @@ def main() -> None:
   from glm_jax.models import ChatGLM2Config
   from glm_jax.performance import prediction
   from glm_jax.train import TrainConfig
+  from glm_jax.training.loss import LossConfig
 
   results = {}
   for chip, run in RUNS.items():
@@ -87,6 +89,7 @@ def main() -> None:
       train_steps=1000,
       model_dir='unset',
       mesh=sharding.MeshConfig(**run['mesh']),
+      loss=LossConfig(vocab_chunks=run.get('vocab_chunks', 0)),
     )
     layout = sharding.make_mesh(config.mesh, topologies.devices(run['topology']))
     found = prediction.predict(config, layout)

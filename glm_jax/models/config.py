@@ -31,7 +31,8 @@ class Compute:
       all but the output of attention ('attention'), and but queries, keys and values
       ('attention_qkv'), and but the MLP's gate and up and the output projection
       ('projections'); all but the output of attention and, kept in the host's memory,
-      queries, keys, values and the output projection ('offload', TPU and GPU); all but
+      the layer's input, queries, keys, values and the output projection ('offload', TPU
+      and GPU); all but
       its matmuls ('dots'), all but its weight matmuls ('dots_no_batch').
     attention: of `glm_jax.attention.BACKENDS`; 'auto' is the best for the device.
   """
