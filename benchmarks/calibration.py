@@ -51,6 +51,7 @@ RUNS = {
     measured=0.703,
   ),
   'v6e': dict(
+    # Kept in the host's memory there; ours takes three micro-batches instead.
     run='MaxText Llama-3.1-8B on v6e-8, 3 x 8,192 tokens a chip, q, k, v and out '
     'offloaded: 7,139 tokens/s a chip published',
     topology='v6e:2x4',
@@ -58,11 +59,11 @@ RUNS = {
       num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, mlp_size=14336
     ),
     vocab_size=128256,
-    remat='offload',
+    remat='attention_qkv',
     rows=3 * 8,
     length=8192,
     mesh=dict(fsdp=8),
-    vocab_chunks=8,
+    microbatches=3,
     measured=0.404,
   ),
 }
@@ -74,7 +75,6 @@ def main() -> None:
   from glm_jax.models import ChatGLM2Config
   from glm_jax.performance import prediction
   from glm_jax.train import TrainConfig
-  from glm_jax.training.loss import LossConfig
 
   results = {}
   for chip, run in RUNS.items():
@@ -89,7 +89,6 @@ def main() -> None:
       train_steps=1000,
       model_dir='unset',
       mesh=sharding.MeshConfig(**run['mesh']),
-      loss=LossConfig(vocab_chunks=run.get('vocab_chunks', 0)),
     )
     layout = sharding.make_mesh(config.mesh, topologies.devices(run['topology']))
     found = prediction.predict(config, layout)

@@ -69,8 +69,9 @@ def _largest_difference(a, b):
 @pytest.mark.parametrize(
   'mesh,microbatches',
   [
-    (MeshConfig(data=4, fsdp=2), 1),
-    (MeshConfig(data=1, tensor=2), 1),
+    (MeshConfig(data=8), 1),
+    (MeshConfig(data=1, fsdp=8), 1),
+    (MeshConfig(data=1, tensor=4), 1),
     (MeshConfig(data=2, fsdp=2, tensor=2), 1),
     (MeshConfig(data=2, fsdp=4), 2),
     (MeshConfig(data=1, sequence=4), 1),

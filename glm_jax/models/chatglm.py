@@ -18,7 +18,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.batch import Visibility
 from glm_jax.models import layers, positions
@@ -48,7 +47,6 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, Any]:
     c = self.config
     dtype = jnp.dtype(c.dtype)
-    x_BTD = checkpoint_name(x_BTD, 'input')
     alpha = (2 * c.deepnorm_layers) ** 0.5
     drop = nn.Dropout(c.output_dropout, deterministic=self.deterministic)
 

@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.batch import Visibility
 from glm_jax.models import layers, positions
@@ -39,7 +38,6 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, Any]:
     c = self.config
     dtype = jnp.dtype(c.dtype)
-    x_BTD = checkpoint_name(x_BTD, 'input')
     # The residual sum of 2 L terms keeps its size.
     out_std = c.init_std / (2 * c.num_layers) ** 0.5
     norm = functools.partial(layers.RMSNorm, dtype, c.norm_epsilon)

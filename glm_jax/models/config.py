@@ -30,10 +30,9 @@ class Compute:
     remat: what the backward pass recomputes of a layer: nothing ('none'), all ('full'),
       all but the output of attention ('attention'), and but queries, keys and values
       ('attention_qkv'), and but the MLP's gate and up and the output projection
-      ('projections'); all but the output of attention and, kept in the host's memory,
-      the layer's input, queries, keys, values and the output projection ('offload', TPU
-      and GPU); all but
-      its matmuls ('dots'), all but its weight matmuls ('dots_no_batch').
+      ('projections'); the same without gate and up, and all but attention's output kept in
+      the host's memory ('offload', TPU and GPU); all but its matmuls ('dots'), all but
+      its weight matmuls ('dots_no_batch').
     attention: of `glm_jax.attention.BACKENDS`; 'auto' is the best for the device.
   """
 

@@ -13,7 +13,6 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.batch import Visibility
 from glm_jax.models import layers
@@ -33,7 +32,6 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, Any]:
     c = self.config
     dtype = jnp.dtype(c.dtype)
-    x_BTD = checkpoint_name(x_BTD, 'input')
     # mpu/transformer.py scaled_init_method: the residual sum of 2 L terms keeps its size.
     out_std = c.init_std / (2 * c.num_layers) ** 0.5
     drop = nn.Dropout(c.output_dropout, deterministic=self.deterministic)

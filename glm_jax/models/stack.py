@@ -21,7 +21,7 @@ _REMAT = {
   'projections': _policies.save_only_these_names('attention', 'qkv', 'out', 'mlp'),
   'offload': _policies.save_and_offload_only_these_names(
     names_which_can_be_saved=['attention'],
-    names_which_can_be_offloaded=['input', 'qkv', 'out'],
+    names_which_can_be_offloaded=['qkv', 'out'],
     offload_src='device',
     offload_dst='pinned_host',
   ),
