@@ -184,7 +184,7 @@ def lines(results: dict[str, Any]) -> list[str]:
     *table,
     '',
     'Compiled, not run: predictions of the compiler, with the calibration of the table '
-    'above. (Written by `python -m benchmarks.topologies`.)',
+    'below. (Written by `python -m benchmarks.topologies`.)',
   ]
 
 
