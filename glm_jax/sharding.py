@@ -265,11 +265,8 @@ def check_fits(
       'change one of them',
     )
   # Few key heads are copied, so that each device has the one that its queries use.
-  heads, parts, axis = (
-    model.num_kv_heads,
-    layout.count('act_heads'),
-    layout.words('act_heads'),
-  )
+  heads, parts = model.num_kv_heads, layout.count('act_heads')
+  axis = layout.words('act_heads')
   configs.check(
     heads % parts == 0 or parts % heads == 0,
     f"the model's num_kv_heads must divide by the mesh axis {axis}, or the other way round",

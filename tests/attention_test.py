@@ -369,6 +369,8 @@ def test_without_tokamax_the_next_best_is_named(monkeypatch):
   monkeypatch.setattr(api.importlib.util, 'find_spec', lambda name: None)
   backend, why = choose(_CAUSAL, _Device('tpu', 'TPU v6 lite'), 8192)
   assert backend == 'tpu_splash' and 'tpu_tokamax is out: tokamax is missing' in why
+  backend, why = choose(_CAUSAL, _Device('gpu', 'NVIDIA H100'), 8192)
+  assert backend == 'chunked' and "pip install 'glm_jax[gpu]'" in why
 
 
 def test_a_backend_that_cannot_is_refused_or_named():

@@ -4,7 +4,6 @@ JAX cannot interpret the Mosaic kernels (`plgpu.load` of shared memory is missin
 without a GPU they are compiled only.
 """
 
-import importlib.util
 import re
 import types
 from unittest import mock
@@ -58,14 +57,12 @@ def test_what_the_kernels_lack(head_size, dtype, device, words):
   assert words in lacking if words else lacking == ''
 
 
-def test_no_kernel_is_an_error(monkeypatch):
+def test_no_kernel_is_an_error():
   q = jnp.zeros((1, 2, 1, 1, 64), jnp.bfloat16)
   k = q[:, :, 0]
   visibility = Visibility(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
   with pytest.raises(ValueError, match="kernel here, got cpu is .*choose 'chunked'"):
     gpu.flash(q, k, k, visibility)
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda _: None)
-  assert "pip install 'glm_jax[gpu]'" in gpu.lacks(64, 'bfloat16')
 
 
 def _interpreted(pallas_call=pallas.pallas_call, program_id=pallas.program_id):
