@@ -72,7 +72,9 @@ class MeshConfig:
   Attributes:
     data: copies of the model, each with rows of its own; the outermost, so that slices of
       a pod, which a slower network joins, differ in it alone.
-    fsdp: rows of its own, too, but parameters and optimizer are spread over it.
+    fsdp: rows of its own, too, but parameters and optimizer are spread over it. On a TPU
+      hidden_size / fsdp should be a multiple of 128: gradients of narrower parts are summed
+      whole.
     sequence: the tokens of a row are spread over it, for long rows; keys and values are
       gathered for attention.
     tensor: heads, MLP and vocabulary are spread over it.

@@ -237,12 +237,13 @@ def prediction_objectives(**weights):
 
 # From here on, compiled for real chips.
 
-_LAYERS = dict(num_layers=2, hidden_size=1024, num_heads=8, vocab_size=32768)
+# Of a real model's width: small gradients are summed whole, since that is faster.
+_LAYERS = dict(num_layers=2, hidden_size=2048, num_heads=16, vocab_size=65024)
 _CAUSAL = models.ChatGLM2Config(
   **_LAYERS,
   num_kv_heads=2,
   head_size=128,
-  mlp_size=2816,
+  mlp_size=5632,
   max_positions=8192,
   dtype='bfloat16',
   remat='attention_qkv',
@@ -257,10 +258,13 @@ def _compiled(run, topology):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'topology,mesh', [('v5e:4x4', dict(fsdp=16)), ('v5p:2x2x4', dict(fsdp=8, tensor=2))]
+  'topology,mesh', [('v5e:2x4', dict(fsdp=8)), ('v5p:2x2x4', dict(fsdp=8, tensor=2))]
 )
 def test_what_moves_between_chips(topology, mesh, monkeypatch):
-  """Collectives of fsdp, and of fsdp x tensor, at 8,192 positions."""
+  """Collectives of fsdp, and of fsdp x tensor, at 8,192 positions.
+
+  Parts of the width are 128 wide: the compiler scatters no narrower ones.
+  """
   monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
   run = _config(
@@ -278,7 +282,7 @@ def test_what_moves_between_chips(topology, mesh, monkeypatch):
   kinds = {c.kind for c in step.collectives}
   assert {'all-gather', 'reduce-scatter'} <= kinds and 'all-to-all' not in kinds
   whole = 2 * state.count(built.state['params'])  # bytes in bfloat16
-  table_bytes = 2 * 32768 * 1024 // mesh.get('tensor', 1)
+  table_bytes = 2 * 65024 * 2048
   for c in step.collectives:
     assert c.bytes < whole / 2, c  # never the whole model at once
     if c.bytes > 1e6:
@@ -311,9 +315,7 @@ def test_a_small_row_of_the_topologies_table():
   again = prediction.predict(twice, layout)
   assert again.fits and again.estimate.attention_calls == {'fwd': 4, 'dkv': 4}
   assert 1.8 < again.estimate.step_seconds / found.estimate.step_seconds < 2.2
-  large = dataclasses.replace(
-    run, batch_size=256, model=dataclasses.replace(run.model, remat='none')
-  )
+  large = dataclasses.replace(run, batch_size=512)
   found = prediction.predict(large, layout)
   assert not found.fits and found.memory['peak'] > found.memory['limit'] > 90 * 2**30
 
