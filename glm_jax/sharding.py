@@ -72,9 +72,7 @@ class MeshConfig:
   Attributes:
     data: copies of the model, each with rows of its own; the outermost, so that slices of
       a pod, which a slower network joins, differ in it alone.
-    fsdp: rows of its own, too, but parameters and optimizer are spread over it. On a TPU
-      hidden_size / fsdp should be a multiple of 128: gradients of narrower parts are summed
-      whole.
+    fsdp: rows of its own, too, but parameters and optimizer are spread over it.
     sequence: the tokens of a row are spread over it, for long rows; keys and values are
       gathered for attention.
     tensor: heads, MLP and vocabulary are spread over it.
@@ -247,8 +245,8 @@ def check_fits(
   parts = layout.count('act_length')
   configs.check(
     parts == 1 or length % (2 * parts) == 0,
-    "a row's positions must divide by twice the mesh axis sequence",
-    f'{length} positions, sequence={parts}',
+    f"a row's positions must divide by twice the mesh axis {layout.words('act_length')}",
+    f'{length} positions, {layout.words("act_length")}={parts}',
     'change TASK_FEATURE_LENGTHS or MeshConfig.sequence',
   )
   for name, logical in (

@@ -12,7 +12,8 @@ from foreign import arrays_of, imported
 from glm_jax import models, sharding
 from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference import decode
-from glm_jax.models import GLMConfig
+from glm_jax.models import GLMConfig, stack
+from glm_jax.models.config import REMAT_POLICIES
 from glm_jax.training import loss, optimizer, state
 
 
@@ -85,6 +86,10 @@ def test_logits_loss_and_gradients_equal_the_original(golden):
 
 def _norm_name(kind):
   return {'weight': 'scale', 'bias': 'bias'}[kind]
+
+
+def test_every_remat_policy_has_a_name():
+  assert {*REMAT_POLICIES} == {'none', *stack._REMAT}
 
 
 @pytest.mark.parametrize(

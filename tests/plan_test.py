@@ -164,6 +164,22 @@ def test_what_does_not_fit_is_said_with_numbers(config):
     prediction.check_fits(found)
 
 
+def test_a_kernel_that_is_too_large_is_no_lack_of_hbm():
+  class Lowered:
+    def __init__(self, message):
+      self.message = message
+
+    def compile(self):
+      raise RuntimeError(self.message)
+
+  kernel = 'vmem. Scoped allocation with size 127.50M and limit 32.00M exceeded'
+  with pytest.raises(ValueError, match="a core's 32 MiB of VMEM, got 128 MiB"):
+    prediction._compile(Lowered(kernel))
+  step = 'memory required for HLO temporaries (38.04G) exceeds available HBM (31.25G), vmem'
+  needed, compiled = prediction._compile(Lowered(step))
+  assert needed[1] == 31.25 * 2**30 and compiled is None
+
+
 class _Chip:
   platform, device_kind, process_index = 'tpu', 'TPU v5 lite', 0
 
@@ -237,7 +253,7 @@ def prediction_objectives(**weights):
 
 # From here on, compiled for real chips.
 
-# Of a real model's width: small gradients are summed whole, since that is faster.
+# Of a real model's width: the compiler may sum the gradients of a small one whole.
 _LAYERS = dict(num_layers=2, hidden_size=2048, num_heads=16, vocab_size=65024)
 _CAUSAL = models.ChatGLM2Config(
   **_LAYERS,
@@ -261,10 +277,7 @@ def _compiled(run, topology):
   'topology,mesh', [('v5e:2x4', dict(fsdp=8)), ('v5p:2x2x4', dict(fsdp=8, tensor=2))]
 )
 def test_what_moves_between_chips(topology, mesh, monkeypatch):
-  """Collectives of fsdp, and of fsdp x tensor, at 8,192 positions.
-
-  Parts of the width are 128 wide: the compiler scatters no narrower ones.
-  """
+  """Collectives of fsdp, and of fsdp x tensor, at 8,192 positions."""
   monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
   run = _config(

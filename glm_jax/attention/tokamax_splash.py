@@ -43,20 +43,15 @@ class Metadata(NamedTuple):
   counts: jax.Array
 
 
-def check(keys: int) -> None:
-  """Raises ValueError for rows whose intervals do not fit into an int32."""
-  configs.check(
-    keys <= splash.LONGEST_PACKED,
-    f"attention 'tpu_tokamax' takes rows of up to {splash.LONGEST_PACKED} positions",
-    str(keys),
-    "use 'tpu_splash'",
-  )
-
-
 def prepare(visibility: Visibility, documents_BS: jax.Array) -> Metadata:
   """Metadata of rows of queries; arguments as `splash.prepare`."""
   T, S = visibility.key_start.shape[1], documents_BS.shape[1]
-  check(S)
+  configs.check(  # their intervals would not fit into an int32
+    S <= splash.LONGEST_PACKED,
+    f"attention 'tpu_tokamax' takes rows of up to {splash.LONGEST_PACKED} positions",
+    str(S),
+    "use 'tpu_splash'",
+  )
   q, k = blocks.tiles(T), blocks.tiles(S)
   start, end = (jnp.pad(x, [(0, 0), (0, q.size - T)]) for x in visibility)
 
