@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     config.vocabulary,
     config.objectives,
     vocabulary,
+    mixture=config.mixture,
   )
   stream = pipeline.dataset(
     config.task, config.feature_lengths, batch_size=config.batch_size, seed=config.seed
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
   for number in range(flags.examples):
     example = {k: v[number] for k, v in batch.items()}
     print(f'--- example {number}, {render.render(example, data.vocabulary)}\n')
-  skipped = data.stats['train']['skipped'] if data.stats else 0
+  skipped = sum(corpus.rows['train'].stats['skipped'] for corpus in data.corpora)
   print(render.statistics(batch, skipped))
   path = Path(flags.output)
   render.picture({k: v[0] for k, v in batch.items()}, path)

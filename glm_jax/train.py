@@ -19,6 +19,7 @@ import jax
 
 from glm_jax import cli, configs, distributed, sharding
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.mixing import MixtureConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.models import config as model_config
@@ -48,6 +49,7 @@ class TrainConfig:
   Attributes:
     model: sizes and computation of the model, or `CheckpointModel`: those of a checkpoint.
     corpus: the text.
+    mixture: several corpora, by rate.
     vocabulary: how it becomes tokens.
     objectives: how tokens become examples.
     optimizer: and its schedule.
@@ -69,6 +71,7 @@ class TrainConfig:
 
   model: GLMConfig | ChatGLMConfig | ChatGLM2Config | CheckpointModel
   corpus: CorpusConfig = CorpusConfig()
+  mixture: MixtureConfig = MixtureConfig()
   vocabulary: VocabularyConfig = VocabularyConfig()
   objectives: ObjectiveConfig = ObjectiveConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -105,6 +108,7 @@ class TrainConfig:
       "''",
       'set it, such as --gin.MODEL_DIR="\'runs/mine\'"',
     )
+    self.objectives.check_steps(self.train_steps)
 
 
 CONFIGURABLES = (
@@ -114,6 +118,7 @@ CONFIGURABLES = (
   ChatGLM2Config,
   CheckpointModel,
   CorpusConfig,
+  MixtureConfig,
   VocabularyConfig,
   ObjectiveConfig,
   OptimizerConfig,
@@ -148,7 +153,7 @@ def train(config: TrainConfig, config_text: str) -> None:
 
   # Data. The leader goes first, so that the others find its caches.
   with cli.silenced_stderr():
-    from glm_jax.data import pipeline, prepare
+    from glm_jax.data import pipeline, prepare, shares
   index, count = sharding.row_share(layout)
   process = pipeline.Process(index=index, count=count)
   with distributed.leader_first():
@@ -159,10 +164,14 @@ def train(config: TrainConfig, config_text: str) -> None:
       config.vocabulary,
       config.objectives,
       vocabulary,
+      mixture=config.mixture,
+      evaluation=config.evaluation.objectives,
     )
   distributed.check_equal(
     'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
   )
+  prepare.check_batch(data, config.batch_size)
+  prepare.verify(data, config.corpus, jax.process_index(), jax.process_count())
   length = config.feature_lengths['tokens']
   _check_sizes(config, data.vocabulary)
 
@@ -196,8 +205,18 @@ def train(config: TrainConfig, config_text: str) -> None:
   if distributed.is_leader():
     run.write(config.model_dir, identity, settings, config_text)
   checkpoints = checkpoint.Checkpoints(config.model_dir, config.checkpoint)
+  stream = pipeline.Stream(
+    config.task,
+    config.feature_lengths,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    start_step=(found or 0) if data.indexed else 0,
+    process=process,
+  )
+  # A task of the user's keeps a place in its stream.
+  keeps_place = {} if data.indexed else {'stream': stream}
   if found is not None:
-    current = checkpoints.restore(found, built.state)
+    current = checkpoints.restore(found, built.state, **keeps_place)
     say(f'resumed {config.model_dir} at step {found}')
   first = int(current['step'])
   backend, why = built.attention
@@ -206,6 +225,17 @@ def train(config: TrainConfig, config_text: str) -> None:
     f'{layout.device_kind} device(s), mesh {layout.shape}; '
     f'{config.batch_size} x {length} positions a step; attention: {backend} ({why})'
   )
+  if data.corpora and distributed.is_leader():
+    lines = shares.table(
+      config.task,
+      config.feature_lengths,
+      data.corpora,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      step=first,
+      train_steps=config.train_steps,
+    )
+    say('\n'.join(lines))
 
   # Steps. Each waits for the one before it, while the next is being computed.
   meta = {
@@ -216,14 +246,6 @@ def train(config: TrainConfig, config_text: str) -> None:
     'source': source,
   }
   writer = metrics.Writer(config.model_dir, distributed.is_leader())
-  stream = pipeline.batches(
-    config.task,
-    config.feature_lengths,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    start_step=first,
-    process=process,
-  )
   with sharding.active(layout):
     validate = evaluation.Validation(
       config, data.evaluation_tasks, built.loss, layout, process
@@ -265,7 +287,8 @@ def train(config: TrainConfig, config_text: str) -> None:
         writer.write(number, 'validation', validated)
         say(evaluation.line(validated), flush=True)
       if saves:
-        checkpoints.save(current, {**meta, 'step': number}, validated if validates else {})
+        scores = validated if validates else {}
+        checkpoints.save(current, {**meta, 'step': number}, scores, **keeps_place)
       meter.restart()
     checkpoints.close()
 
@@ -337,7 +360,11 @@ def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
 
 def _row_length(config: TrainConfig) -> int:
   """Tokens of text in a row: no position is larger."""
-  return config.objectives.row_length(config.feature_lengths['tokens'])
+  length = config.feature_lengths['tokens']
+  # A packed row may hold one document alone.
+  if config.corpus.packed or config.objectives.one_dimensional:
+    return length
+  return config.objectives.row_length(length)
 
 
 def _tokens(batch: Any) -> float:

@@ -38,15 +38,14 @@ def _documents(count=60):
 def _batch(vocabulary, documents, length=LENGTH):
   """Rows of documents as a batch, and the rows themselves."""
   eos = vocabulary.specials.eos
-  packed = list(rows.pack(iter(documents), vocabulary.prefix, eos, length + 1))
-  tokens = np.full((len(packed), length + 1), vocabulary.specials.pad, np.int32)
-  scored = np.zeros(tokens.shape, bool)
-  for row, (ids, flags) in enumerate(packed):
-    tokens[row, : len(ids)], scored[row, : len(ids)] = ids, flags
-  lengths = np.array([len(ids) for ids, _ in packed], np.int32)
+  table = rows.stream_rows(documents, vocabulary.prefix, eos, length + 1)
   made = causal_examples(
-    tf.constant(tokens), tf.constant(lengths), tf.constant(scored), vocabulary.prefix[0]
+    *map(tf.constant, (table.tokens, table.lengths, table.scored, table.starts))
   )
+  packed = [
+    (ids[:n].tolist(), flags[:n].tolist())
+    for ids, flags, n in zip(table.tokens, table.scored, table.lengths, strict=True)
+  ]
   return {k: v.numpy() for k, v in made.items()}, packed
 
 

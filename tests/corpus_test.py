@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from glm_jax.data import corpus, documentation, overlap, rows
+from glm_jax.data import corpus, documentation, overlap, rows, tokenized
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.corpus import Document
 from glm_jax.data.docstrings import Found
@@ -102,10 +102,10 @@ def test_a_missing_or_too_small_corpus_is_refused(tmp_path):
 
 def test_a_vocabulary_is_trained_once(tmp_path, capsys):
   config = _write(tmp_path)
-  first = corpus.load_or_train_vocabulary(VocabularyConfig(size=512), config)
+  first = corpus.load_or_train_vocabulary(VocabularyConfig(size=512), [config])
   assert 'vocabulary:' in capsys.readouterr().out
   assert (
-    corpus.load_or_train_vocabulary(VocabularyConfig(size=512), config).fingerprint
+    corpus.load_or_train_vocabulary(VocabularyConfig(size=512), [config]).fingerprint
     == first.fingerprint
   )
   assert capsys.readouterr().out == ''
@@ -124,7 +124,13 @@ def test_every_token_is_in_one_row_in_order():
     for _ in range(300)
   ]
   for length in (8, 9, 33):
-    packed = list(rows.pack(iter(documents), (S.enc,), S.eos, length))
+    table = rows.stream_rows(documents, (S.enc,), S.eos, length)
+    packed = [
+      (ids[:n].tolist(), scored[:n].tolist())
+      for ids, scored, n in zip(table.tokens, table.scored, table.lengths, strict=True)
+    ]
+    # Where a document, or the part of one that a row begins with, starts.
+    np.testing.assert_array_equal(table.starts, table.tokens == S.enc)
     stream, flags = [], []
     for ids, scored in packed:
       assert ids[0] == S.enc and 2 <= len(ids) <= length and len(scored) == len(ids)
@@ -151,17 +157,18 @@ def test_rows_are_cached_and_short_documents_counted(tmp_path, capsys):
   for number, text in enumerate(['', 'x', 'two', '中文文本。' * 40, ' ' * 9]):
     (tmp_path / f'{number}.txt').write_text(text)
   config = _config(tmp_path, validation=str(tmp_path / '3.txt'))
-  made = rows.build_rows(config, VOCABULARY, 'train', 32)
+  made = tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
   assert made.stats['documents'] == 3 and made.stats['skipped'] == 2
   assert '2 documents under two tokens skipped' in capsys.readouterr().out
-  again = rows.build_rows(config, VOCABULARY, 'train', 32)
+  again = tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
   assert capsys.readouterr().out == ''
-  for name in ('tokens', 'scored', 'lengths'):
-    np.testing.assert_array_equal(getattr(made, name), getattr(again, name))
-  text = [t for row, n in zip(made.tokens, made.lengths, strict=True) for t in row[:n]]
+  table = made.read()
+  for name in table._fields:
+    np.testing.assert_array_equal(getattr(table, name), getattr(again.read(), name))
+  text = [t for row, n in zip(table.tokens, table.lengths, strict=True) for t in row[:n]]
   assert '中文文本。' * 40 in VOCABULARY.decode([t for t in text if t < 256])
   (tmp_path / '2.txt').write_text('now another text')
-  changed = rows.build_rows(config, VOCABULARY, 'train', 32)
+  changed = tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
   assert changed.stats['digest'] != made.stats['digest']
 
 
@@ -169,18 +176,18 @@ def test_only_empty_documents_are_refused_and_leave_nothing(tmp_path):
   (tmp_path / 'a.txt').write_text('')
   config = _config(tmp_path, validation=str(tmp_path / 'a.txt'))
   with pytest.raises(ValueError, match='a document of two tokens or more'):
-    rows.build_rows(config, VOCABULARY, 'train', 32)
+    tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
   assert not list((tmp_path / 'cache' / 'rows').iterdir())
 
 
 def test_a_damaged_cache_is_named(tmp_path):
   config = _write(tmp_path)
-  rows.build_rows(config, VOCABULARY, 'train', 32)
+  tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
   (path,) = (tmp_path / 'cache' / 'rows').iterdir()
-  tokens = path / rows.TOKENS_FILE
+  (tokens,) = path.glob('*.rows')
   tokens.write_bytes(tokens.read_bytes()[:100])
   with pytest.raises(ValueError, match='cached rows must be readable.*delete'):
-    rows.build_rows(config, VOCABULARY, 'train', 32)
+    tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
 
 
 # The documentation of this Python.

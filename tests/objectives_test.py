@@ -37,7 +37,8 @@ def _documents(count, lengths, seed=0, sentence=20):
 @functools.cache
 def _op(length, config):
   def make(tokens, lengths, scored, index, seed):
-    source = objectives.Source(tokens, lengths, scored, stateless.example_keys(seed, index))
+    keys = stateless.example_keys(seed, index)
+    source = objectives.Source(tokens, lengths, scored, keys, tf.zeros_like(index))
     return objectives.make_examples(source, length, config, VOCABULARY)
 
   return tf.function(make, autograph=False, reduce_retracing=False)

@@ -10,32 +10,27 @@ from collections.abc import Mapping
 import tensorflow as tf
 
 from glm_jax.batch import OBJECTIVES
-from glm_jax.text.vocabulary import Vocabulary
 
 
 def causal(
   dataset: tf.data.Dataset,
   sequence_length: Mapping[str, int],
-  *,
-  vocabulary: Vocabulary,
 ) -> tf.data.Dataset:
   """Rows of indexed sources (`glm_jax.data.source`) as examples of the batch contract.
 
   Args:
     dataset: batches of rows of L + 1 tokens.
     sequence_length: {'tokens': L}.
-    vocabulary: of the tokens; the first piece of its prefix opens a document.
 
   Returns:
     A dataset of {field of `Batch`: [B, L]}.
   """
   length = sequence_length['tokens']
-  opening = vocabulary.prefix[0] if vocabulary.prefix else None
 
   @tf.autograph.experimental.do_not_convert
   def make(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    made = causal_examples(x['tokens'], x['lengths'], x['scored'], opening)
-    return {**made, 'index': x['index']}
+    made = causal_examples(x['tokens'], x['lengths'], x['scored'], x['starts'])
+    return {**made, 'index': x['index'], 'corpus': x['corpus']}
 
   if dataset.element_spec['tokens'].shape.as_list()[1:] != [length + 1]:
     raise ValueError(
@@ -46,7 +41,7 @@ def causal(
 
 
 def causal_examples(
-  tokens: tf.Tensor, lengths: tf.Tensor, scored: tf.Tensor, opening: int | None
+  tokens: tf.Tensor, lengths: tf.Tensor, scored: tf.Tensor, starts: tf.Tensor
 ) -> dict[str, tf.Tensor]:
   """A batch of examples.
 
@@ -54,7 +49,7 @@ def causal_examples(
     tokens: [B, L + 1] int32.
     lengths: [B] int32; what follows is padding.
     scored: [B, L + 1] bool, tokens that may carry loss.
-    opening: the piece that opens a document; None if nothing does.
+    starts: [B, L + 1] bool, where a document, or a part of one, begins.
 
   Returns:
     The [B, L] features of `glm_jax.batch.Batch` (no index).
@@ -62,8 +57,7 @@ def causal_examples(
   L = tokens.shape[1] - 1
   t = tf.broadcast_to(tf.range(L), [tf.shape(tokens)[0], L])
   inside = t + 1 < lengths[:, None]  # the last token of a row predicts nothing
-  opens = tf.equal(tokens[:, :-1], -1 if opening is None else opening)
-  start = tf.where(opens, t, 0)
+  start = tf.where(starts[:, :-1], t, 0)
   step = 1
   while step < L:  # the largest so far, in log L steps
     start = tf.maximum(start, tf.pad(start, [[0, 0], [step, 0]])[:, :L])

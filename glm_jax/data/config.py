@@ -12,19 +12,26 @@ class CorpusConfig:
   """The text.
 
   Attributes:
-    corpus: 'documentation' (what every Python installation carries), 'tfds:NAME' or
-      'tfds:NAME:VERSION', or a glob of .txt files (a document each) and .jsonl files (a
-      document a line: {"text"} or {"prompt", "text"}, with loss on the text only).
+    corpus: 'documentation' (what every Python installation carries), 'shards:DIR' (what
+      `make_shards` wrote), 'tfds:NAME' or 'tfds:NAME:VERSION', 'task:NAME' (a seqio task
+      of text, or of the feature tokens), or a glob of .txt files (a document each) and
+      .jsonl files (a document a line: {"text"} or {"prompt", "text"}, with loss on the
+      text only).
+    packed: several whole documents a row, each an example of its own, instead of one
+      stream of text that is cut into rows: for short documents.
+    verify: compare shards with their checksums before training, each process its part.
     validation: a glob of held-out files; '' holds out `validation_fraction`.
     validation_fraction: share of the documents held out, by a hash of their text.
     errors: invalid UTF-8 stops the run ('strict'), becomes U+FFFD ('replace') or is left
       out ('ignore').
-    text_key: the feature of a TFDS data set that holds the text.
+    text_key: the feature of a TFDS data set or a seqio task that holds the text.
     tfds_data_dir: where TFDS data sets are; '' for the TFDS default.
     cache_dir: where vocabularies and rows are kept between runs.
   """
 
   corpus: str = 'documentation'
+  packed: bool = False
+  verify: bool = True
   validation: str = ''
   validation_fraction: float = 0.05
   errors: str = 'strict'

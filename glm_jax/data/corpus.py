@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from glm_jax import configs
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
@@ -20,13 +20,19 @@ from glm_jax.text.vocabulary import Vocabulary
 # With fewer documents than this, long ones are cut so that some can be held out.
 _FEW = 20
 _PIECE = 2000  # characters, at least, of such a part
+_AT_ONCE = 256  # rows
+
+
+SHARDS, TASK = 'shards:', 'task:'
+"""What a corpus that is made of shards, or a seqio task, begins with."""
 
 
 class Document(NamedTuple):
-  """A text, and what precedes it without being learnt."""
+  """A text, what precedes it without being learnt, and its tokens where it has them."""
 
   text: str
   prompt: str = ''
+  ids: Sequence[int] | None = None
 
 
 def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
@@ -43,6 +49,10 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
     yield from map(Document, documentation.texts(builder, split))
   elif config.corpus.startswith('tfds:'):
     yield from _from_tfds(config, split)
+  elif config.corpus.startswith(TASK):
+    yield from _from_task(config, split)
+  elif config.corpus.startswith(SHARDS):
+    yield from _from_shards(config.corpus.removeprefix(SHARDS), split)
   elif config.validation:
     pattern = config.corpus if split == 'train' else config.validation
     yield from (d for path in _files(pattern) for d in _read(path, config))
@@ -60,7 +70,7 @@ def fingerprint(config: CorpusConfig) -> str:
       _stats(path)
       for path in sorted(Path(documentation.prepared(cache_dir(config)).data_dir).iterdir())
     ]
-  elif config.corpus.startswith('tfds:'):
+  elif config.corpus.startswith(('tfds:', TASK)):
     parts = [config.corpus, config.text_key, config.tfds_data_dir]
   else:
     patterns = [config.corpus] + [config.validation] * bool(config.validation)
@@ -74,18 +84,27 @@ def cache_dir(config: CorpusConfig) -> Path:
   return Path(config.cache_dir).expanduser()
 
 
-def load_or_train_vocabulary(config: VocabularyConfig, corpus: CorpusConfig) -> Vocabulary:
-  """The vocabulary of a run; trained on the corpus at first use, then cached."""
+def load_or_train_vocabulary(
+  config: VocabularyConfig, corpora: Sequence[CorpusConfig]
+) -> Vocabulary:
+  """The vocabulary of a run: the one it names, that of its shards, or one trained on its
+  text at first use, then cached."""
   if config.path:
     return loading.load(config.path)
+  for corpus in corpora:
+    if corpus.corpus.startswith(SHARDS):
+      from glm_jax.data import shards
+
+      return shards.vocabulary_of(corpus.corpus.removeprefix(SHARDS))
   # A trained vocabulary is a .model file, whatever pieces stand behind it.
   kind = '' if config.kind == 'sentencepiece' else f'-{config.kind}'
-  name = f'{fingerprint(corpus)}-{config.size}{kind}.model'
-  path = cache_dir(corpus) / 'vocabularies' / name
+  prints = '-'.join(map(fingerprint, corpora))
+  name = f'{prints}-{config.size}{kind}.model'
+  path = cache_dir(corpora[0]) / 'vocabularies' / name
   if not path.exists():
     began = time.perf_counter()
-    texts = [document.text for document in documents(corpus, 'train')]
-    _check_some(texts, corpus)
+    texts = [d.text for corpus in corpora for d in documents(corpus, 'train')]
+    _check_some(texts, corpora[0])
     model = vocabularies.train_sentencepiece(
       texts, config.size, bpe=config.kind == 'chatglm3'
     )
@@ -210,6 +229,66 @@ def _from_tfds(config: CorpusConfig, split: str) -> Iterator[Document]:
     yield from found
   else:
     yield from _held_out(list(found), config, split)
+
+
+def _from_task(config: CorpusConfig, split: str) -> Iterator[Document]:
+  task = find_task(config)
+  if 'validation' in task.splits:
+    yield from read_task(task, config, split)
+  else:
+    yield from _held_out(list(read_task(task, config, 'train')), config, split)
+
+
+def find_task(config: CorpusConfig) -> Any:
+  """The seqio task that a corpus names.
+
+  Raises:
+    ValueError: it is not registered.
+  """
+  import seqio
+
+  name = config.corpus.removeprefix(TASK)
+  known = seqio.TaskRegistry.names()
+  configs.check(
+    name in known,
+    "a corpus 'task:NAME' must name a registered seqio task",
+    f'{name!r}; registered are {sorted(known)}',
+    'register it in a module named by --import',
+  )
+  return seqio.TaskRegistry.get(name)
+
+
+def read_task(
+  task: Any, config: CorpusConfig, split: str, part: int = 0, parts: int = 1
+) -> Iterator[Document]:
+  """The documents of a seqio task, or a part of them: text, or the feature tokens."""
+  import seqio
+
+  dataset = task.get_dataset(
+    None,
+    split=split,
+    shuffle=False,
+    seed=0,
+    shard_info=seqio.ShardInfo(part, parts),
+    num_epochs=1,
+    trim_output_features=False,
+  )
+  for example in dataset.as_numpy_iterator():
+    if 'tokens' in example:
+      yield Document('', ids=example['tokens'].tolist())
+    else:
+      yield _tfds_text(example, config)
+
+
+def _from_shards(path: str, split: str) -> Iterator[Document]:
+  """Rows as texts, for a reader: shards hold tokens, and no documents."""
+  from glm_jax.data import shards
+
+  vocabulary, rows = shards.vocabulary_of(path), shards.load(path)[split]
+  for first in range(0, len(rows), _AT_ONCE):
+    table = rows.read(first, min(_AT_ONCE, len(rows) - first))
+    for tokens, length in zip(table.tokens, table.lengths, strict=True):
+      yield Document(vocabulary.decode(tokens[:length].tolist()))
 
 
 def _tfds_text(example: dict, config: CorpusConfig) -> Document:

@@ -37,18 +37,22 @@ class Source(NamedTuple):
     lengths: [B] int32.
     scored: [B, N] bool, tokens that may carry loss (a prompt does not).
     keys: [B] uint64.
+    step: [B] int64, of the schedule of objectives.
+    room: [B] int32, spans that each row has positions for; None for what `length` gives.
   """
 
   tokens: tf.Tensor
   lengths: tf.Tensor
   scored: tf.Tensor
   keys: tf.Tensor
+  step: tf.Tensor
+  room: tf.Tensor | None = None
 
 
 def make_examples(
   source: Source, length: int, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> dict[str, tf.Tensor]:
-  """A batch of examples, each of an objective drawn by `config.weights`.
+  """A batch of examples, each of an objective drawn by `config.phases`.
 
   Args:
     source: rows of N tokens.
@@ -79,19 +83,18 @@ def make_examples(
   inside = tf.range(N) < source.lengths[:, None]
   is_text = inside & ~tf.gather(tf.constant(special), source.tokens)
   ends = tf.gather(tf.constant(vocabulary.ends_sentence()), source.tokens)
-  rows = spans.Rows(source.tokens, source.lengths, is_text, ends & is_text, source.keys)
+  room = tf.fill(tf.shape(full), max_spans) if source.room is None else source.room
+  rows = spans.Rows(
+    source.tokens, source.lengths, is_text, ends & is_text, source.keys, room
+  )
 
   # Only objectives that can come up are sampled; one of them is kept for each row.
-  total, u = sum(config.weights), stateless.uniform(source.keys, _OBJECTIVE, 1)[:, 0]
-  kept, objective, below = None, tf.zeros_like(source.lengths), 0.0
-  for number, (name, weight) in enumerate(zip(MIXED, config.weights, strict=True)):
-    if not weight:
-      continue
+  objective = _draw(source, config)
+  kept = None
+  for name in config.objectives:
     drawn = _SAMPLERS[name](rows, config, max_spans)
-    chosen = u >= below / total
+    chosen = objective == MIXED.index(name)
     kept = drawn if kept is None else _choose(chosen, drawn, kept)
-    objective = tf.where(chosen, number, objective)
-    below += weight
   masks = (s.mask, s.gmask, s.smask) if config.task_masks else (s.mask,) * 3
   configs.check(
     None not in masks and (s.dblock is not None or not config.dblock_probability),
@@ -109,9 +112,34 @@ def make_examples(
     objective=objective,
   )
   example['objective'] = tf.broadcast_to(objective[:, None], tf.shape(example['tokens']))
+  example['loss_weights'] = _weigh(example['loss_weights'], objective, config)
   example['lost'] = full - source.lengths
   example['capped'] = kept.capped
   return example
+
+
+def _draw(source: Source, config: ObjectiveConfig) -> tf.Tensor:
+  """[B] int32, the objective of each row by the weights of its step."""
+  starts = tf.constant([start for start, _ in config.phases], tf.int64)
+  shares = np.array([weights for _, weights in config.phases])
+  shares = shares / shares.sum(1, keepdims=True)
+  below = np.cumsum(shares, axis=1)
+  below[below > 1 - 1e-9] = 2.0  # whatever the rounding, the last one takes the rest
+  phase = tf.searchsorted(starts, tf.maximum(source.step, 0), side='right') - 1
+  below = tf.gather(tf.constant(below, tf.float32), phase)
+  u = stateless.uniform(source.keys, _OBJECTIVE, 1)
+  return tf.reduce_sum(tf.cast(u >= below, tf.int32), axis=1)
+
+
+def _weigh(weights: tf.Tensor, objective: tf.Tensor, config: ObjectiveConfig) -> tf.Tensor:
+  """Loss weights of tokens: by objective, and so that examples count alike if asked."""
+  if config.loss_mean == 'example':
+    total = tf.reduce_sum(weights, axis=1, keepdims=True)
+    weights = weights / tf.maximum(total, 1.0)
+  if set(config.loss_weights) != {1.0}:
+    by_objective = tf.constant(config.loss_weights, tf.float32)
+    weights = weights * tf.gather(by_objective, objective)[:, None]
+  return weights
 
 
 def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
@@ -175,7 +203,10 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
     positions = tf.where(in_a, p + shift, start)
   else:
     positions = tf.where(in_a, p, place)
-  if not config.block_positions:
+  blocks = tf.where(in_b, offset + 1, 0)
+  if config.one_dimensional:
+    positions, blocks = p, tf.zeros_like(p)
+  elif not config.block_positions:
     goes_on = (objective == MIXED.index('document'))[:, None] & in_b
     positions = tf.where(goes_on, p, positions)
   inside = in_a | in_b
@@ -186,7 +217,7 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
       'targets': tf.where(in_b, targets, s.pad),
       'loss_weights': tf.cast(scored, tf.float32),
       'positions': tf.where(inside, positions, 0),
-      'block_positions': tf.where(in_b, offset + 1, 0),
+      'block_positions': blocks,
       'key_start': tf.zeros_like(key_end),
       'key_end': key_end,
     }

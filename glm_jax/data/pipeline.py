@@ -34,11 +34,64 @@ class Process:
   count: int = 1
 
 
+class Stream(Iterator[Batch]):
+  """Numpy batches of `dataset`, which says what the arguments are.
+
+  Attributes:
+    indexed: the stream is a function of its step alone, and `save` is not needed.
+  """
+
+  def __init__(self, task: str, feature_lengths: Mapping[str, int], **reading: Any):
+    """See `dataset`."""
+    self.indexed = _is_indexed(seqio.get_mixture_or_task(task))
+    self._iterator = iter(dataset(task, feature_lengths, **reading))
+
+  def __next__(self) -> Batch:
+    example = next(self._iterator)
+    return Batch(
+      **{
+        name: np.asarray(example[name], dtype)
+        for name, dtype in zip(Batch._fields, DTYPES, strict=True)
+        if name in example
+      }
+    )
+
+  def save(self, prefix: str) -> None:
+    """Writes where the iterator stands, its shuffle buffer included, to files.
+
+    Raises:
+      ValueError: a pipeline whose place cannot be written, as one with Python in it.
+    """
+    try:
+      tf.train.Checkpoint(iterator=self._iterator).write(prefix)
+    except tf.errors.FailedPreconditionError as error:
+      raise ValueError(
+        'a task must be made of TensorFlow operations alone for its place to be saved, got '
+        f'{str(error).splitlines()[0][:120]}; make shards of it (make_shards, '
+        "CorpusConfig.corpus='task:NAME')."
+      ) from error
+
+  def restore(self, prefix: str) -> None:
+    """Goes on where `save` was called.
+
+    Raises:
+      ValueError: files that are damaged, or of another task.
+    """
+    try:
+      checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+      checkpoint.read(prefix).assert_consumed()
+    except (tf.errors.OpError, AssertionError, ValueError) as error:
+      raise ValueError(
+        f'the place in the data must be readable, got {prefix} ({type(error).__name__}); '
+        'restore the files, or begin a run from the checkpoint with init_from.'
+      ) from error
+
+
 def batches(
   task: str, feature_lengths: Mapping[str, int], **reading: Any
 ) -> Iterator[Batch]:
-  """`dataset` (which says what the arguments are) as numpy batches."""
-  return map(_to_numpy, dataset(task, feature_lengths, **reading).as_numpy_iterator())
+  """`dataset` as numpy batches."""
+  return Stream(task, feature_lengths, **reading)
 
 
 def dataset(
@@ -60,8 +113,8 @@ def dataset(
     feature_lengths: {'tokens': L}.
     batch_size: of the global batch; each process gets its share.
     seed: the stream is a function of it.
-    start_step: first global batch. An indexed task (`glm_*`) begins there at once;
-      another is read up to there and thrown away.
+    start_step: first global batch of an indexed task (`glm_*`); others begin at 0 and
+      are taken to their place by `Stream.restore`.
     split: of the task.
     train: shuffled and endless; otherwise the split once, with fixed masks, the last
       batch filled up with rows of no loss.
@@ -82,10 +135,10 @@ def dataset(
     )
   whole_batches = features['tokens'].rank == 2
   if whole_batches:
-    if not isinstance(getattr(provider, 'source', None), IndexedRows):
+    if not _is_indexed(provider):
       raise ValueError(
         f'a task of whole batches must read indexed rows, got {task!r}; give its features '
-        'rank 1, or mix corpora as files of one CorpusConfig.corpus.'
+        'rank 1, or mix corpora by MixtureConfig.'
       )
     reading = Reading(batch_size, start_step, max_rows)
     provider = provider.replace(source=provider.source.at(reading))
@@ -104,10 +157,15 @@ def dataset(
     try_in_mem_cache=False,
   )
   if not whole_batches:
+    if start_step:
+      raise ValueError(
+        f'a task that is not indexed begins at step 0, got start_step={start_step} for '
+        f'{task!r}; restore its place with Stream.restore.'
+      )
     examples = _padded(examples, feature_lengths['tokens'])
     if train:
       size = batch_size // process.count
-      examples = examples.batch(size, drop_remainder=True).skip(start_step)
+      examples = examples.batch(size, drop_remainder=True)
     else:
       examples = examples.take(max_rows or -1).batch(batch_size)
       examples = examples.map(lambda x: _share(x, batch_size, process))
@@ -151,11 +209,5 @@ def _share(
   return own
 
 
-def _to_numpy(example: dict[str, np.ndarray]) -> Batch:
-  return Batch(
-    **{
-      name: np.asarray(example[name], dtype)
-      for name, dtype in zip(Batch._fields, DTYPES, strict=True)
-      if name in example
-    }
-  )
+def _is_indexed(provider: Any) -> bool:
+  return isinstance(getattr(provider, 'source', None), IndexedRows)

@@ -1,20 +1,23 @@
-"""From a run's configuration to a registered task: corpus, vocabulary, rows."""
+"""From a run's configuration to a registered task: corpora, vocabulary, rows."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 
 import seqio
 
 from glm_jax import configs
-from glm_jax.batch import MIXED
-from glm_jax.data import corpus as corpora
-from glm_jax.data import rows as row_store
-from glm_jax.data import tasks
+from glm_jax.data import corpus as corpora_module
+from glm_jax.data import shards, tasks, tokenized
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.mixing import MixtureConfig
+from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.preprocessors import SeqioVocabulary
+from glm_jax.data.rows import RowPlan
+from glm_jax.data.source import Corpus
 from glm_jax.text.vocabulary import Vocabulary
 
 
@@ -25,14 +28,17 @@ class Prepared:
   Attributes:
     vocabulary: of the tokens.
     fingerprint: tells one set of training examples from another.
-    evaluation_tasks: registered tasks that have a validation split.
-    stats: of the rows by split; empty for a task of the user's.
+    evaluation_tasks: registered tasks that have a validation split, by objective.
+    corpora: rows by split; empty for a task of the user's.
+    indexed: whether the stream is a function of a step alone; a task of the user's keeps
+      its place in an iterator.
   """
 
   vocabulary: Vocabulary
   fingerprint: str
-  evaluation_tasks: tuple[str, ...]
-  stats: dict[str, dict]
+  evaluation_tasks: dict[str, str]
+  corpora: tuple[Corpus, ...] = ()
+  indexed: bool = True
 
 
 def prepare(
@@ -42,6 +48,9 @@ def prepare(
   vocabulary_config: VocabularyConfig,
   objectives: ObjectiveConfig,
   vocabulary: Vocabulary | None = None,
+  *,
+  mixture: MixtureConfig = MixtureConfig(),
+  evaluation: ObjectiveConfig | None = None,
 ) -> Prepared:
   """Makes (or finds, cached) everything that the task reads, and registers it.
 
@@ -56,45 +65,107 @@ def prepare(
     objectives: how tokens become examples.
     vocabulary: that of a checkpoint, which the model goes on from; else
       `vocabulary_config` says which.
+    mixture: of corpora.
+    evaluation: what is validated, if not what is trained on.
 
   Raises:
-    ValueError: a task that is not registered; bad text (see `corpus` and `rows`).
+    ValueError: a task that is not registered; bad text or shards (see `corpus`,
+      `shards`), or shards that are made for something else.
   """
-  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-  if task in tasks.NAMES:
-    if vocabulary is None:
-      vocabulary = corpora.load_or_train_vocabulary(vocabulary_config, corpus)
-    length = feature_lengths['tokens']
-    if task == tasks.CAUSAL:
-      row_length = length + 1  # the last token is a target alone
-      configs.check(
-        length > len(vocabulary.prefix),
-        f'TASK_FEATURE_LENGTHS must leave room behind the {len(vocabulary.prefix)} tokens '
-        'that open a document',
-        str(length),
-        'raise it',
-      )
-    else:
-      if task != tasks.MIXTURE:
-        objectives = objectives.only(task.removeprefix('glm_'))
-      row_length = objectives.row_length(length)
-    rows = {
-      split: row_store.build_rows(corpus, vocabulary, split, row_length)
-      for split in ('train', 'validation')
-    }
-    if task == tasks.CAUSAL:
-      tasks.register_causal(rows, vocabulary)
-      wanted = [task]
-    else:
-      tasks.register(rows, vocabulary, objectives)
-      weights = zip(MIXED, objectives.weights, strict=True)
-      wanted = [f'glm_{name}' for name, weight in weights if weight]
-    return Prepared(
-      vocabulary=vocabulary,
-      fingerprint=rows['train'].stats['digest'],
-      evaluation_tasks=tuple(wanted),
-      stats={k: v.stats for k, v in rows.items()},
+  if task not in tasks.NAMES:
+    return _of_own_task(task)
+  named = mixture.corpora or {'': corpus.corpus}
+  sources = {name: dataclasses.replace(corpus, corpus=spec) for name, spec in named.items()}
+  if vocabulary is None:
+    vocabulary = corpora_module.load_or_train_vocabulary(
+      vocabulary_config, list(sources.values())
     )
+  if task not in (tasks.CAUSAL, tasks.MIXTURE):
+    objectives = objectives.only(task.removeprefix('glm_'))
+  evaluation = evaluation or objectives
+  length = feature_lengths['tokens']
+  plans = {
+    'train': row_plan(task, length, objectives, vocabulary, packed=corpus.packed),
+    'validation': row_plan(task, length, evaluation, vocabulary, packed=corpus.packed),
+  }
+  rows = {
+    name: _rows_of(source, vocabulary, plans, length) for name, source in sources.items()
+  }
+  shares = mixture.shares({name: len(r['train']) for name, r in rows.items()})
+  # A corpus without a share is not read.
+  corpora = [Corpus(name, rows[name], share) for name, share in shares.items() if share]
+  _check_alike(corpora)
+  if task == tasks.CAUSAL:
+    tasks.register_causal(corpora, vocabulary)
+    wanted = {'causal': task}
+  else:
+    tasks.register(corpora, vocabulary, objectives, evaluation)
+    wanted = {name: f'glm_{name}{tasks.EVALUATION}' for name in evaluation.objectives}
+  has_validation = any('validation' in c.rows for c in corpora)
+  return Prepared(
+    vocabulary=vocabulary,
+    fingerprint=_fingerprint(corpora),
+    evaluation_tasks=wanted if has_validation else {},
+    corpora=tuple(corpora),
+  )
+
+
+def row_plan(
+  task: str,
+  length: int,
+  objectives: ObjectiveConfig,
+  vocabulary: Vocabulary,
+  *,
+  packed: bool,
+) -> RowPlan:
+  """How documents become rows for a task of this package.
+
+  Args:
+    task: its name.
+    length: L, positions of a row.
+    objectives: of `glm_mixture`, or of the one objective.
+    vocabulary: of the tokens.
+    packed: whole documents, each an example of its own.
+  """
+  if task == tasks.CAUSAL:
+    configs.check(
+      length > len(vocabulary.prefix),
+      f'TASK_FEATURE_LENGTHS must leave room behind the {len(vocabulary.prefix)} tokens '
+      'that open a document',
+      str(length),
+      'raise it',
+    )
+    # The last token is a target alone.
+    return causal_packing(length) if packed else RowPlan(length + 1)
+  return objectives.packing(length) if packed else RowPlan(objectives.row_length(length))
+
+
+def check_batch(data: Prepared, batch_size: int) -> None:
+  """Raises ValueError for a corpus with fewer rows than a global batch takes from it."""
+  for corpus in data.corpora:
+    n, needed = len(corpus.rows['train']), batch_size * corpus.share
+    configs.check(
+      n >= needed,
+      f'a corpus must hold the rows of one global batch, {needed:,.0f} of BATCH_SIZE='
+      f'{batch_size}',
+      f'{n:,} rows' + f' in {corpus.name!r}' * bool(corpus.name),
+      'give more text, shorter rows or a smaller batch',
+    )
+
+
+def verify(data: Prepared, config: CorpusConfig, index: int, count: int) -> int:
+  """Bytes of shards that this process, `index` of `count`, compared with checksums."""
+  if not config.verify:
+    return 0
+  return sum(
+    shards.verify(rows, index, count)
+    for corpus in data.corpora
+    for rows in corpus.rows.values()
+  )
+
+
+def _of_own_task(task: str) -> Prepared:
+  registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   configs.check(
     task in registered,
     f'MIXTURE_OR_TASK_NAME must be one of {list(tasks.NAMES)} or a registered task',
@@ -103,17 +174,80 @@ def prepare(
   )
   provider = seqio.get_mixture_or_task(task)
   feature = provider.output_features.get('tokens')
-  vocabulary = getattr(feature and feature.vocabulary, 'vocabulary', None)
   configs.check(
     feature is not None and isinstance(feature.vocabulary, SeqioVocabulary),
     f'the task {task!r} must have the feature tokens with a SeqioVocabulary',
     str(feature),
     'use output_features() of glm_jax.data.preprocessors',
   )
-  has_validation = 'validation' in provider.splits
   return Prepared(
-    vocabulary=vocabulary,
+    vocabulary=feature.vocabulary.vocabulary,
     fingerprint=f'task {task}',
-    evaluation_tasks=(task,) if has_validation else (),
-    stats={},
+    evaluation_tasks={task: task} if 'validation' in provider.splits else {},
+    indexed=False,
   )
+
+
+def _rows_of(
+  config: CorpusConfig, vocabulary: Vocabulary, plans: dict[str, RowPlan], length: int
+) -> dict[str, shards.Rows]:
+  if not config.corpus.startswith(corpora_module.SHARDS):
+    return {
+      split: tokenized.cached_rows(config, vocabulary, split, plan)
+      for split, plan in plans.items()
+    }
+  path = config.corpus.removeprefix(corpora_module.SHARDS)
+  rows = shards.load(path, vocabulary)
+  configs.check(
+    'train' in rows,
+    f'the shards in {path} must have a train split',
+    str(sorted(rows)),
+    'make them again',
+  )
+  for split, plan in plans.items():
+    if split in rows:
+      _check_plan(path, rows[split].plan, plan, length)
+  return rows
+
+
+def _check_plan(path: str, theirs: RowPlan, wanted: RowPlan, length: int) -> None:
+  kind = {True: 'packed documents', False: 'a stream cut into rows'}
+  configs.check(
+    theirs.packed == wanted.packed,
+    f'CorpusConfig.packed must be as the shards in {path} were made',
+    f'{kind[theirs.packed]} there, {kind[wanted.packed]} here',
+    f'set CorpusConfig.packed={theirs.packed}, or make them again',
+  )
+  if not theirs.packed:
+    fits = theirs.row_length <= wanted.row_length
+    got = f'rows of {theirs.row_length} tokens'
+    most = f'{wanted.row_length} tokens of text'
+  else:
+    # Each document must have room for its spans, and the row for its documents.
+    both = zip(theirs.room, wanted.room, strict=False)
+    fits = theirs.positions <= length and all(a >= b for a, b in both)
+    got = f'rows planned for {theirs.positions} positions'
+    most = f'{length} positions and these objectives'
+  configs.check(
+    fits,
+    f'shards in {path} must fit the rows of this run: {most}',
+    got,
+    'raise TASK_FEATURE_LENGTHS, or make shards with this configuration',
+  )
+
+
+def _check_alike(corpora: Sequence[Corpus]) -> None:
+  layouts = {c.name: c.rows['train'].layout.row_length for c in corpora}
+  configs.check(
+    len({*layouts.values()}) == 1 and len({c.rows['train'].plan for c in corpora}) == 1,
+    'the corpora of a mixture must have rows of one length and plan',
+    str(layouts),
+    'make their shards with the same configuration',
+  )
+
+
+def _fingerprint(corpora: Sequence[Corpus]) -> str:
+  if len(corpora) == 1:
+    return corpora[0].rows['train'].stats['digest']
+  parts = [[c.name, c.share, c.rows['train'].stats['digest']] for c in corpora]
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -3,8 +3,8 @@
 Each takes a dataset of token sequences and yields examples of the batch contract. Two
 kinds of dataset are understood:
 
-- batches of indexed rows (`glm_jax.data.source`): {tokens [B, N], lengths, scored, keys,
-  index}, which stay batches;
+- batches of indexed rows (`glm_jax.data.source`): {tokens [B, N], lengths, scored,
+  starts, keys, index, step, corpus}, which stay batches;
 - single sequences from any seqio source: {tokens [n]} and, optionally, {scored [n]},
   as `tokenize` and `to_rows` below make them, which stay single examples.
 """
@@ -18,8 +18,9 @@ import tensorflow as tf
 
 from glm_jax import configs
 from glm_jax.batch import DTYPES, Batch
-from glm_jax.data import objectives, stateless
+from glm_jax.data import objectives, packed, stateless
 from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.rows import RowPlan
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 _GROUP = 32  # single sequences are worked on together, since an op costs the same for each
@@ -31,6 +32,7 @@ def glm_mixture(
   *,
   vocabulary: Vocabulary,
   config: ObjectiveConfig,
+  plan: RowPlan | None = None,
 ) -> tf.data.Dataset:
   """Each example of an objective of its own, drawn with (alpha, beta, gamma).
 
@@ -39,6 +41,7 @@ def glm_mixture(
     sequence_length: {'tokens': L}.
     vocabulary: of the tokens.
     config: the objectives.
+    plan: of the rows, if they are indexed.
 
   Returns:
     A dataset of {field of `Batch`: [B, L] or [L]}.
@@ -48,9 +51,16 @@ def glm_mixture(
 
   @tf.autograph.experimental.do_not_convert
   def make(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    source = objectives.Source(x['tokens'], x['lengths'], x['scored'], x['keys'])
-    made = objectives.make_examples(source, length, config, vocabulary)
-    return {**made, 'index': x['index']}
+    if plan is not None and plan.packed:
+      source, places = packed.take_apart(x, plan)
+      size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
+      made = objectives.make_examples(source, size, config, vocabulary)
+      made = packed.put_together(made, places, x['tokens'].shape[0], length)
+    else:
+      names = ('tokens', 'lengths', 'scored', 'keys', 'step')
+      source = objectives.Source(*(x[name] for name in names))
+      made = objectives.make_examples(source, length, config, vocabulary)
+    return {**made, **{k: x[k] for k in ('index', 'corpus') if k in x}}
 
   if batched:
     return dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -66,16 +76,16 @@ def glm_mixture(
       'a sequence is longer than its row; split documents with to_rows',
     )
     with tf.control_dependencies([fits]):
-      return {**x, 'lengths': tf.size(x['tokens']), 'index': tf.constant(-1, tf.int64)}
+      unknown = tf.constant(-1, tf.int64)
+      return {**x, 'lengths': tf.size(x['tokens']), 'index': unknown, 'step': unknown}
 
-  shapes = {
-    'tokens': [row_length],
-    'scored': [row_length],
-    'keys': [],
-    'lengths': [],
-    'index': [],
-  }
-  padded = keyed.map(check).padded_batch(_GROUP, shapes)
+  padded = keyed.map(check).padded_batch(
+    _GROUP,
+    {
+      **{name: [row_length] for name in ('tokens', 'scored')},
+      **{name: [] for name in ('keys', 'lengths', 'index', 'step')},
+    },
+  )
   return padded.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
 
 

@@ -1,193 +1,211 @@
-"""The corpus as rows of tokens of one length: what the stream of examples indexes.
+"""Documents to rows of tokens of one length: what the stream of examples indexes.
 
 Every document becomes `prefix prompt text <eos>`, where the prefix is the vocabulary's:
-[ENC], or [gMASK] sop, or nothing. Documents follow each other in one stream that is cut
-into rows. A row that begins inside a document opens with a prefix of its own, so each
-row does. Every token of every document is in exactly one row.
+[ENC], or [gMASK] sop, or nothing. There are two ways to make rows of them:
+
+- one stream, cut into rows: documents follow each other, and a row that begins inside a
+  document opens with a prefix of its own. Every token is in exactly one row, all are full.
+- packed: a row holds whole documents, each to become an example of its own. What does
+  not fit in a row at all is cut into equal parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
-import json
-import os
-import shutil
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from glm_jax import configs
-from glm_jax.data import corpus as corpora
-from glm_jax.data.config import CorpusConfig
-from glm_jax.text.vocabulary import Vocabulary
+_GROW = 1024  # rows
 
-_FORMAT = 1
-TOKENS_FILE, SCORED_FILE = 'tokens.bin', 'scored.bin'
-_FILES = (TOKENS_FILE, SCORED_FILE, 'lengths.bin')
-_AT_ONCE = 256  # documents
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Ids of a document's prompt, which carries no loss, and of its text."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-  """Rows of N tokens.
+class RowPlan:
+  """How documents become rows.
 
   Attributes:
-    tokens: [n, N] int32, memory-mapped.
+    row_length: N, the most tokens that a row holds.
+    positions: of a packed row when its documents have become examples; 0 for a stream.
+    room: of a packed row: positions that a document of n tokens is given, by n; its
+      length is one more than the longest document that fits.
+  """
+
+  row_length: int
+  positions: int = 0
+  room: tuple[int, ...] = ()
+
+  @property
+  def packed(self) -> bool:
+    return self.positions > 0
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest document in a packed row."""
+    return len(self.room) - 1
+
+
+class RowTable(NamedTuple):
+  """Rows of N tokens in memory.
+
+  Attributes:
+    tokens: [n, N] int32.
     scored: [n, N] bool, tokens that may carry loss: text and <eos>, not prompts.
-    lengths: [n] int32; what follows is padding (the last row, and rows that would
-      else end with a lone prefix).
-    stats: documents, skipped, tokens, rows, and a digest of the content.
+    starts: [n, N] bool, where a document, or a part of one, begins.
+    lengths: [n] int32; what follows is padding.
   """
 
   tokens: np.ndarray
   scored: np.ndarray
+  starts: np.ndarray
   lengths: np.ndarray
-  stats: dict[str, Any]
 
 
-def build_rows(
-  config: CorpusConfig, vocabulary: Vocabulary, split: str, row_length: int
-) -> Rows:
-  """Tokenises a split of the corpus, or finds it done.
+def make_rows(
+  documents: Iterable[Encoded], prefix: tuple[int, ...], eos: int, plan: RowPlan
+) -> RowTable:
+  """Rows of documents as planned.
 
   Args:
-    config: the corpus.
-    vocabulary: of the tokens.
-    split: 'train' or 'validation'.
-    row_length: N.
-
-  Raises:
-    ValueError: no document of two tokens or more.
+    documents: in order.
+    prefix: opens every document.
+    eos: ends it.
+    plan: how.
   """
-  key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split, row_length]
-  name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-  folder = corpora.cache_dir(config) / 'rows' / name
-  if not (folder / 'index.json').exists():
-    _write(config, vocabulary, split, row_length, folder)
-  return _load(folder)
+  if plan.packed:
+    return packed_rows(documents, prefix, eos, plan)
+  return stream_rows(documents, prefix, eos, plan.row_length)
 
 
-def pack(
-  documents: Iterator[tuple[list[int], list[int]]],
-  prefix: tuple[int, ...],
-  eos: int,
-  row_length: int,
-) -> Iterator[tuple[list[int], list[bool]]]:
-  """Rows of at most `row_length` tokens from (prompt ids, text ids) pairs.
+def stream_rows(
+  documents: Iterable[Encoded], prefix: tuple[int, ...], eos: int, row_length: int
+) -> RowTable:
+  """One stream of all documents, cut into rows.
 
-  Yields:
-    Tokens and whether each may carry loss.
+  Example:
+    >>> rows = stream_rows([([], [5, 6, 7, 8]), ([], [9])], (1,), 2, 4)
+    >>> rows.tokens.tolist()
+    [[1, 5, 6, 7], [1, 8, 2, 0], [1, 9, 2, 0]]
   """
-  row, scored = [], []
+  table = _Table(row_length)
+  opening = np.array(prefix, np.int32)
+  at = row_length  # of the row being filled; a full one is followed by the next
   for prompt, text in documents:
-    tokens = [*prompt, *text, eos]
-    flags = [False] * len(prompt) + [True] * (len(text) + 1)
+    tokens = np.concatenate([opening, prompt, text, [eos]]).astype(np.int32)
+    unscored = len(opening) + len(prompt)
     # A row may not end with a prefix that has nothing behind it.
-    if len(row) >= row_length - len(prefix):
-      yield row, scored
-      row, scored = [], []
-    row += prefix
-    scored += [False] * len(prefix)
-    at = 0
-    while at < len(tokens):
-      if len(row) == row_length:
-        yield row, scored
-        row, scored = [*prefix], [False] * len(prefix)
-      room = row_length - len(row)
-      row += tokens[at : at + room]
-      scored += flags[at : at + room]
-      at += room
-  if row:
-    yield row, scored
+    if at >= row_length - len(opening):
+      at = table.new()
+    done = 0
+    while done < len(tokens):
+      if at == row_length:
+        at = table.new()
+        if done:
+          at = table.add(at, opening, len(opening), starts=True)
+      part = tokens[done : done + row_length - at]
+      starts = done == 0 or at == 0
+      at = table.add(at, part, max(0, unscored - done), starts=starts)
+      done += len(part)
+  return table.finish()
 
 
-def _write(config, vocabulary, split, row_length, folder: Path) -> None:
-  began = time.perf_counter()
-  counts = {'documents': 0, 'skipped': 0, 'tokens': 0}
-  temporary = folder.with_name(f'.{folder.name}.{os.getpid()}')
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  try:
-    encoded = _encode(corpora.documents(config, split), vocabulary, counts, split)
-    eos = vocabulary.specials.eos
-    rows = list(pack(encoded, vocabulary.prefix, eos, row_length))
-    configs.check(
-      bool(rows),
-      f'the {split} split must hold a document of two tokens or more',
-      f'none in {config.corpus!r} ({counts["skipped"]} skipped)',
-      'give more text',
+def packed_rows(
+  documents: Iterable[Encoded], prefix: tuple[int, ...], eos: int, plan: RowPlan
+) -> RowTable:
+  """Whole documents, several a row, by best fit: the largest first.
+
+  Example:
+    >>> plan = RowPlan(row_length=6, positions=6, room=(0, 1, 2, 3, 4, 5, 6))
+    >>> documents = [([], [5, 6]), ([], [7]), ([], [8, 9, 8, 9])]
+    >>> packed_rows(documents, (), 2, plan).tokens.tolist()
+    [[8, 9, 8, 9, 2, 0], [5, 6, 2, 7, 2, 0]]
+  """
+  pieces = [
+    piece
+    for prompt, text in documents
+    for piece in _cut(np.asarray(prompt), np.asarray(text), prefix, eos, plan.longest)
+  ]
+  order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))
+  table = _Table(plan.row_length)
+  # Rows by the positions that they have left, and which such numbers there are, as bits.
+  rows_with: dict[int, list[int]] = {}
+  there = 0
+  used: list[int] = []  # tokens of each row
+  for i in order:
+    tokens, unscored = pieces[i]
+    need = plan.room[len(tokens)]
+    fitting = there >> need
+    if fitting:
+      left = need + (fitting & -fitting).bit_length() - 1
+      row = rows_with[left].pop()
+      if not rows_with[left]:
+        there &= ~(1 << left)
+    else:
+      left, row = plan.positions, len(used)
+      used.append(table.new())
+    used[row] = table.add(used[row], tokens, unscored, starts=True, row=row)
+    left -= need
+    if left:
+      rows_with.setdefault(left, []).append(row)
+      there |= 1 << left
+  return table.finish()
+
+
+def _cut(
+  prompt: np.ndarray, text: np.ndarray, prefix: tuple[int, ...], eos: int, longest: int
+) -> Iterator[tuple[np.ndarray, int]]:
+  """Parts of a document, each with a prefix, and how many tokens carry no loss."""
+  body = np.concatenate([prompt, text, [eos]]).astype(np.int32)
+  opening = np.array(prefix, np.int32)
+  count = -(-len(body) // (longest - len(opening)))
+  first = 0
+  for part in np.array_split(body, count):
+    unscored = min(max(len(prompt) - first, 0), len(part))
+    yield np.concatenate([opening, part]), len(opening) + unscored
+    first += len(part)
+
+
+class _Table:
+  """Rows that grow."""
+
+  def __init__(self, row_length: int):
+    self._length = row_length
+    self._tokens = np.zeros((0, row_length), np.int32)
+    self._scored = np.zeros((0, row_length), bool)
+    self._starts = np.zeros((0, row_length), bool)
+    self._lengths = np.zeros(0, np.int32)
+    self._count = 0
+
+  def new(self) -> int:
+    """Begins a row."""
+    if self._count == len(self._lengths):
+      more = max(_GROW, self._count)
+      for name in ('_tokens', '_scored', '_starts', '_lengths'):
+        old = getattr(self, name)
+        new = np.zeros((more, *old.shape[1:]), old.dtype)
+        setattr(self, name, np.concatenate([old, new]))
+    self._count += 1
+    return 0
+
+  def add(
+    self, at: int, tokens: np.ndarray, unscored: int, *, starts: bool, row: int = -1
+  ) -> int:
+    """Writes tokens at a place of a row, by default the last; returns the place behind."""
+    row = self._count - 1 if row < 0 else row
+    end = at + len(tokens)
+    self._tokens[row, at:end] = tokens
+    self._scored[row, min(at + unscored, end) : end] = True
+    self._starts[row, at] |= starts
+    self._lengths[row] = end
+    return end
+
+  def finish(self) -> RowTable:
+    return RowTable(
+      self._tokens[: self._count],
+      self._scored[: self._count],
+      self._starts[: self._count],
+      self._lengths[: self._count],
     )
-    tokens = np.full((len(rows), row_length), vocabulary.specials.pad, np.int32)
-    scored = np.zeros((len(rows), row_length), bool)
-    for number, (ids, flags) in enumerate(rows):
-      tokens[number, : len(ids)] = ids
-      scored[number, : len(ids)] = flags
-    lengths = np.array([len(ids) for ids, _ in rows], np.int32)
-    sha = hashlib.sha256(tokens.tobytes() + scored.tobytes())
-    stats = {
-      **counts,
-      'rows': len(rows),
-      'row_length': row_length,
-      'digest': sha.hexdigest()[:16],
-    }
-    for name, array in zip(_FILES, (tokens, scored, lengths), strict=True):
-      array.tofile(temporary / name)
-    (temporary / 'index.json').write_text(json.dumps(stats), encoding='utf-8')
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-      os.replace(temporary, folder)
-    except OSError:
-      if not (folder / 'index.json').exists():  # else another process was first
-        raise
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-  print(
-    f'{split}: {counts["documents"]:,} documents, {counts["tokens"]:,} tokens in '
-    f'{len(rows):,} rows of {row_length} ({counts["skipped"]} documents under two '
-    f'tokens skipped) in {time.perf_counter() - began:.0f} s',
-    flush=True,
-  )
-
-
-def _encode(documents, vocabulary, counts, split) -> Iterator[tuple[list[int], list[int]]]:
-  bar = iter(
-    tqdm(
-      documents, desc=f'tokenizing {split}', unit=' documents', leave=False, disable=None
-    )
-  )
-  while group := list(itertools.islice(bar, _AT_ONCE)):
-    prompts = vocabulary.encode_batch([d.prompt for d in group])
-    for prompt, text in zip(
-      prompts, vocabulary.encode_batch([d.text for d in group]), strict=True
-    ):
-      if len(text) < 2:
-        counts['skipped'] += 1
-        continue
-      counts['documents'] += 1
-      counts['tokens'] += len(prompt) + len(text)
-      yield prompt, text
-
-
-def _load(folder: Path) -> Rows:
-  try:
-    stats = json.loads((folder / 'index.json').read_text(encoding='utf-8'))
-    shape = (stats['rows'], stats['row_length'])
-    # A file shorter than its shape is refused by memmap.
-    tokens, scored, lengths = (
-      np.memmap(folder / name, dtype, 'r', shape=size)
-      for name, dtype, size in zip(
-        _FILES, (np.int32, np.bool_, np.int32), (shape, shape, shape[:1]), strict=True
-      )
-    )
-  except (OSError, ValueError, KeyError) as error:
-    raise ValueError(
-      f'cached rows must be readable, got {folder} ({error}); delete that '
-      'folder, and they are made again.'
-    ) from error
-  return Rows(tokens, scored, np.array(lengths), stats)

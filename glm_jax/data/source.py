@@ -1,20 +1,24 @@
 """Rows of tokens as a seqio source in which example g is a function of (seed, g).
 
-The endless training stream has no state: example g is row `shuffle(g mod n)` with a
-new permutation each epoch, so a run resumes from a step number alone, at any step, on
-any number of processes, without reading what came before.
+The endless training stream has no state: g says which corpus its row is from and which
+row of an epoch of it, and every epoch has a permutation of its own. So a run resumes from
+a step number alone, at any step, on any number of processes, without reading what came
+before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from glm_jax.data import stateless
-from glm_jax.data.rows import SCORED_FILE, TOKENS_FILE, Rows
+from glm_jax.data import mixing, records, stateless
+from glm_jax.data.shards import Rows
+
+_ROTATION = 0x5EED  # of the seed, for where a permutation begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +36,43 @@ class Reading:
   max_rows: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Rows of one corpus in a mixture.
+
+  Attributes:
+    name: of it.
+    rows: by split.
+    share: of the examples of the training stream.
+  """
+
+  name: str
+  rows: dict[str, Rows]
+  share: float = 1.0
+
+
 class IndexedRows(seqio.DataSource):
-  """Batches of rows: {tokens, lengths, scored, keys, index}.
+  """Batches of rows: {tokens, lengths, scored, starts, keys, index, step, corpus}.
 
   With `shuffle`, the endless training stream; without, the split once, in order, the
   last batch filled up with empty rows (length 0, index -1), so that every process sees
   the same number of batches. Process h of H reads its slice of every global batch.
   """
 
-  def __init__(self, rows: dict[str, Rows], reading: Reading = Reading()):
+  def __init__(self, corpora: Sequence[Corpus], reading: Reading = Reading()):
     """
     Args:
-      rows: by split.
+      corpora: one, or several whose shares sum to 1.
       reading: batch size and where to begin.
     """
-    self.rows = rows
+    self.corpora = tuple(corpora)
     self.reading = reading
-    super().__init__(splits=tuple(rows), caching_permitted=False)
+    splits = [s for s in corpora[0].rows if all(s in c.rows for c in corpora)]
+    super().__init__(splits=tuple(splits), caching_permitted=False)
 
   def at(self, reading: Reading) -> IndexedRows:
     """The same rows read otherwise."""
-    return IndexedRows(self.rows, reading)
+    return IndexedRows(self.corpora, reading)
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -84,57 +104,132 @@ class IndexedRows(seqio.DataSource):
         'an indexed stream is a function of its seed, got None; pass '
         'seed=0 or another integer to get_dataset.'
       )
-    rows, reading = self.rows[split], self.reading
     shard = shard_info or seqio.ShardInfo(0, 1)
-    if reading.batch_size % shard.num_shards:
+    size = self.reading.batch_size
+    if size % shard.num_shards:
       raise ValueError(
         f'the global batch must divide by the processes, got batch size '
-        f'{reading.batch_size} and {shard.num_shards} processes; change one of them.'
+        f'{size} and {shard.num_shards} processes; change one of them.'
       )
-    local = reading.batch_size // shard.num_shards
-    n = len(rows.lengths)
-    if not shuffle and reading.max_rows:
-      n = min(n, reading.max_rows)
+    local = size // shard.num_shards
     first = tf.range(shard.index * local, (shard.index + 1) * local, dtype=tf.int64)
-
-    # Memory-mapped tensors: only rows that are asked for are read, and no Python
-    # function runs in the pipeline (one that does can hang at the process's exit).
-    all_tokens, all_scored = (
-      tf.raw_ops.ImmutableConst(
-        dtype=dtype,
-        shape=rows.tokens.shape,
-        memory_region_name=str(rows.tokens.filename.with_name(name)),
-      )
-      for dtype, name in ((tf.int32, TOKENS_FILE), (tf.bool, SCORED_FILE))
-    )
-    all_lengths = tf.constant(rows.lengths)
+    rows = [corpus.rows[split] for corpus in self.corpora]
+    layout = rows[0].layout
+    if shuffle:
+      fetch, stop = self._shuffled(rows, seed), np.iinfo(np.int64).max
+    else:
+      fetch, total = self._in_order(rows)
+      stop = -(-total // size)
 
     @tf.autograph.experimental.do_not_convert
     def batch(step: tf.Tensor) -> dict[str, tf.Tensor]:
-      index = step * reading.batch_size + first
-      if shuffle:
-        epoch = tf.cast(index // n, tf.int64)
-        seeds = tf.stack(
-          [tf.fill([local], tf.cast(seed, tf.int64)), epoch, tf.zeros_like(epoch)], axis=1
-        )
-        number = tf.raw_ops.RandomIndexShuffle(
-          index=index % n,
-          seed=seeds,
-          max_index=tf.fill([local], tf.cast(n - 1, tf.int64)),
-          rounds=4,
-        )
-      else:
-        index = number = tf.where(index < n, index, -1)
-      at = tf.maximum(number, 0)
-      lengths = tf.gather(all_lengths, at)
+      index = step * size + first
+      if not shuffle:
+        index = tf.where(index < total, index, -1)
+      found, corpus = fetch(index)
+      fields = records.decode(tf.ensure_shape(found, [local, layout.record_bytes]), layout)
       return {
-        'tokens': tf.gather(all_tokens, at),
-        'lengths': tf.where(number >= 0, lengths, 0),  # rows that fill up are empty
-        'scored': tf.gather(all_scored, at),
+        **fields,
+        # Rows that fill up are empty.
+        'lengths': tf.where(index >= 0, fields['lengths'], 0),
         'keys': stateless.example_keys(seed, index),
         'index': index,
+        'step': tf.fill([local], step),
+        'corpus': corpus,
       }
 
-    stop = np.iinfo(np.int64).max if shuffle else -(-n // reading.batch_size)
-    steps = tf.data.Dataset.range(reading.start_step, stop)
+    steps = tf.data.Dataset.range(self.reading.start_step, stop)
     return steps.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+  def _shuffled(self, rows: list[Rows], seed: int) -> Callable:
+    """Records and corpus of the examples of the training stream."""
+    readers = [records.reader(r) for r in rows]
+    orders = [_order(len(r), r.block, seed, i) for i, r in enumerate(rows)]
+    if len(rows) == 1:
+      return lambda index: (
+        readers[0](orders[0](index)),
+        tf.zeros_like(index, tf.int32),
+      )
+    block = mixing.pattern([corpus.share for corpus in self.corpora], seed)
+    size = len(block.corpus)
+    corpus_of, rank_of = tf.constant(block.corpus), tf.constant(block.rank)
+    quotas = tf.constant(block.quotas)
+
+    def fetch(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+      corpus = tf.gather(corpus_of, index % size)
+      number = (index // size) * tf.gather(quotas, corpus) + tf.gather(
+        rank_of, index % size
+      )
+      return _by_corpus(readers, orders, corpus, number), corpus
+
+    return fetch
+
+  def _in_order(self, rows: list[Rows]) -> tuple[Callable, int]:
+    """Records and corpus of a split read once, and how many there are."""
+    counts = [len(r) for r in rows]
+    most = self.reading.max_rows
+    if most and len(rows) == 1:
+      counts = [min(counts[0], most)]
+    elif most:
+      # Every corpus its share, as far as it has rows.
+      counts = [
+        min(n, max(1, round(most * corpus.share)))
+        for n, corpus in zip(counts, self.corpora, strict=True)
+      ]
+    readers = [records.reader(r) for r in rows]
+    if len(rows) == 1:
+      return lambda index: (
+        readers[0](tf.maximum(index, 0)),
+        tf.zeros_like(index, tf.int32),
+      ), counts[0]
+    ends = np.cumsum(counts)
+    firsts = tf.constant(ends - counts, tf.int64)
+
+    def fetch(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+      at = tf.maximum(index, 0)
+      corpus = tf.searchsorted(tf.constant(ends, tf.int64), at, side='right')
+      same = [lambda number: number] * len(rows)
+      return _by_corpus(readers, same, corpus, at - tf.gather(firsts, corpus)), corpus
+
+    return fetch, int(ends[-1])
+
+
+def _by_corpus(readers, orders, corpus: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+  """Records of examples that are of several corpora, each asked once."""
+  parts = tf.dynamic_partition(tf.range(tf.shape(corpus)[0]), corpus, len(readers))
+  found = [
+    read(order(tf.gather(number, part)))
+    for read, order, part in zip(readers, orders, parts, strict=True)
+  ]
+  return tf.dynamic_stitch(parts, found)
+
+
+def _order(n: int, block: int, seed: int, corpus: int) -> Callable:
+  """A function from numbers in the endless stream of a corpus to its rows.
+
+  Blocks of consecutive rows, which storage gives at once, are permuted anew each epoch,
+  and begin at another row each epoch, so that other rows stand together. What is left
+  over behind the last whole block comes last.
+  """
+  block = min(block, n)
+  blocks = n // block
+
+  def order(number: tf.Tensor) -> tf.Tensor:
+    epoch, place = number // n, number % n
+    count = tf.shape(number)
+    seed_of = tf.fill(count, tf.cast(seed, tf.int64))
+    which = tf.raw_ops.RandomIndexShuffle(
+      index=tf.minimum(place // block, blocks - 1),
+      seed=tf.stack([seed_of, epoch, tf.fill(count, tf.cast(corpus, tf.int64))], axis=1),
+      max_index=tf.fill(count, tf.cast(blocks - 1, tf.int64)),
+      rounds=4,
+    )
+    if block == 1:
+      return which
+    whole = place < blocks * block
+    row = tf.where(whole, which * block + place % block, place)
+    turn = stateless.example_keys(seed + _ROTATION + corpus, epoch)
+    turn = tf.cast(turn % tf.constant(n, tf.uint64), tf.int64)
+    return (row + turn) % n
+
+  return order

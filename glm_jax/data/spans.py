@@ -31,6 +31,7 @@ class Rows(NamedTuple):
     is_text: [B, N] bool, neither special piece nor padding.
     ends_sentence: [B, N] bool, the piece holds a sentence-ending mark.
     keys: [B] uint64, see `glm_jax.data.stateless`.
+    room: [B] int32, spans that each row may have.
   """
 
   tokens: tf.Tensor
@@ -38,6 +39,7 @@ class Rows(NamedTuple):
   is_text: tf.Tensor
   ends_sentence: tf.Tensor
   keys: tf.Tensor
+  room: tf.Tensor
 
 
 class Spans(NamedTuple):
@@ -77,7 +79,9 @@ def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
   )
   lengths = tf.reshape(tf.minimum(lengths, LONGEST_SPAN - 1) + 1, [-1, K])
   budget = _budget(rows, config)
+  lengths = tf.where(tf.range(K) < rows.room[:, None], lengths, 0)
   drawn = tf.cumsum(lengths, axis=1, exclusive=True) < budget[:, None]
+  drawn &= lengths > 0
   capped = tf.reduce_sum(lengths, axis=1) < budget
   if config.single_span_probability:
     single = stateless.uniform(rows.keys, _SINGLE, 1) < config.single_span_probability
@@ -149,9 +153,12 @@ def sentence_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   eligible, starts, lengths = (
     tf.gather(x, chosen, batch_dims=1) for x in (eligible, starts, lengths)
   )
+  more = tf.reduce_any(eligible & (tf.range(max_spans) >= rows.room[:, None]), axis=1)
+  eligible &= tf.range(max_spans) < rows.room[:, None]
   lengths = tf.where(eligible, lengths, 0)
   budget = _budget(rows, config)
-  capped = (tf.reduce_sum(lengths, axis=1) < budget) & tf.reduce_all(eligible, axis=1)
+  more |= tf.reduce_all(eligible, axis=1)
+  capped = (tf.reduce_sum(lengths, axis=1) < budget) & more
   taken = tf.cumsum(lengths, axis=1, exclusive=True) < budget[:, None]
   lengths = tf.where(taken, lengths, 0)
   order = tf.argsort(tf.where(lengths > 0, starts, _FAR))

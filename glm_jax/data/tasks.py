@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import seqio
@@ -12,46 +13,77 @@ from glm_jax.batch import MIXED
 from glm_jax.data import preprocessors
 from glm_jax.data.causal import causal
 from glm_jax.data.objective_config import ObjectiveConfig
-from glm_jax.data.rows import Rows
-from glm_jax.data.source import IndexedRows
+from glm_jax.data.source import Corpus, IndexedRows
 from glm_jax.text.vocabulary import Vocabulary
 
 MIXTURE = 'glm_mixture'
 CAUSAL = 'glm_causal'
 NAMES = (*(f'glm_{name}' for name in MIXED), MIXTURE, CAUSAL)
+EVALUATION = '_evaluation'
+"""Ends the names of tasks whose losses can be compared between runs."""
 
 
 def register(
-  rows: dict[str, Rows], vocabulary: Vocabulary, config: ObjectiveConfig
+  corpora: Sequence[Corpus],
+  vocabulary: Vocabulary,
+  config: ObjectiveConfig,
+  evaluation: ObjectiveConfig,
 ) -> None:
-  """(Re-)registers the four tasks of objectives over these rows.
+  """(Re-)registers the tasks of objectives over these rows.
 
   They are seqio tasks like any other; their examples are whole batches, made by one
   batched op. A mixture of objectives is one task, since a seqio Mixture of three would
   read every document three times, with the same random numbers each time.
+
+  Args:
+    corpora: of the rows.
+    vocabulary: of the tokens.
+    config: of the objectives trained on: `glm_mixture`, `glm_blank` ...
+    evaluation: of those validated: `glm_blank_evaluation` ...
   """
   configs = {f'glm_{name}': config.only(name) for name in MIXED}
   configs[MIXTURE] = config
   for name, objective in configs.items():
-    make = functools.partial(
-      preprocessors.glm_mixture, vocabulary=vocabulary, config=objective
+    _register_objectives(name, corpora, 'train', vocabulary, objective)
+  # Rows that are validated may be planned for other objectives than those trained on.
+  held_out = [
+    dataclasses.replace(c, rows={'validation': c.rows['validation']})
+    for c in corpora
+    if 'validation' in c.rows
+  ]
+  for name in MIXED if held_out else ():
+    objective = evaluation.only(name).for_evaluation()
+    _register_objectives(
+      f'glm_{name}{EVALUATION}', held_out, 'validation', vocabulary, objective
     )
-    _register(name, rows, vocabulary, make)
 
 
-def register_causal(rows: dict[str, Rows], vocabulary: Vocabulary) -> None:
+def register_causal(corpora: Sequence[Corpus], vocabulary: Vocabulary) -> None:
   """(Re-)registers the task of next tokens over these rows."""
-  _register(CAUSAL, rows, vocabulary, functools.partial(causal, vocabulary=vocabulary))
+  _register(CAUSAL, corpora, vocabulary, causal)
+
+
+def _register_objectives(name, corpora, split, vocabulary, config) -> None:
+  make = functools.partial(
+    preprocessors.glm_mixture,
+    vocabulary=vocabulary,
+    config=config,
+    plan=corpora[0].rows[split].plan,
+  )
+  _register(name, corpora, vocabulary, make)
 
 
 def _register(
-  name: str, rows: dict[str, Rows], vocabulary: Vocabulary, make: Callable[..., Any]
+  name: str,
+  corpora: Sequence[Corpus],
+  vocabulary: Vocabulary,
+  make: Callable[..., Any],
 ) -> None:
   if name in seqio.TaskRegistry.names():
     seqio.TaskRegistry.remove(name)
   seqio.TaskRegistry.add(
     name,
-    source=IndexedRows(rows),
+    source=IndexedRows(corpora),
     preprocessors=[make],
     output_features=preprocessors.output_features(vocabulary, rank=2),
     shuffle_buffer_size=None,  # the source has its own order, from the index alone

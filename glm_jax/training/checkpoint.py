@@ -2,7 +2,8 @@
 
 `MODEL_DIR/checkpoints/STEP/` holds `params` (alone), `optimizer`, and `meta`: format
 version, model configuration, the vocabulary itself, what identifies the run, the gin
-configuration. Arrays are restored onto whatever mesh asks for them.
+configuration; and `place`, of a stream that keeps one (`glm_jax.training.place`).
+Arrays are restored onto whatever mesh asks for them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from flax import serialization
 from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs
+from glm_jax.training.place import ITEM, RestorePlace, SavePlace
 
 State = dict[str, Any]
 
 FORMAT = 1
 FOLDER = 'checkpoints'
-_ITEMS = ('params', 'optimizer', 'meta')
+_ITEMS = ('params', 'optimizer', 'meta', ITEM)
 _CHUNK_BYTES = 2**26
 
 
@@ -89,8 +91,20 @@ class Checkpoints:
       ),
     )
 
-  def save(self, state: State, meta: dict[str, Any], metrics: dict[str, float]) -> None:
+  def save(
+    self,
+    state: State,
+    meta: dict[str, Any],
+    metrics: dict[str, float],
+    stream: Any = None,
+  ) -> None:
     """Begins to write the state; returns before it is on disk.
+
+    Args:
+      state: of training.
+      meta: the description that the checkpoint carries.
+      metrics: of validation, which say what is best.
+      stream: a stream that keeps its place; None for one that needs none.
 
     Raises:
       OSError: an earlier save failed, such as on a full disk.
@@ -102,13 +116,14 @@ class Checkpoints:
           params=_save_args(state['params']),
           optimizer=_save_args(_optimizer_dict(state)),
           meta=ocp.args.JsonSave({'format': FORMAT, **meta}),
+          **({} if stream is None else {ITEM: SavePlace(stream)}),
         ),
         metrics=metrics or None,
         force=True,
       )
 
-  def restore(self, step: int, abstract: State) -> State:
-    """The state of a step, on the shardings of `abstract`."""
+  def restore(self, step: int, abstract: State, stream: Any = None) -> State:
+    """The state of a step, on the shardings of `abstract`; `stream` goes to its place."""
     optimizer = _optimizer_dict(abstract)
     with _unreadable(self.folder / str(step)):
       items = self._manager.restore(
@@ -116,6 +131,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           params=ocp.args.StandardRestore(abstract['params']),
           optimizer=ocp.args.StandardRestore(optimizer),
+          **({} if stream is None else {ITEM: RestorePlace(stream)}),
         ),
       )
     opt_state = serialization.from_state_dict(
@@ -261,7 +277,7 @@ def _unreadable(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if isinstance(error, ValueError) and str(folder) in str(error):
+    if isinstance(error, ValueError) and ('; ' in str(error) and 'got' in str(error)):
       raise
     raise ValueError(
       f'a checkpoint must be complete and undamaged, got {folder} '

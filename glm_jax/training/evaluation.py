@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from glm_jax import configs, sharding
 from glm_jax.batch import Batch
+from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.training import metrics
 from glm_jax.training.loss import LossFn
 from glm_jax.training.step import make_eval_step
@@ -25,11 +26,14 @@ class EvaluationConfig:
   Attributes:
     every: steps between validations; the last step always has one.
     examples: rows of the validation split, for each objective; 0 for all.
+    objectives: what is validated, on masks of its own; None for what is trained on. Runs
+      that train on different objectives are compared on one.
     fill: held-out sentences whose blanks are filled at the end; 0 for none.
   """
 
   every: int = 1000
   examples: int = 1024
+  objectives: ObjectiveConfig | None = None
   fill: int = 5
 
   def __post_init__(self):
@@ -70,12 +74,12 @@ class Validation:
   """Losses of each task's validation split."""
 
   def __init__(
-    self, config: Any, tasks: Sequence[str], loss: LossFn, layout: Any, process: Any
+    self, config: Any, tasks: Mapping[str, str], loss: LossFn, layout: Any, process: Any
   ):
     """
     Args:
       config: a `TrainConfig`.
-      tasks: registered tasks to validate.
+      tasks: registered tasks to validate, by objective.
       loss: of a batch.
       layout: of the devices.
       process: this process's share of each batch.
@@ -87,7 +91,7 @@ class Validation:
   def __call__(self, params: Any) -> dict[str, float]:
     """{'loss', 'loss/<objective>'}; 'loss' is their mean, each objective alike."""
     total: dict[str, tuple[float, float]] = {}
-    for task in self._tasks:
+    for task in self._tasks.values():
       for batch in validation_batches(self._config, task, self._process):
         batch = sharding.place(batch._replace(index=None), self._layout)
         total = metrics.add(total, jax.device_get(self._step(params, batch)))

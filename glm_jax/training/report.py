@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -47,14 +48,13 @@ def report(
   }
   if summary['validation']:
     say(f'\n{"validation loss (nats)":<24}{"model":>8}{"bigram":>8}{"unigram":>9}')
-  for task in data.evaluation_tasks:
-    name = task.removeprefix('glm_')
+  for name, task in data.evaluation_tasks.items():
     loss = summary['validation'].get(f'loss/{name}', summary['validation'].get('loss'))
-    scores = _baselines(config, task, data.vocabulary.size)
+    scores = _baselines(config, data, name, task)
     summary['baselines'][name] = scores
     say(f'{name:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
 
-  if data.stats and config.evaluation.fill:
+  if data.corpora and config.evaluation.fill:
     kind = 'continued' if config.model.causal else 'blanks filled'
     say(f'\nheld-out text, {kind} by the model:')
     # The leader is alone now: its computations must not wait for other processes.
@@ -85,17 +85,20 @@ def _on_every_process(params: Any) -> Any:
   return multihost_utils.process_allgather(params, tiled=True)
 
 
-def _baselines(config: Any, task: str, vocabulary_size: int) -> dict[str, float]:
+def _baselines(config: Any, data: Any, name: str, task: str) -> dict[str, float]:
   from glm_jax.data import baselines, pipeline
 
   train = pipeline.batches(
-    task, config.feature_lengths, batch_size=config.batch_size, seed=config.seed
+    f'glm_{name}' if data.indexed else task,
+    config.feature_lengths,
+    batch_size=config.batch_size,
+    seed=config.seed,
   )
   positions = config.batch_size * config.feature_lengths['tokens']
   return baselines.fit_and_score(
     itertools.islice(train, max(1, _BASELINE_POSITIONS // positions)),
     evaluation.validation_batches(config, task, pipeline.Process()),
-    vocabulary_size,
+    data.vocabulary.size,
   )
 
 
@@ -120,7 +123,9 @@ def _sentences(config: Any) -> Iterator[str]:
   """One plain sentence a held-out document, of 8 words or more."""
   from glm_jax.data import corpus
 
-  for document in corpus.documents(config.corpus, 'validation'):
+  first = next(iter(config.mixture.corpora.values()), config.corpus.corpus)
+  source = dataclasses.replace(config.corpus, corpus=first)
+  for document in corpus.documents(source, 'validation'):
     for sentence in re.findall(r'[A-Z][\w ,\'()-]{40,160}\.(?=\s)', document.text):
       if len(sentence.split()) >= 8:
         yield sentence

@@ -1,0 +1,122 @@
+"""Packed rows: each document of a row becomes an example of its own, side by side.
+
+The documents of a batch are taken apart, made into examples as any others are, and put
+together again, each seeing itself alone. Row g of the stream has random numbers of its
+own for each document, so an example remains a function of (seed, g).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from glm_jax.data import stateless
+from glm_jax.data.objectives import Source
+from glm_jax.data.rows import RowPlan
+
+_DOCUMENT = 32  # purpose of the numbers that tell the documents of a row apart
+
+
+class Places(NamedTuple):
+  """Where D documents come from.
+
+  Attributes:
+    row: [D] int32, ascending.
+    number: [D] int32, in its row.
+  """
+
+  row: tf.Tensor
+  number: tf.Tensor
+
+
+def take_apart(x: dict[str, tf.Tensor], plan: RowPlan) -> tuple[Source, Places]:
+  """The documents of packed rows as rows of their own.
+
+  Args:
+    x: a batch of `IndexedRows`.
+    plan: of the rows.
+  """
+  N = x['tokens'].shape[1]
+  inside = tf.range(N) < x['lengths'][:, None]
+  starts = x['starts'] & inside
+  at = tf.cast(tf.where(starts), tf.int32)
+  row, first = at[:, 0], at[:, 1]
+  # A document ends where the next one of its row begins.
+  same_row = tf.concat([row[1:], [-1]], 0) == row
+  following = tf.concat([first[1:], [0]], 0)
+  lengths = tf.where(same_row, following, tf.gather(x['lengths'], row)) - first
+  W = min(plan.longest, N)
+  index = tf.minimum(first[:, None] + tf.range(W), N - 1) + N * row[:, None]
+  own = tf.range(W) < lengths[:, None]
+  ranks = tf.cumsum(tf.cast(starts, tf.int32), axis=1)
+  number = tf.gather_nd(ranks, at) - 1
+  keys = tf.gather(x['keys'], row)
+  counter = tf.cast(number + (_DOCUMENT << 16), tf.uint64) << tf.constant(32, tf.uint64)
+  source = Source(
+    tokens=tf.where(own, tf.gather(tf.reshape(x['tokens'], [-1]), index), 0),
+    lengths=lengths,
+    scored=own & tf.gather(tf.reshape(x['scored'], [-1]), index),
+    keys=stateless.mix(stateless.mix(keys + counter) + keys),
+    step=tf.gather(x['step'], row),
+    room=tf.gather(tf.constant(_spans(plan)), lengths),
+  )
+  return source, Places(row, number)
+
+
+def put_together(
+  examples: dict[str, tf.Tensor], places: Places, rows: int, length: int
+) -> dict[str, tf.Tensor]:
+  """Examples side by side in their rows.
+
+  Args:
+    examples: [D, W] features of `glm_jax.batch.Batch`, and [D] counts.
+    places: of the D documents.
+    rows: B.
+    length: L.
+
+  Returns:
+    [B, L] features; of the counts, their sums, [B].
+
+  Raises:
+    tf.errors.InvalidArgumentError: a row longer than `length` (never trimmed).
+  """
+  sizes = tf.reduce_sum(tf.cast(examples['key_end'] > 0, tf.int32), axis=1)
+  ends = tf.cumsum(sizes)
+  row_sizes = tf.math.unsorted_segment_sum(sizes, places.row, rows)
+  before_row = tf.cumsum(row_sizes, exclusive=True)
+  first = ends - sizes - tf.gather(before_row, places.row)
+  fits = tf.debugging.assert_less_equal(
+    row_sizes, length, 'a packed row is longer than its feature length'
+  )
+  with tf.control_dependencies([fits] if fits is not None else []):
+    p = tf.broadcast_to(tf.range(length), [rows, length])
+  inside = p < row_sizes[:, None]
+  # Which document holds the token that is number p of its row, counted through the batch.
+  number = tf.searchsorted(ends, tf.reshape(p + before_row[:, None], [-1]), side='right')
+  number = tf.reshape(tf.minimum(number, tf.maximum(tf.size(sizes) - 1, 0)), [rows, length])
+  offset = tf.gather(tf.pad(first, [[0, 1]]), number)
+  width = examples['tokens'].shape[1]
+  index = number * width + tf.clip_by_value(p - offset, 0, width - 1)
+  made = {}
+  for name, value in examples.items():
+    if value.shape.rank == 1:
+      value = tf.cast(value, tf.int32)
+      made[name] = tf.math.unsorted_segment_sum(value, places.row, rows)
+      continue
+    # One more element, for a batch that has no document at all.
+    flat = tf.pad(tf.reshape(value, [-1]), [[0, 1]])
+    value = tf.gather(flat, index)
+    if name in ('key_start', 'key_end'):
+      value += offset
+    made[name] = tf.where(inside, value, tf.zeros([], value.dtype))
+  return made
+
+
+def spans_of_longest(plan: RowPlan) -> int:
+  """Spans that the longest documents have room for."""
+  return max(_spans(plan))
+
+
+def _spans(plan: RowPlan) -> list[int]:
+  return [(positions - n) // 2 for n, positions in enumerate(plan.room)]

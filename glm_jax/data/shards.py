@@ -1,0 +1,361 @@
+"""Shards: rows of tokens in files of fixed-size records, which any host reads anywhere.
+
+A folder holds `index.json`, `vocabulary.json` and the files of each split. A record is
+
+  int32 length | N tokens (uint16, or int32 above 65,536 pieces) | bitmap | bitmap
+
+all little-endian; the bitmaps say which tokens may carry loss and where a document, or
+the part of one that a row begins with, starts. NumPy alone is needed to read them, and
+`etils.epath` opens them, so that a folder may be `gs://bucket/name`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import uuid
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from glm_jax import configs
+from glm_jax.data.rows import RowPlan, RowTable
+from glm_jax.text import loading
+from glm_jax.text.vocabulary import Vocabulary
+
+FORMAT = 1
+INDEX, VOCABULARY = 'index.json', 'vocabulary.json'
+_LARGEST_NARROW = 2**16
+_CHUNK = 2**24  # bytes of a file hashed at once
+
+
+class Layout(NamedTuple):
+  """Where things are in a record.
+
+  Attributes:
+    row_length: N, tokens of a row.
+    token_bytes: 2 or 4.
+  """
+
+  row_length: int
+  token_bytes: int
+
+  @property
+  def bitmap_bytes(self) -> int:
+    return -(-self.row_length // 8)
+
+  @property
+  def record_bytes(self) -> int:
+    return 4 + self.row_length * self.token_bytes + 2 * self.bitmap_bytes
+
+  def encode(self, rows: RowTable) -> np.ndarray:
+    """[n, record_bytes] uint8.
+
+    Example:
+      >>> from glm_jax.data.rows import stream_rows
+      >>> rows = stream_rows([(np.array([], int), np.array([5, 6]))], (1,), 2, 8)
+      >>> layout = Layout(row_length=8, token_bytes=2)
+      >>> records = layout.encode(rows)
+      >>> records.shape
+      (1, 22)
+      >>> bool((layout.decode(records).tokens == rows.tokens).all())
+      True
+    """
+    dtype = '<u2' if self.token_bytes == 2 else '<i4'
+    parts = [
+      np.ascontiguousarray(rows.lengths, '<i4').view(np.uint8).reshape(-1, 4),
+      np.ascontiguousarray(rows.tokens, dtype).view(np.uint8),
+      np.packbits(rows.scored, axis=1, bitorder='little'),
+      np.packbits(rows.starts, axis=1, bitorder='little'),
+    ]
+    return np.concatenate(parts, axis=1)
+
+  def decode(self, records: np.ndarray) -> RowTable:
+    """The inverse of `encode`."""
+    N, at = self.row_length, 4 + self.row_length * self.token_bytes
+    dtype = '<u2' if self.token_bytes == 2 else '<i4'
+    bitmaps = [
+      np.unpackbits(x, axis=1, count=N, bitorder='little').astype(bool)
+      for x in (
+        records[:, at : at + self.bitmap_bytes],
+        records[:, at + self.bitmap_bytes :],
+      )
+    ]
+    return RowTable(
+      tokens=np.ascontiguousarray(records[:, 4:at]).view(dtype).astype(np.int32),
+      scored=bitmaps[0],
+      starts=bitmaps[1],
+      lengths=np.ascontiguousarray(records[:, :4]).view('<i4')[:, 0].astype(np.int32),
+    )
+
+
+class File(NamedTuple):
+  """One shard: its name in the folder, its records, and their SHA-256."""
+
+  name: str
+  rows: int
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """A split of a folder of shards; rows are numbered through its files.
+
+  Attributes:
+    folder: where the files are.
+    layout: of a record.
+    files: in order.
+    block: so many consecutive rows stay together when the stream is shuffled, so that
+      storage is read in pieces of more than a row; 1 where rows are shuffled alone.
+    plan: how documents became rows.
+    stats: documents, skipped, tokens; and `digest`, which tells contents apart.
+  """
+
+  folder: epath.Path
+  layout: Layout
+  files: tuple[File, ...]
+  block: int
+  plan: RowPlan
+  stats: dict[str, Any]
+
+  def __len__(self) -> int:
+    return sum(file.rows for file in self.files)
+
+  def read(self, first: int = 0, count: int | None = None) -> RowTable:
+    """Rows by number, for looking at them; training reads through `reading`."""
+    parts, at = [], 0
+    stop = len(self) if count is None else first + count
+    for file in self.files:
+      low, high = max(first - at, 0), min(stop - at, file.rows)
+      if low < high:
+        with (self.folder / file.name).open('rb') as opened:
+          opened.seek(low * self.layout.record_bytes)
+          data = opened.read((high - low) * self.layout.record_bytes)
+        parts.append(np.frombuffer(data, np.uint8).reshape(high - low, -1))
+      at += file.rows
+    return self.layout.decode(np.concatenate(parts))
+
+
+def layout_of(vocabulary: Vocabulary, row_length: int) -> Layout:
+  """The narrowest layout that holds a vocabulary."""
+  return Layout(row_length, 2 if vocabulary.size <= _LARGEST_NARROW else 4)
+
+
+def file_name(split: str, number: int, count: int) -> str:
+  """As T5X and TFDS name them.
+
+  Example:
+    >>> file_name('train', 3, 16)
+    'train-00003-of-00016.rows'
+  """
+  return f'{split}-{number:05}-of-{count:05}.rows'
+
+
+def write_file(path: epath.Path, records: np.ndarray) -> File:
+  """Writes a shard: all of it or nothing, whenever the process dies."""
+  data = np.ascontiguousarray(records).data
+  write_atomically(path, data)
+  return File(path.name, len(records), hashlib.sha256(data).hexdigest())
+
+
+def write_atomically(path: epath.Path, data: Any) -> None:
+  """Bytes under a name of their own first, which readers leave alone."""
+  temporary = path.parent / f'.{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}'
+  with temporary.open('wb') as file:
+    file.write(data)
+  temporary.replace(path)
+
+
+def write_index(
+  folder: epath.Path,
+  vocabulary: Vocabulary,
+  plan: RowPlan,
+  block: int,
+  splits: dict[str, dict[str, Any]],
+  about: dict[str, Any],
+) -> None:
+  """Writes what makes a folder of shards: `index.json` comes last.
+
+  Args:
+    folder: that holds the shards.
+    vocabulary: of the tokens.
+    plan: how documents became rows.
+    block: see `Rows`.
+    splits: {'files': [File], 'documents', 'tokens', 'skipped'} of each.
+    about: where the text is from, for a reader.
+  """
+  layout = layout_of(vocabulary, plan.row_length)
+  index = {
+    'format': FORMAT,
+    'vocabulary': {'fingerprint': vocabulary.fingerprint, 'size': vocabulary.size},
+    'row_length': layout.row_length,
+    'token_bytes': layout.token_bytes,
+    'block': block,
+    'plan': dataclasses.asdict(plan),
+    'splits': {
+      name: {**split, 'files': [file._asdict() for file in split['files']]}
+      for name, split in splits.items()
+    },
+    'about': about,
+  }
+  text = json.dumps(vocabulary.to_dict())
+  write_atomically(folder / VOCABULARY, text.encode('utf-8'))
+  write_atomically(folder / INDEX, (json.dumps(index, indent=1) + '\n').encode('utf-8'))
+
+
+def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, Rows]:
+  """The splits of a folder of shards; sizes are checked, contents are not (`verify`).
+
+  Args:
+    path: the folder.
+    vocabulary: that the run uses, if it has one.
+
+  Raises:
+    ValueError: no such folder, one that is unfinished or damaged, or of another
+      vocabulary.
+  """
+  folder = epath.Path(os.path.expanduser(path))
+  index = _read_index(folder)
+  try:
+    found = index['vocabulary']['fingerprint']
+    layout = Layout(int(index['row_length']), int(index['token_bytes']))
+    fields = index['plan']
+    plan = RowPlan(
+      row_length=int(fields['row_length']),
+      positions=int(fields['positions']),
+      room=tuple(map(int, fields['room'])),
+    )
+    splits = {
+      name: (tuple(File(**file) for file in split['files']), split)
+      for name, split in index['splits'].items()
+    }
+    block = int(index['block'])
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise ValueError(
+      f'{folder / INDEX} must be an index of shards, got one that lacks or spoils '
+      f'{error}; make the shards again.'
+    ) from error
+  if vocabulary is not None:
+    configs.check(
+      found == vocabulary.fingerprint,
+      f'the shards in {folder} must be of the vocabulary of the run',
+      f'{found} there, {vocabulary.fingerprint} here',
+      'leave VocabularyConfig.path empty to use theirs, or make shards with this one',
+    )
+  rows = {}
+  for name, (files, split) in splits.items():
+    for file in files:
+      configs.check(
+        re.fullmatch(r'[\w.-]+', file.name) is not None and file.name.strip('.') != '',
+        f'an index of shards must name files of its own folder {folder}',
+        repr(file.name),
+        'make the shards again',
+      )
+    _check_sizes(folder, layout, files)
+    digest = hashlib.sha256(json.dumps([*files, layout, block]).encode()).hexdigest()[:16]
+    stats = {key: split.get(key, 0) for key in ('documents', 'skipped', 'tokens')}
+    rows[name] = Rows(folder, layout, files, block, plan, {**stats, 'digest': digest})
+  return rows
+
+
+def vocabulary_of(path: str) -> Vocabulary:
+  """The vocabulary that shards carry.
+
+  Raises:
+    ValueError: they have none, or one that they were not made with.
+  """
+  folder = epath.Path(os.path.expanduser(path))
+  index = _read_index(folder)
+  vocabulary = loading.from_dict(_read_json(folder / VOCABULARY))
+  wanted = index.get('vocabulary', {}).get('fingerprint')
+  configs.check(
+    vocabulary.fingerprint == wanted,
+    f'{folder / VOCABULARY} must be the vocabulary that {INDEX} names',
+    f'{vocabulary.fingerprint} instead of {wanted}',
+    'make the shards again',
+  )
+  return vocabulary
+
+
+def verify(rows: Rows, part: int = 0, parts: int = 1) -> int:
+  """Compares files with their checksums, each process its own part of them.
+
+  Args:
+    rows: of a split.
+    part: which.
+    parts: of how many.
+
+  Returns:
+    Bytes that were read.
+
+  Raises:
+    ValueError: a file that was altered, by name.
+  """
+
+  def check(file: File) -> int:
+    sha, size = hashlib.sha256(), 0
+    with (rows.folder / file.name).open('rb') as opened:
+      while data := opened.read(_CHUNK):
+        sha.update(data)
+        size += len(data)
+    configs.check(
+      sha.hexdigest() == file.sha256,
+      f'the shard {rows.folder / file.name} must have the SHA-256 of its index, '
+      f'{file.sha256[:12]}...',
+      f'{sha.hexdigest()[:12]}...: it was altered or damaged',
+      'copy it again, or make the shards again',
+    )
+    return size
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    return sum(pool.map(check, rows.files[part::parts]))
+
+
+def _read_index(folder: epath.Path) -> dict[str, Any]:
+  configs.check(
+    (folder / INDEX).exists(),
+    f'a folder of shards must hold {INDEX}',
+    f'{folder}, which does not',
+    'correct the path, or run make_shards again, which goes on where it stopped',
+  )
+  index = _read_json(folder / INDEX)
+  configs.check(
+    index.get('format') == FORMAT,
+    f'shards of format {FORMAT} are read',
+    f'format {index.get("format")!r} in {folder}',
+    'make them again',
+  )
+  return index
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_bytes().decode('utf-8'))
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f'{path} must be readable JSON, got {error}; make the shards again.'
+    ) from error
+  configs.check(
+    isinstance(content, dict),
+    f'{path} must be a JSON object',
+    type(content).__name__,
+    'make the shards again',
+  )
+  return content
+
+
+def _check_sizes(folder: epath.Path, layout: Layout, files: tuple[File, ...]) -> None:
+  for file in files:
+    path, wanted = folder / file.name, file.rows * layout.record_bytes
+    size = path.stat().length if path.exists() else None
+    configs.check(
+      size == wanted,
+      f'the shard {path} must have {wanted:,} bytes',
+      'no such file' if size is None else f'{size:,}',
+      'copy it again, or make the shards again',
+    )

@@ -1,0 +1,138 @@
+"""Documents to token ids, and the rows of a corpus of one process, kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from glm_jax import configs
+from glm_jax.data import corpus as corpora
+from glm_jax.data import rows, shards
+from glm_jax.data.config import CorpusConfig
+from glm_jax.text.vocabulary import Vocabulary
+
+_FORMAT = 2
+_AT_ONCE = 256  # documents
+
+
+def encode(
+  documents: Iterable[corpora.Document], vocabulary: Vocabulary, counts: dict[str, int]
+) -> Iterator[rows.Encoded]:
+  """(prompt ids, text ids) of each document of two tokens or more.
+
+  Args:
+    documents: of a corpus; those that hold token ids already are taken as they are.
+    vocabulary: of the tokens.
+    counts: 'documents', 'tokens' and 'skipped' are added to.
+  """
+  documents = iter(documents)
+  while group := list(itertools.islice(documents, _AT_ONCE)):
+    texts = vocabulary.encode_batch([d.text for d in group if d.ids is None])
+    prompts = vocabulary.encode_batch([d.prompt for d in group if d.prompt])
+    texts, prompts = iter(texts), iter(prompts)
+    for document in group:
+      text = next(texts) if document.ids is None else document.ids
+      prompt = next(prompts) if document.prompt else []
+      if len(text) < 2:
+        counts['skipped'] += 1
+        continue
+      counts['documents'] += 1
+      counts['tokens'] += len(prompt) + len(text)
+      yield np.array(prompt, np.int32), np.array(text, np.int32)
+
+
+def new_counts() -> dict[str, int]:
+  """For `encode` to add to."""
+  return {'documents': 0, 'tokens': 0, 'skipped': 0}
+
+
+def cached_rows(
+  config: CorpusConfig, vocabulary: Vocabulary, split: str, plan: rows.RowPlan
+) -> shards.Rows:
+  """Tokenises a split of the corpus into one file in the cache, or finds it done.
+
+  Args:
+    config: the corpus.
+    vocabulary: of the tokens.
+    split: 'train' or 'validation'.
+    plan: how documents become rows.
+
+  Raises:
+    ValueError: no document of two tokens or more; a cache that is damaged.
+  """
+  key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split]
+  key += [plan.row_length, plan.positions, plan.room]
+  name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+  folder = corpora.cache_dir(config) / 'rows' / name
+  if not (folder / shards.INDEX).exists():
+    _write(config, vocabulary, split, plan, folder)
+  try:
+    return shards.load(str(folder), vocabulary)[split]
+  except (ValueError, KeyError) as error:
+    raise ValueError(
+      f'cached rows must be readable, got {folder} ({error}); delete that '
+      'folder, and they are made again.'
+    ) from error
+
+
+def _write(config, vocabulary, split, plan, folder) -> None:
+  began = time.perf_counter()
+  temporary = folder.with_name(f'.{folder.name}.{os.getpid()}')
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  try:
+    counts = new_counts()
+    bar = tqdm(
+      corpora.documents(config, split),
+      desc=f'tokenizing {split}',
+      unit=' documents',
+      leave=False,
+      disable=None,
+    )
+    table = rows.make_rows(
+      encode(bar, vocabulary, counts), vocabulary.prefix, vocabulary.specials.eos, plan
+    )
+    count = len(table.lengths)
+    check_some(count, counts, split, config)
+    layout = shards.layout_of(vocabulary, plan.row_length)
+    path = epath.Path(temporary) / shards.file_name(split, 0, 1)
+    file = shards.write_file(path, layout.encode(table))
+    splits: dict[str, dict[str, Any]] = {split: {**counts, 'files': [file]}}
+    about = {'corpus': config.corpus}
+    shards.write_index(epath.Path(temporary), vocabulary, plan, 1, splits, about)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+      os.replace(temporary, folder)
+    except OSError:
+      if not (folder / shards.INDEX).exists():  # else another process was first
+        raise
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  print(
+    f'{split}: {counts["documents"]:,} documents, {counts["tokens"]:,} tokens in '
+    f'{count:,} rows of {plan.row_length} ({counts["skipped"]} documents under two '
+    f'tokens skipped) in {time.perf_counter() - began:.0f} s',
+    flush=True,
+  )
+
+
+def check_some(
+  count: int, counts: dict[str, int], split: str, config: CorpusConfig
+) -> None:
+  """Raises ValueError if a split has no rows."""
+  configs.check(
+    count > 0,
+    f'the {split} split must hold a document of two tokens or more',
+    f'none in {config.corpus!r} ({counts["skipped"]} skipped)',
+    'give more text',
+  )
