@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from glm_jax.data import corpus, documentation, overlap, rows, tokenized
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
@@ -235,7 +236,8 @@ def test_the_documentation_data_set_is_built_and_read(tmp_path):
   builder = documentation.Documentation(documents=documents, data_dir=str(tmp_path))
   builder.download_and_prepare()
   read = [
-    *documentation.texts(builder, 'train'),
-    *documentation.texts(builder, 'validation'),
+    example['text'].decode()
+    for split in ('train', 'validation')
+    for example in tfds.as_numpy(builder.as_dataset(split=split))
   ]
   assert {*read} <= {d.text for d in documents} and len(read) > 20

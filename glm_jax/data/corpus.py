@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from etils import epath
 
 from glm_jax import configs
+from glm_jax.data import text_files
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.text_files import Document
 from glm_jax.text import loading
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.vocabulary import Vocabulary
 
-# With fewer documents than this, long ones are cut so that some can be held out.
-_FEW = 20
-_PIECE = 2000  # characters, at least, of such a part
 _AT_ONCE = 256  # rows
 
 
 SHARDS, TASK = 'shards:', 'task:'
 """What a corpus that is made of shards, or a seqio task, begins with."""
-
-
-class Document(NamedTuple):
-  """A text, what precedes it without being learnt, and its tokens where it has them."""
-
-  text: str
-  prompt: str = ''
-  ids: Sequence[int] | None = None
 
 
 def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
@@ -42,12 +35,7 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
     ValueError: no such files, none left, or text that cannot be read: the file and
       the line or byte are named.
   """
-  if config.corpus == 'documentation':
-    from glm_jax.data import documentation
-
-    builder = documentation.prepared(cache_dir(config))
-    yield from map(Document, documentation.texts(builder, split))
-  elif config.corpus.startswith('tfds:'):
+  if config.corpus == 'documentation' or config.corpus.startswith('tfds:'):
     yield from _from_tfds(config, split)
   elif config.corpus.startswith(TASK):
     yield from _from_task(config, split)
@@ -55,10 +43,14 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
     yield from _from_shards(config.corpus.removeprefix(SHARDS), split)
   elif config.validation:
     pattern = config.corpus if split == 'train' else config.validation
-    yield from (d for path in _files(pattern) for d in _read(path, config))
+    yield from (
+      d for path in text_files.find(pattern) for d in text_files.read(path, config)
+    )
   else:
-    found = [d for path in _files(config.corpus) for d in _read(path, config)]
-    yield from _held_out(_cut_if_few(found), config, split)
+    found = [
+      d for path in text_files.find(config.corpus) for d in text_files.read(path, config)
+    ]
+    yield from _held_out(text_files.cut_if_few(found), config, split)
 
 
 def fingerprint(config: CorpusConfig) -> str:
@@ -74,7 +66,7 @@ def fingerprint(config: CorpusConfig) -> str:
     parts = [config.corpus, config.text_key, config.tfds_data_dir]
   else:
     patterns = [config.corpus] + [config.validation] * bool(config.validation)
-    parts = [_stats(path) for pattern in patterns for path in _files(pattern)]
+    parts = [_stats(path) for pattern in patterns for path in text_files.find(pattern)]
   parts += [config.validation, config.validation_fraction, config.errors]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -131,104 +123,56 @@ def _check_some(texts: list[str], config: CorpusConfig) -> None:
   )
 
 
-def _files(pattern: str) -> list[Path]:
-  found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-  paths = [Path(path) for path in found if not os.path.isdir(path)]
-  configs.check(
-    bool(paths),
-    'CorpusConfig.corpus must be a glob of .txt or .jsonl files, '
-    "'documentation' or 'tfds:NAME'",
-    f'{pattern!r}, which matches no file',
-    'correct it, or the permissions of its folder',
-  )
-  for path in paths:
-    configs.check(
-      path.suffix in ('.txt', '.jsonl'),
-      'text files must end in .txt or .jsonl',
-      str(path),
-      'rename or convert it',
-    )
-  return paths
-
-
-def _read(path: Path, config: CorpusConfig) -> Iterator[Document]:
-  """The documents of one file."""
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise ValueError(
-      f'text files must be readable, got {path} ({error.strerror}); correct '
-      'its permissions.'
-    ) from error
-  content = content.removeprefix(b'\xef\xbb\xbf')  # a byte-order mark is no text
-  try:
-    text = content.decode('utf-8', config.errors)
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f'text files must be UTF-8, got {path} with byte 0x{content[error.start]:02x} at '
-      f"offset {error.start}; convert it, or set CorpusConfig.errors to 'replace' or "
-      "'ignore'."
-    ) from error
-  if path.suffix == '.txt':
-    yield Document(text)
-    return
-  for number, line in enumerate(text.split('\n'), 1):
-    if line.strip():
-      yield _parse(line, f'{path} line {number}')
-
-
-def _parse(line: str, where: str) -> Document:
-  try:
-    fields = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f'a .jsonl file must have a JSON object a line, got {where}: '
-      f'{error.msg} (column {error.colno}); correct it.'
-    ) from error
-  ok = (
-    isinstance(fields, dict)
-    and isinstance(fields.get('text'), str)
-    and isinstance(fields.get('prompt', ''), str)
-  )
-  configs.check(
-    ok,
-    "a .jsonl line must be an object with a string 'text' and, optionally, "
-    "a string 'prompt'",
-    f'{line[:80]!r} in {where}',
-    'correct it',
-  )
-  # A lone surrogate can be written in JSON but is no character.
-  for value in (fields['text'], fields.get('prompt', '')):
-    try:
-      value.encode('utf-8')
-    except UnicodeEncodeError as error:
-      raise ValueError(
-        f'text must be Unicode characters, got a lone surrogate in {where}; correct it.'
-      ) from error
-  return Document(fields['text'], fields.get('prompt', ''))
-
-
 def _from_tfds(config: CorpusConfig, split: str) -> Iterator[Document]:
+  if 'validation' in tfds_builder(config).info.splits:
+    yield from read_tfds(config, split)
+  else:
+    yield from _held_out(list(read_tfds(config, 'train')), config, split)
+
+
+def tfds_builder(config: CorpusConfig) -> Any:
+  """The TFDS data set that a corpus names, `documentation` included.
+
+  Raises:
+    ValueError: there is none that is prepared.
+  """
+  if config.corpus == 'documentation':
+    from glm_jax.data import documentation
+
+    return documentation.prepared(cache_dir(config))
   import tensorflow_datasets as tfds
 
   name = config.corpus.removeprefix('tfds:')
   name = name.replace(':', '/') if ':' in name and '/' not in name else name
-  try:
+  with _no_data_set(config):
     builder = tfds.builder(name, data_dir=config.tfds_data_dir or None)
-    splits = set(builder.info.splits)
-    own = split if split in splits else 'train'
-    dataset = tfds.as_numpy(builder.as_dataset(split=own))
+    builder.as_dataset(split='train')
+    return builder
+
+
+def read_tfds(config: CorpusConfig, split: str) -> Iterator[Document]:
+  """The documents of a split of a TFDS data set, or a range of them, 'train[10:20]'."""
+  import tensorflow_datasets as tfds
+
+  # Cached in memory, a data set that is read in part would be warned about.
+  reading = tfds.ReadConfig(try_autocache=False)
+  builder = tfds_builder(config)
+  with _no_data_set(config):
+    dataset = tfds.as_numpy(builder.as_dataset(split=split, read_config=reading))
+  for example in dataset:
+    yield _text_of(example, config)
+
+
+@contextlib.contextmanager
+def _no_data_set(config: CorpusConfig) -> Iterator[None]:
+  try:
+    yield
   except Exception as error:  # TFDS raises many kinds
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(
       f'{config.corpus!r} must be a TFDS data set that is prepared, got: '
       f'{message}; see CorpusConfig.tfds_data_dir.'
     ) from error
-  found = (_tfds_text(example, config) for example in dataset)
-  if 'validation' in splits:
-    yield from found
-  else:
-    yield from _held_out(list(found), config, split)
 
 
 def _from_task(config: CorpusConfig, split: str) -> Iterator[Document]:
@@ -277,7 +221,7 @@ def read_task(
     if 'tokens' in example:
       yield Document('', ids=example['tokens'].tolist())
     else:
-      yield _tfds_text(example, config)
+      yield _text_of(example, config)
 
 
 def _from_shards(path: str, split: str) -> Iterator[Document]:
@@ -291,7 +235,7 @@ def _from_shards(path: str, split: str) -> Iterator[Document]:
       yield Document(vocabulary.decode(tokens[:length].tolist()))
 
 
-def _tfds_text(example: dict, config: CorpusConfig) -> Document:
+def _text_of(example: dict, config: CorpusConfig) -> Document:
   value = example.get(config.text_key)
   configs.check(
     isinstance(value, bytes),
@@ -318,24 +262,9 @@ def _held_out(found: list[Document], config: CorpusConfig, split: str) -> list[D
   return [d for d, out in zip(found, held_out, strict=True) if out == (split != 'train')]
 
 
-def _cut_if_few(found: list[Document]) -> list[Document]:
-  """Few long documents become many, cut at blank lines."""
-  if len(found) >= _FEW:
-    return found
-  parts = []
-  for document in found:
-    part = ''
-    # Each paragraph keeps the blank lines behind it: joined, the parts are the text.
-    for paragraph in document.text.replace('\r\n', '\n').split('\n\n'):
-      part += paragraph + '\n\n'
-      if len(part) >= _PIECE:
-        parts.append(Document(part.strip('\n'), document.prompt))
-        part = ''
-    if part.strip():
-      parts.append(Document(part.strip('\n'), document.prompt))
-  return parts
-
-
-def _stats(path: Path) -> list:
-  stat = path.stat()
-  return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+def _stats(path: epath.Path) -> list:
+  if '://' in str(path):
+    stat = path.stat()
+    return [str(path), stat.length, stat.mtime]
+  stat = os.stat(path)  # whose times are finer
+  return [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,6 @@ def prepared(cache_dir: Path) -> Documentation:
       flush=True,
     )
   return builder
-
-
-def texts(builder: Documentation, split: str) -> Iterator[str]:
-  """The texts of a split, in order."""
-  # Cached in memory, a data set that is read in part would be warned about.
-  reading = tfds.ReadConfig(try_autocache=False)
-  for example in tfds.as_numpy(builder.as_dataset(split=split, read_config=reading)):
-    yield example['text'].decode('utf-8')
 
 
 def split_by_package(

@@ -110,6 +110,7 @@ class Vocabulary:
     padding_side: where the program of a released model pads; rows here are compact.
     stops: ids that end a generated answer.
     fingerprint: 16 hexadecimal digits that tell vocabularies apart.
+    threads: that `encode_batch` may use where it can; -1 for all cores.
   """
 
   kind: str
@@ -121,6 +122,7 @@ class Vocabulary:
   padding_side: str = 'right'
   stops: tuple[int, ...]
   fingerprint: str
+  threads: int = -1
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, never a control piece."""
@@ -279,7 +281,7 @@ class SentencePieceVocabulary(Vocabulary):
     return base
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    ids = self._processor.encode(list(texts), num_threads=-1)
+    ids = self._processor.encode(list(texts), num_threads=self.threads)
     for i, text in enumerate(texts):
       # sentencepiece writes a space as this mark; the mark itself goes as its bytes.
       if _SPACE in text and self._bytes_of_space:

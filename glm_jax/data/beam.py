@@ -1,0 +1,80 @@
+"""Making shards as an Apache Beam pipeline, for corpora beyond one machine.
+
+The work is `shard_job`'s; Dataflow, Flink or Spark, whichever the options name, only
+bring the parts to the workers and the buckets of a shard together. Extra: beam.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from etils import epath
+
+from glm_jax.data import parts, shard_job, shards
+from glm_jax.data.shard_job import Bucket, Job
+
+
+def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> None:
+  """Makes the shards of a job.
+
+  Args:
+    job: what to make.
+    folder: where to; it must be reachable for every worker.
+    todo: the parts of the corpus.
+    options: of Beam, such as '--runner=DataflowRunner --project=...'.
+
+  Raises:
+    ValueError: Beam is not installed; text that cannot be read.
+  """
+  try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+  except ImportError as error:
+    raise ValueError(
+      '--runner=beam needs Apache Beam, got an environment without it; install the '
+      "extra: pip install -e '.[beam]'."
+    ) from error
+  folder.mkdir(parents=True, exist_ok=True)
+  with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
+    keys = [(s, i) for s in shard_job.SPLITS for i in range(job.shards[s])]
+    empty = pipeline | 'shards' >> beam.Create([(key, None) for key in keys])
+    buckets = (
+      pipeline
+      | 'parts' >> beam.Create(todo)
+      | beam.Reshuffle()
+      | 'tokenise' >> beam.FlatMap(_work, job)
+    )
+    _ = (
+      (buckets, empty)
+      | beam.Flatten()
+      | beam.GroupByKey()
+      | 'write' >> beam.MapTuple(_write, job, str(folder))
+      | beam.combiners.ToList()
+      | 'index' >> beam.Map(_index, job, str(folder))
+    )
+
+
+def _work(part: parts.Part, job: Job) -> list[tuple[tuple[str, int], tuple]]:
+  return [(key, tuple(bucket)) for key, bucket in shard_job.work(job, part).items()]
+
+
+def _write(
+  key: tuple[str, int], found: Any, job: Job, folder: str
+) -> tuple[tuple[str, int], tuple, dict[str, int]]:
+  split, shard = key
+  buckets = [Bucket(*bucket) for bucket in found if bucket is not None]
+  records, counts = shard_job.merge(buckets)
+  name = shards.file_name(split, shard, job.shards[split])
+  file = shards.write_file(epath.Path(folder) / name, records)
+  return key, tuple(file), counts
+
+
+def _index(found: list[Any], job: Job, folder: str) -> None:
+  files: dict[str, list[shards.File]] = {split: [] for split in shard_job.SPLITS}
+  counts = {split: {'documents': 0, 'tokens': 0, 'skipped': 0} for split in files}
+  for (split, _), file, own in sorted(found, key=lambda item: item[0]):
+    files[split].append(shards.File(*file))
+    for name, number in own.items():
+      counts[split][name] += number
+  shard_job.finish(job, epath.Path(folder), files, counts)

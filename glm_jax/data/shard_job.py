@@ -1,0 +1,213 @@
+"""Making shards: what is done to a part of a corpus, and to a shard, by any runner.
+
+Each part of the corpus is tokenised into rows; every row draws a shard and its place
+there from (seed, part, row); a shard is all that fell to it, in that order. The result
+depends neither on the runner nor on how many processes it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from glm_jax import configs
+from glm_jax.data import corpus as corpora
+from glm_jax.data import hashing, parts, rows, shards, tokenized
+from glm_jax.data.config import CorpusConfig
+from glm_jax.text import loading
+from glm_jax.text.vocabulary import Vocabulary
+
+SPLITS = ('train', 'validation')
+BLOCK = 32
+"""Rows that stay together when the stream is shuffled: tens of kilobytes a request."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """All that decides what is in the shards.
+
+  Attributes:
+    corpus: the text.
+    corpus_fingerprint: of its files, so that a job does not go on with others.
+    vocabulary: as `Vocabulary.to_dict`.
+    plan: how documents become rows.
+    shards: of each split.
+    seed: of the order of rows.
+    imports: modules that register a seqio task.
+  """
+
+  corpus: CorpusConfig
+  corpus_fingerprint: str
+  vocabulary: dict[str, Any]
+  plan: rows.RowPlan
+  shards: dict[str, int]
+  seed: int
+  imports: tuple[str, ...] = ()
+
+  @property
+  def fingerprint(self) -> str:
+    fields = json.dumps(dataclasses.asdict(self), sort_keys=True)
+    return hashlib.sha256(fields.encode()).hexdigest()[:16]
+
+
+class Bucket(NamedTuple):
+  """Rows of one part that fell to one shard.
+
+  Attributes:
+    keys: [n] uint64, their order in the shard.
+    records: [n, record_bytes] uint8.
+    counts: documents, tokens and skipped of the part; in one bucket of it, so that the
+      sums over shards are those over parts.
+  """
+
+  keys: np.ndarray
+  records: np.ndarray
+  counts: dict[str, int]
+
+
+def of_config(
+  corpus: CorpusConfig,
+  vocabulary: Vocabulary,
+  plan: rows.RowPlan,
+  *,
+  count: int,
+  seed: int,
+  imports: tuple[str, ...],
+) -> Job:
+  """The job of a configuration.
+
+  Args:
+    corpus: the text.
+    vocabulary: of the tokens.
+    plan: how documents become rows.
+    count: shards of the training split.
+    seed: of the order of rows.
+    imports: modules that register a seqio task.
+  """
+  held_out = max(1, round(count * corpus.validation_fraction))
+  return Job(
+    # Where its cache is does not change what is in it.
+    corpus=dataclasses.replace(corpus, cache_dir=os.path.expanduser(corpus.cache_dir)),
+    corpus_fingerprint=corpora.fingerprint(corpus),
+    vocabulary=vocabulary.to_dict(),
+    plan=plan,
+    shards=dict(zip(SPLITS, (count, held_out), strict=True)),
+    seed=seed,
+    imports=imports,
+  )
+
+
+def work(job: Job, part: parts.Part) -> dict[tuple[str, int], Bucket]:
+  """Tokenises a part; a bucket for each (split, shard) that gets something.
+
+  Raises:
+    ValueError: text that cannot be read.
+  """
+  vocabulary = _vocabulary(job.fingerprint, job)
+  if part.source:
+    _be_ready_for_tensorflow(job.imports)
+  documents: dict[str, list[Any]] = {split: [] for split in SPLITS}
+  for split, document in parts.read(job.corpus, part):
+    documents[split].append(document)
+  layout = shards.layout_of(vocabulary, job.plan.row_length)
+  buckets = {}
+  for number, split in enumerate(SPLITS):
+    if not documents[split]:
+      continue
+    counts = tokenized.new_counts()
+    encoded = tokenized.encode(documents[split], vocabulary, counts)
+    table = rows.make_rows(encoded, vocabulary.prefix, vocabulary.specials.eos, job.plan)
+    records = layout.encode(table)
+    keys = hashing.keys(job.seed, len(records), part.number, number)
+    count = job.shards[split]
+    shard_of = (keys % np.uint64(count)).astype(np.int64)
+    first = part.number % count
+    for shard in sorted({first, *np.unique(shard_of).tolist()}):
+      here = shard_of == shard
+      own = counts if shard == first else tokenized.new_counts()
+      buckets[split, shard] = Bucket(keys[here], records[here], own)
+  return buckets
+
+
+def merge(buckets: list[Bucket]) -> tuple[np.ndarray, dict[str, int]]:
+  """Records of a shard in their order, and the sums of the counts.
+
+  Args:
+    buckets: of all parts, in any order; none for an empty shard.
+  """
+  counts = tokenized.new_counts()
+  if not buckets:
+    return np.zeros((0, 0), np.uint8), counts
+  keys = np.concatenate([bucket.keys for bucket in buckets])
+  records = np.concatenate([bucket.records for bucket in buckets])
+  for bucket in buckets:
+    for name, number in bucket.counts.items():
+      counts[name] += number
+  return records[np.argsort(keys)], counts
+
+
+def finish(
+  job: Job,
+  folder: epath.Path,
+  files: dict[str, list[shards.File]],
+  counts: dict[str, dict[str, int]],
+) -> None:
+  """Writes the index of a job whose shards are all there.
+
+  Args:
+    job: of them.
+    folder: that holds them.
+    files: of each split, in order.
+    counts: of each split.
+
+  Raises:
+    ValueError: a split without rows.
+  """
+  vocabulary = _vocabulary(job.fingerprint, job)
+  for split in SPLITS:
+    total = sum(file.rows for file in files[split])
+    tokenized.check_some(total, counts[split], split, job.corpus)
+  splits = {name: {**counts[name], 'files': files[name]} for name in SPLITS}
+  about = {'corpus': job.corpus.corpus, 'seed': job.seed}
+  shards.write_index(folder, vocabulary, job.plan, BLOCK, splits, about)
+
+
+def check_folder(folder: epath.Path) -> None:
+  """Raises ValueError for a folder of finished shards."""
+  configs.check(
+    not (folder / shards.INDEX).exists(),
+    'the output folder must not hold finished shards',
+    f'{folder}, which does',
+    'train from them, or choose another folder',
+  )
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_vocabulary(fingerprint: str, fields: str) -> Vocabulary:
+  os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+  vocabulary = loading.from_dict(json.loads(fields))
+  vocabulary.threads = 1  # there is a process for each core
+  return vocabulary
+
+
+def _vocabulary(fingerprint: str, job: Job) -> Vocabulary:
+  return _cached_vocabulary(fingerprint, json.dumps(job.vocabulary))
+
+
+def _be_ready_for_tensorflow(imports: tuple[str, ...]) -> None:
+  """Imports what a TFDS data set or a seqio task needs, quietly."""
+  from glm_jax import cli
+
+  with cli.silenced_stderr():
+    import tensorflow as _  # noqa: F401
+
+    for name in imports:
+      importlib.import_module(name)

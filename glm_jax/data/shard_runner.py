@@ -1,0 +1,177 @@
+"""Making shards with the processes of one machine; interrupted, it goes on.
+
+`unfinished/` in the output folder holds a file for each part that is done, and a note for
+each shard; it is removed when the index is written.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+from glm_jax import configs
+from glm_jax.data import parts, shard_job, shards
+from glm_jax.data.shard_job import Bucket, Job
+
+_WORK = 'unfinished'
+_JOB = 'job.json'
+
+
+def run(job: Job, folder: epath.Path, todo: list[parts.Part], processes: int) -> None:
+  """Makes the shards of a job.
+
+  Args:
+    job: what to make.
+    folder: where to.
+    todo: the parts of the corpus.
+    processes: that work at a time; 1 for this one.
+
+  Raises:
+    ValueError: a folder that holds something else; text that cannot be read.
+  """
+  _begin(job, folder)
+  work = folder / _WORK
+  missing = [part for part in todo if not (work / _part_name(part.number)).exists()]
+  total, done = sum(p.size for p in todo), sum(p.size for p in missing)
+  of_text = any(part.spans for part in todo)
+  unit = dict(unit='B', unit_scale=True) if of_text else dict(unit=' examples')
+  with _pool(processes) as each:
+    bar = tqdm(
+      total=total,
+      initial=total - done,
+      desc='tokenizing',
+      leave=False,
+      disable=None,
+      **unit,
+    )
+    with bar:
+      for part in each(_work, [(job, folder, part) for part in missing]):
+        bar.update(todo[part].size)
+    names = [(split, i) for split in shard_job.SPLITS for i in range(job.shards[split])]
+    left = [name for name in names if not (work / _note_name(*name)).exists()]
+    merged = each(_merge, [(job, folder, len(todo), *name) for name in left])
+    for _ in tqdm(merged, 'writing shards', len(left), leave=False, disable=None):
+      pass
+  notes = {name: json.loads((work / _note_name(*name)).read_text()) for name in names}
+  files = {
+    split: [shards.File(**notes[s, i]['file']) for s, i in names if s == split]
+    for split in shard_job.SPLITS
+  }
+  counts = {
+    split: {
+      key: sum(notes[s, i]['counts'][key] for s, i in names if s == split)
+      for key in ('documents', 'tokens', 'skipped')
+    }
+    for split in shard_job.SPLITS
+  }
+  shard_job.finish(job, folder, files, counts)
+  work.rmtree()
+  for path in folder.iterdir():
+    if path.name.startswith('.'):  # what a killed process was writing
+      path.unlink()
+
+
+def _begin(job: Job, folder: epath.Path) -> None:
+  """Makes the folder, or finds what an interrupted call left in it."""
+  shard_job.check_folder(folder)
+  note = folder / _WORK / _JOB
+  if note.exists():
+    theirs = json.loads(note.read_text())['fingerprint']
+    configs.check(
+      theirs == job.fingerprint,
+      'an unfinished folder is gone on with by the same job: corpus, vocabulary, rows, '
+      'shards and seed',
+      f'{folder} of another one',
+      'set them back, or choose another folder',
+    )
+    return
+  others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  configs.check(
+    not [name for name in others if name != _WORK],
+    'the output folder must be new or empty',
+    f'{folder}, which holds {sorted(others)[:5]}',
+    'choose another folder',
+  )
+  (folder / _WORK).mkdir(parents=True, exist_ok=True)
+  content = json.dumps({'fingerprint': job.fingerprint})
+  shards.write_atomically(note, content.encode('utf-8'))
+
+
+def _work(job: Job, folder: epath.Path, part: parts.Part) -> int:
+  """Writes the buckets of a part, one after the other behind their sizes."""
+  buckets = shard_job.work(job, part)
+  names, blobs, at = {}, [], 0
+  for (split, shard), bucket in buckets.items():
+    blob = pickle.dumps(tuple(bucket), protocol=5)
+    names[f'{split}/{shard}'] = (at, len(blob))
+    blobs.append(blob)
+    at += len(blob)
+  head = json.dumps(names).encode('utf-8')
+  content = b''.join([len(head).to_bytes(8, 'little'), head, *blobs])
+  shards.write_atomically(folder / _WORK / _part_name(part.number), content)
+  return part.number
+
+
+def _merge(job: Job, folder: epath.Path, count: int, split: str, shard: int) -> None:
+  """Writes a shard of what the parts have for it."""
+  buckets = [
+    bucket
+    for number in range(count)
+    for bucket in _read(folder / _WORK / _part_name(number), f'{split}/{shard}')
+  ]
+  records, counts = shard_job.merge(buckets)
+  name = shards.file_name(split, shard, job.shards[split])
+  file = shards.write_file(folder / name, records)
+  note = json.dumps({'file': file._asdict(), 'counts': counts})
+  shards.write_atomically(folder / _WORK / _note_name(split, shard), note.encode('utf-8'))
+
+
+def _read(path: epath.Path, name: str) -> Iterator[Bucket]:
+  with path.open('rb') as file:
+    size = int.from_bytes(file.read(8), 'little')
+    place = json.loads(file.read(size)).get(name)
+    if place is not None:
+      file.seek(8 + size + place[0])
+      yield Bucket(*pickle.loads(file.read(place[1])))
+
+
+@contextlib.contextmanager
+def _pool(processes: int) -> Iterator[Callable[[Any, Iterable[tuple]], Iterable[Any]]]:
+  """A function that maps one over tuples of arguments, in any order of results."""
+  if processes == 1:
+    yield lambda function, calls: (function(*call) for call in calls)
+    return
+  context = multiprocessing.get_context('spawn')  # threads and forks do not mix
+  with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+
+    def each(function: Any, calls: Iterable[tuple]) -> Iterator[Any]:
+      futures = [pool.submit(function, *call) for call in calls]
+      try:
+        for future in concurrent.futures.as_completed(futures):
+          yield future.result()
+      except concurrent.futures.process.BrokenProcessPool as error:
+        raise OSError(
+          'a worker process was killed, for want of memory perhaps; what is done stays, '
+          'and the same command with fewer --processes goes on'
+        ) from error
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+    yield each
+
+
+def _part_name(number: int) -> str:
+  return f'part-{number:06}'
+
+
+def _note_name(split: str, shard: int) -> str:
+  return f'{split}-{shard:05}.json'
