@@ -6,6 +6,7 @@ bring the parts to the workers and the buckets of a shard together. Extra: beam.
 
 from __future__ import annotations
 
+import logging
 import shlex
 from typing import Any
 
@@ -27,6 +28,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> N
   Raises:
     ValueError: Beam is not installed; text that cannot be read.
   """
+  logging.getLogger().setLevel(logging.ERROR)  # it warns of clouds that are not used
   try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -49,7 +51,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> N
       (buckets, empty)
       | beam.Flatten()
       | beam.GroupByKey()
-      | 'write' >> beam.MapTuple(_write, job, str(folder))
+      | 'write' >> beam.Map(_write, job, str(folder))
       | beam.combiners.ToList()
       | 'index' >> beam.Map(_index, job, str(folder))
     )
@@ -60,14 +62,14 @@ def _work(part: parts.Part, job: Job) -> list[tuple[tuple[str, int], tuple]]:
 
 
 def _write(
-  key: tuple[str, int], found: Any, job: Job, folder: str
+  item: tuple[tuple[str, int], Any], job: Job, folder: str
 ) -> tuple[tuple[str, int], tuple, dict[str, int]]:
-  split, shard = key
+  (split, shard), found = item
   buckets = [Bucket(*bucket) for bucket in found if bucket is not None]
   records, counts = shard_job.merge(buckets)
   name = shards.file_name(split, shard, job.shards[split])
   file = shards.write_file(epath.Path(folder) / name, records)
-  return key, tuple(file), counts
+  return (split, shard), tuple(file), counts
 
 
 def _index(found: list[Any], job: Job, folder: str) -> None:
