@@ -43,14 +43,10 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
     yield from _from_shards(config.corpus.removeprefix(SHARDS), split)
   elif config.validation:
     pattern = config.corpus if split == 'train' else config.validation
-    yield from (
-      d for path in text_files.find(pattern) for d in text_files.read(path, config)
-    )
+    yield from text_files.read(pattern, config)
   else:
-    found = [
-      d for path in text_files.find(config.corpus) for d in text_files.read(path, config)
-    ]
-    yield from _held_out(text_files.cut_if_few(found), config, split)
+    found = text_files.cut_if_few(list(text_files.read(config.corpus, config)))
+    yield from _held_out(found, config, split)
 
 
 def fingerprint(config: CorpusConfig) -> str:

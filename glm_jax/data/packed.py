@@ -15,8 +15,6 @@ from glm_jax.data import stateless
 from glm_jax.data.objectives import Source
 from glm_jax.data.rows import RowPlan
 
-_DOCUMENT = 32  # purpose of the numbers that tell the documents of a row apart
-
 
 class Places(NamedTuple):
   """Where D documents come from.
@@ -51,13 +49,11 @@ def take_apart(x: dict[str, tf.Tensor], plan: RowPlan) -> tuple[Source, Places]:
   own = tf.range(W) < lengths[:, None]
   ranks = tf.cumsum(tf.cast(starts, tf.int32), axis=1)
   number = tf.gather_nd(ranks, at) - 1
-  keys = tf.gather(x['keys'], row)
-  counter = tf.cast(number + (_DOCUMENT << 16), tf.uint64) << tf.constant(32, tf.uint64)
   source = Source(
     tokens=tf.where(own, tf.gather(tf.reshape(x['tokens'], [-1]), index), 0),
     lengths=lengths,
     scored=own & tf.gather(tf.reshape(x['scored'], [-1]), index),
-    keys=stateless.mix(stateless.mix(keys + counter) + keys),
+    keys=stateless.child_keys(tf.gather(x['keys'], row), number),
     step=tf.gather(x['step'], row),
     room=tf.gather(tf.constant(_spans(plan)), lengths),
   )

@@ -24,6 +24,17 @@ def example_keys(seed: int | tf.Tensor, index: tf.Tensor) -> tf.Tensor:
   return mix(tf.bitwise.bitwise_xor(key, seed))
 
 
+def child_keys(keys: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+  """[D] uint64: a key for each part of an example, with numbers of its own.
+
+  Args:
+    keys: [D] uint64, of the examples.
+    number: [D] int32, of the part in its example.
+  """
+  step = tf.cast(number + 1, tf.uint64) * _constant(_GOLDEN)
+  return mix(tf.bitwise.bitwise_xor(mix(keys), step))
+
+
 def uniform(keys: tf.Tensor, purpose: int, count: int) -> tf.Tensor:
   """[B, count] float32 in [0, 1), independent for each key and each purpose.
 
