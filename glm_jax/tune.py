@@ -1,0 +1,354 @@
+"""Searches settings of a run, such as alpha, beta and gamma, by its validation loss.
+
+Every trial is a run of `train` in a process and a folder of its own, which goes on where
+it stopped if the search is interrupted. What is compared is the loss on one validation
+set, the same masks for every trial, whatever is searched. The search is Optuna's: a study
+in SQLite, to which several of these commands may contribute at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import functools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_jax import cli, configs
+from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.train import CONFIGURABLES, TrainConfig
+
+_POLL_SECONDS = 0.5
+_KINDS = {'float': 2, 'log': 2, 'int': 2, 'choice': None, 'share': 0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+  """A search.
+
+  Attributes:
+    study_dir: where trials, study.db and plots are (STUDY_DIR).
+    search: {gin binding: dimension}: ('float', low, high), ('log', low, high), ('int',
+      low, high), ('choice', a, b, ...) or ('share',): all bindings of that kind are one
+      point of a simplex, drawn evenly; they sum to 1.
+    metric: of validation, that is to be small: 'loss', the mean of the objectives' losses
+      on masks that no trial changes, or one of them, such as 'loss/blank'.
+    startup_trials: that are drawn at random before the sampler looks at results.
+    prune: stop trials whose metric is worse than the median of others at the same step.
+    seed: of the sampler.
+  """
+
+  study_dir: str
+  search: dict[str, tuple[Any, ...]]
+  metric: str = 'loss'
+  startup_trials: int = 5
+  prune: bool = True
+  seed: int = 0
+
+  def __post_init__(self):
+    configs.check_types(self)
+    name = 'TuneConfig'
+    configs.check(
+      bool(self.search), f'{name}.search must name a binding', '{}', 'give what to search'
+    )
+    for binding, dimension in self.search.items():
+      kind = dimension[0] if dimension else None
+      known = kind in _KINDS
+      numbers = dimension[1:]
+      bounds = known and _KINDS[kind] == 2
+      ok = known and (bool(numbers) if kind == 'choice' else len(numbers) == _KINDS[kind])
+      if ok and bounds:
+        ok = all(isinstance(x, (int, float)) for x in numbers) and numbers[0] < numbers[1]
+        ok = ok and (kind != 'log' or numbers[0] > 0)
+      configs.check(
+        ok,
+        f"{name}.search must hold ('float', low, high), ('log', low, high), ('int', low, "
+        "high), ('choice', a, b, ...) or ('share',)",
+        f'{dimension!r} for {binding}',
+        'correct it',
+      )
+    configs.check(
+      self.startup_trials >= 1,
+      f'{name}.startup_trials must be 1 or more',
+      str(self.startup_trials),
+      'use 5',
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command."""
+  argv, bindings = cli.split_bindings(argv)
+  flags = _flags().parse_args(argv)
+  for name in ('trials', 'workers'):
+    value = getattr(flags, name)
+    configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'correct it')
+  both = (*CONFIGURABLES, TuneConfig)
+  load = functools.partial(
+    cli.load_config, configurables=both, search_paths=flags.gin_search_paths
+  )
+  # Every trial has a MODEL_DIR of its own.
+  bindings = [*bindings, "MODEL_DIR='trial'"]
+  config, _ = load(TuneConfig, files=flags.gin_file, bindings=bindings)
+  run, base = load(TrainConfig, files=flags.gin_file, bindings=bindings)
+  folder = Path(config.study_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'base.gin').write_text(base, encoding='utf-8')
+  fixed = _fixed_validation(run)
+  try:
+    # A binding that does not exist is said before anything runs.
+    example = _bindings(config, lambda name, dimension: _first(dimension))
+    load(TrainConfig, files=[str(folder / 'base.gin')], bindings=[*fixed, *example])
+  except ValueError as error:
+    raise ValueError(f'TuneConfig.search must be bindings of the run: {error}') from error
+  study = _study(config)
+  objective = functools.partial(_trial, config=config, fixed=fixed, imports=flags.imports)
+  _search(study, objective, flags.trials, flags.workers)
+  _report(study, config)
+
+
+def _study(config: TuneConfig) -> Any:
+  """The study in the folder: a new one, or the one that is there."""
+  import optuna
+
+  optuna.logging.set_verbosity(optuna.logging.ERROR)
+  storage = optuna.storages.RDBStorage(
+    f'sqlite:///{Path(config.study_dir).absolute()}/study.db',
+    # Trials of a command that was killed are run again, where they stopped.
+    heartbeat_interval=10,
+    grace_period=30,
+    failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+  )
+  pruner = optuna.pruners.MedianPruner(n_startup_trials=config.startup_trials)
+  study = optuna.create_study(
+    study_name='glm_jax',
+    storage=storage,
+    load_if_exists=True,
+    sampler=optuna.samplers.TPESampler(
+      seed=config.seed, n_startup_trials=config.startup_trials
+    ),
+    pruner=pruner if config.prune else optuna.pruners.NopPruner(),
+  )
+  searched = {name: list(dimension) for name, dimension in config.search.items()}
+  wanted = {'search': searched, 'metric': config.metric}
+  there = study.user_attrs.get('config')
+  configs.check(
+    there in (None, wanted),
+    'a study goes on with the search that it began with',
+    f'{there} there, {wanted} here',
+    'choose another TuneConfig.study_dir',
+  )
+  study.set_user_attr('config', wanted)
+  return study
+
+
+def _search(study: Any, objective: Any, trials: int, workers: int) -> None:
+  """Runs trials until the study has so many that ended."""
+  import optuna
+
+  states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+  ended = len(study.get_trials(states=states))
+  if ended >= trials:
+    print(f'the study has {ended} trials already')
+    return
+  enough = optuna.study.MaxTrialsCallback(trials, states=states)
+  say = functools.partial(_say, trials=trials)
+  # Trials that fail do not count; a search in which they all do must end.
+  study.optimize(
+    objective,
+    n_trials=2 * (trials - ended) + 2,
+    n_jobs=workers,
+    callbacks=[enough, say],
+    catch=(FloatingPointError, ValueError),
+  )
+  configs.check(
+    bool(study.get_trials(states=states[:1])),
+    'a search needs a trial that succeeds',
+    'none; the last one said: ' + str(study.trials[-1].user_attrs.get('error', 'nothing')),
+    'correct the search or the run',
+  )
+
+
+def _trial(trial: Any, config: TuneConfig, fixed: list[str], imports: list[str]) -> float:
+  """Trains with the settings of a trial; its metric after the last step."""
+  chosen = _bindings(config, functools.partial(_suggest, trial))
+  trial.set_user_attr('bindings', chosen)
+  # A trial that is run again has what it had noted.
+  name = trial.user_attrs.get('folder', f'trial-{trial.number:04}')
+  trial.set_user_attr('folder', name)
+  folder = Path(config.study_dir) / name
+  command = [sys.executable, '-m', 'glm_jax.train']
+  command += [f'--gin_file={config.study_dir}/base.gin']
+  command += [f'--import={name}' for name in imports]
+  command += [f'--gin.{binding}' for binding in [*fixed, *chosen]]
+  command += [f"--gin.MODEL_DIR='{folder}'"]
+  log = folder.with_suffix('.log')
+  # Trials mostly differ in numbers, not in the program.
+  compiled = str(Path(config.study_dir).absolute() / 'compiled')
+  environment = {'JAX_COMPILATION_CACHE_DIR': compiled, **os.environ}
+  with log.open('w', encoding='utf-8') as output:
+    process = subprocess.Popen(
+      command,
+      stdout=output,
+      stderr=output,
+      env=environment,
+      preexec_fn=_die_with_parent,
+    )
+    try:
+      value = _watch(process, trial, folder, config.metric)
+    finally:
+      process.kill()
+      process.wait()
+  if process.returncode not in (0, -signal.SIGKILL):
+    lines = [x for x in log.read_text(encoding='utf-8').splitlines() if 'error: ' in x]
+    message = lines[-1].removeprefix('error: ') if lines else f'see {log}'
+    trial.set_user_attr('error', message)
+    raise ValueError(message)
+  if not math.isfinite(value):
+    raise ValueError(
+      f'a run must validate {config.metric!r}, got no such metric; see {log}'
+    )
+  return value
+
+
+def _watch(process: Any, trial: Any, folder: Path, metric: str) -> float:
+  """The last value of the metric; stops a trial that does worse than others did."""
+  import optuna
+
+  from glm_jax.training import metrics
+
+  value, seen = math.nan, 0
+  while True:
+    running = process.poll() is None
+    if (folder / 'metrics.jsonl').exists():
+      for record in metrics.read(str(folder), 'validation')[seen:]:
+        seen, value = seen + 1, record.get(metric, math.nan)
+        trial.report(value, record['step'])
+        if running and trial.should_prune():
+          raise optuna.TrialPruned
+    if not running:
+      return value
+    time.sleep(_POLL_SECONDS)
+
+
+def _suggest(trial: Any, name: str, dimension: tuple[Any, ...]) -> Any:
+  kind, *bounds = dimension
+  if kind == 'choice':
+    return trial.suggest_categorical(name, bounds)
+  if kind == 'int':
+    return trial.suggest_int(name, *bounds)
+  if kind == 'share':
+    # Exponential numbers, divided by their sum, are even on the simplex.
+    return -math.log(1 - trial.suggest_float(name, 0, 1 - 1e-9))
+  return trial.suggest_float(name, *bounds, log=kind == 'log')
+
+
+def _bindings(config: TuneConfig, choose: Any) -> list[str]:
+  """'NAME=value' for each dimension, shares divided by their sum."""
+  values = {name: choose(name, dimension) for name, dimension in config.search.items()}
+  shares = [name for name, dimension in config.search.items() if dimension[0] == 'share']
+  total = sum(values[name] for name in shares)
+  for name in shares:
+    values[name] = round(values[name] / total, 4) if total else 1.0
+  return [f'{name}={value!r}' for name, value in values.items()]
+
+
+def _first(dimension: tuple[Any, ...]) -> Any:
+  return dimension[1] if len(dimension) > 1 else 1.0
+
+
+def _fixed_validation(run: TrainConfig) -> list[str]:
+  """Bindings that keep masks and objectives of validation out of the search."""
+  if run.model.causal if hasattr(run.model, 'causal') else run.task == 'glm_causal':
+    return []
+  fixed = run.evaluation.objectives or dataclasses.replace(
+    run.objectives, schedule=(), blank=1.0, document=1.0, sentence=1.0
+  )
+  lines = ['EvaluationConfig.objectives=@validation/ObjectiveConfig()']
+  for field in dataclasses.fields(ObjectiveConfig):
+    value = getattr(fixed, field.name)
+    lines.append(f'validation/ObjectiveConfig.{field.name}={value!r}')
+  return lines
+
+
+def _say(study: Any, trial: Any, trials: int) -> None:
+  del study
+  settings = '  '.join(trial.user_attrs.get('bindings', []))
+  if trial.state.name == 'COMPLETE':
+    what = f'{trial.value:.4f}'
+  elif trial.state.name == 'PRUNED':
+    what = f'stopped at step {trial.last_step}'
+  else:
+    what = trial.user_attrs.get('error', 'failed')
+  print(f'trial {trial.number + 1:>3}/{trials}  {what}  {settings}', flush=True)
+
+
+def _report(study: Any, config: TuneConfig) -> None:
+  """Prints the best settings as gin lines; saves them and the plots."""
+  best, folder = study.best_trial, Path(config.study_dir)
+  lines = [line.replace('=', ' = ', 1) for line in best.user_attrs['bindings']]
+  print(f'\nbest {config.metric} {best.value:.4f}, trial {best.number + 1}:')
+  print('\n'.join(f'  {line}' for line in lines))
+  (folder / 'best.gin').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  names = _plots(study, folder)
+  print(f'\nalso in {folder}/best.gin; plots: {", ".join(names)}')
+
+
+def _plots(study: Any, folder: Path) -> list[str]:
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+  from optuna.visualization import matplotlib as draw
+
+  plots = {
+    'history': draw.plot_optimization_history,
+    'steps': draw.plot_intermediate_values,
+    'slices': draw.plot_slice,
+  }
+  names = []
+  for name, plot in plots.items():
+    axes = plot(study)
+    first = axes if not hasattr(axes, '__len__') else axes.flat[0]
+    first.figure.savefig(folder / f'{name}.png', dpi=120, bbox_inches='tight')
+    pyplot.close('all')
+    names.append(f'{name}.png')
+  return names
+
+
+def _die_with_parent() -> None:
+  """A run must not go on, in its folder, after its search was killed (Linux)."""
+  if sys.platform == 'linux':
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _flags() -> argparse.ArgumentParser:
+  flags = cli.parser(
+    'tune',
+    'Searches settings of a run by its validation loss; run again, it goes on.',
+    'python -m glm_jax.tune --gin_file=gin_configs/tune_quickstart.gin --trials=8',
+  )
+  cli.add_gin_flags(flags)
+  flags.add_argument(
+    '--trials', type=int, default=20, metavar='N', help='of the whole study (20)'
+  )
+  flags.add_argument(
+    '--workers',
+    type=int,
+    default=1,
+    metavar='N',
+    help='trials at a time, all on the devices of this machine (1)',
+  )
+  return flags
+
+
+if __name__ == '__main__':
+  os.environ.setdefault('PYTHONWARNINGS', 'ignore')
+  cli.main(main)
