@@ -26,7 +26,7 @@ _BINDING = re.compile(r'--gin\.([^=]+)=(.*)', re.DOTALL)
 
 def main(run: Callable[[Sequence[str]], None]) -> None:
   """Runs a command: one message and an exit code for what a user can mend."""
-  _be_quiet()
+  be_quiet()
   try:
     run(sys.argv[1:])
   except FloatingPointError as error:
@@ -315,7 +315,7 @@ def _stop(message: str, code: int) -> None:
   sys.exit(code)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
   """Silences what TensorFlow and absl say to nobody; warnings of XLA remain."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Meter:
       total_steps: of the run.
     """
     self._step, self._total = step, total_steps
-    self._seconds, self._tokens, self._flops = 0.0, 0.0, 0.0
+    self._seconds, self._tokens, self._flops, self._waited = 0.0, 0.0, 0.0, 0.0
     self._since = time.perf_counter()
 
   def restart(self) -> None:
@@ -62,18 +62,28 @@ class Meter:
     self._tokens += tokens
     self._flops += flops
 
+  def wait_for(self, stream: Iterator[Any]) -> Any:
+    """The next item, and how long the step had to wait for it."""
+    began = time.perf_counter()
+    item = next(stream)
+    self._waited += time.perf_counter() - began
+    return item
+
   def report(self, step: int) -> dict[str, float]:
-    """tokens_per_second, seconds_left and, where the peak is known, mfu; restarts."""
+    """tokens_per_second, seconds_left, input_stall (the share of the time that was spent
+    waiting for data) and, where the peak is known, mfu; restarts."""
     self.stop()
     steps, seconds = step - self._step, max(self._seconds, 1e-9)
     speed = {
       'tokens_per_second': self._tokens / seconds,
       'seconds_left': (self._total - step) * seconds / max(steps, 1),
+      'input_stall': self._waited / seconds,
     }
     chip = chips.of_device_kind(jax.devices()[0].device_kind)
     if chip:
       speed['mfu'] = self._flops / seconds / (chip.peak_flops * jax.device_count())
     self._step, self._seconds, self._tokens, self._flops = step, 0.0, 0.0, 0.0
+    self._waited = 0.0
     self.restart()
     return speed
 
