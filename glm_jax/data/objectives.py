@@ -19,7 +19,7 @@ from glm_jax.data import spans, stateless
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.text.vocabulary import Vocabulary
 
-_FAR = 1 << 28
+_SCORED = 1 << 24  # more than there are pieces
 (_OBJECTIVE, _ORDER, _DBLOCK, _SHORT) = range(16, 20)  # purposes, apart from spans'
 
 _SAMPLERS = {
@@ -78,15 +78,15 @@ def make_examples(
   if config.short_probability:
     source = _shorten(source, config, vocabulary)
   s = vocabulary.specials
-  special = np.zeros(vocabulary.size, bool)
-  special[list(vocabulary.names)] = True
+  # What a piece is: 1 if text can spell it, and 2 more if it ends sentences.
+  kinds = 1 + 2 * vocabulary.ends_sentence().astype(np.uint8)
+  kinds[list(vocabulary.names)] = 0
   inside = tf.range(N) < source.lengths[:, None]
-  is_text = inside & ~tf.gather(tf.constant(special), source.tokens)
-  ends = tf.gather(tf.constant(vocabulary.ends_sentence()), source.tokens)
+  kind = tf.gather(tf.constant(kinds), source.tokens)
+  is_text = inside & (kind > 0)
+  ends = is_text & (kind > 1)
   room = tf.fill(tf.shape(full), max_spans) if source.room is None else source.room
-  rows = spans.Rows(
-    source.tokens, source.lengths, is_text, ends & is_text, source.keys, room
-  )
+  rows = spans.Rows(source.tokens, source.lengths, is_text, ends, source.keys, room)
 
   # Only objectives that can come up are sampled; one of them is kept for each row.
   objective = _draw(source, config)
@@ -120,6 +120,8 @@ def make_examples(
 
 def _draw(source: Source, config: ObjectiveConfig) -> tf.Tensor:
   """[B] int32, the objective of each row by the weights of its step."""
+  if len(config.objectives) == 1:
+    return tf.fill(tf.shape(source.lengths), MIXED.index(config.objectives[0]))
   starts = tf.constant([start for start, _ in config.phases], tf.int64)
   shares = np.array([weights for _, weights in config.phases])
   shares = shares / shares.sum(1, keepdims=True)
@@ -136,29 +138,32 @@ def _weigh(weights: tf.Tensor, objective: tf.Tensor, config: ObjectiveConfig) ->
   if config.loss_mean == 'example':
     total = tf.reduce_sum(weights, axis=1, keepdims=True)
     weights = weights / tf.maximum(total, 1.0)
-  if set(config.loss_weights) != {1.0}:
+  if {*config.loss_weights} != {1.0}:
     by_objective = tf.constant(config.loss_weights, tf.float32)
     weights = weights * tf.gather(by_objective, objective)[:, None]
   return weights
 
 
 def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
-  """Parts A and B, targets, positions and visibility from spans in text order."""
+  """Parts A and B, targets, positions and visibility from spans in text order.
+
+  A row is a list of ranges: text, a mask, text, a mask, ..., then [sop] and a span, [sop]
+  and a span, ...; one op strings them together, for tokens and again for positions. What
+  a position predicts is what stands behind it, or [eop] where that is the next [sop].
+  """
   s, N = vocabulary.specials, source.tokens.shape[1]
   starts, lengths, eop = drawn.starts, drawn.lengths, drawn.ends_with_eop
-  used = lengths > 0
-  p = tf.broadcast_to(tf.range(length), [tf.shape(starts)[0], length])
+  B, used = tf.shape(starts)[0], lengths > 0
+  p = tf.range(length)
 
-  # Part A: position p holds text token p + (tokens hidden by the masks before it).
-  hidden = tf.cumsum(tf.where(used, lengths - 1, 0), axis=1)
-  mask_places = tf.where(used, starts - hidden + tf.where(used, lengths - 1, 0), _FAR)
-  masks_before = tf.searchsorted(mask_places, p, side='left')
-  shift = tf.gather(tf.pad(hidden, [[0, 0], [1, 0]]), masks_before, batch_dims=1)
-  next_mask = tf.gather(
-    tf.pad(mask_places, [[0, 0], [0, 1]], constant_values=_FAR), masks_before, batch_dims=1
-  )
-  is_mask = p == next_mask
-  part_a = source.lengths - hidden[:, -1]
+  # Part A: the text before each span, then its mask; the text behind the last.
+  stops = tf.where(used, starts + lengths, 0)
+  stops = tf.where(used, stops, tf.reduce_max(stops, axis=1, keepdims=True))
+  before = tf.pad(stops, [[0, 0], [1, 0]])
+  limits = tf.concat([tf.where(used, starts, before[:, :-1]), source.lengths[:, None]], 1)
+  text, masks = limits - before, tf.pad(tf.cast(used, tf.int32), [[0, 0], [0, 1]])
+  mask_places = tf.cumsum(text + masks, axis=1)[:, :-1] - 1
+  part_a = tf.reduce_sum(text + masks, axis=1)
 
   # Part B: the spans in their order, each opened by [sop].
   if config.shuffle_spans:
@@ -169,58 +174,128 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
     )
   else:
     b_starts, b_lengths, b_places = starts, lengths, mask_places
-  pieces = tf.where(b_lengths > 0, b_lengths + tf.cast(eop, tf.int32)[:, None], 0)
-  piece_ends = part_a[:, None] + tf.cumsum(pieces, axis=1)
-  example_length = piece_ends[:, -1]
+  opens = tf.cast(b_lengths > 0, tf.int32)
+  # A span without [eop] ends with its last target, which is no input.
+  pieces = b_lengths + tf.where(eop[:, None], opens, 0)
+  example_length = part_a + tf.reduce_sum(pieces, axis=1)
   fits = tf.debugging.assert_less_equal(
     example_length, length, 'an example is longer than its feature length'
   )
-  which = tf.minimum(tf.searchsorted(piece_ends, p, side='right'), pieces.shape[1] - 1)
-  offset, start, size, place = (
-    tf.gather(x, which, batch_dims=1)
-    for x in (piece_ends - pieces, b_starts, b_lengths, b_places)
-  )
-  offset = p - offset
-  in_a, in_b = p < part_a[:, None], (p >= part_a[:, None]) & (p < example_length[:, None])
+  with tf.control_dependencies([fits] if fits is not None else []):
+    p = tf.range(length)
 
-  index = tf.where(in_a, p + shift, start + offset - 1)
-  tokens = tf.gather(source.tokens, tf.clip_by_value(index, 0, N - 1), batch_dims=1)
+  # Behind a row's tokens stand its mask, [sop] and padding; each token carries whether it
+  # is scored. One position more than there are, for the target of the last.
+  MASK, SOP, PAD = N, N + 1, N + 2
+  flagged = source.tokens + tf.where(source.scored, _SCORED, 0)
+  others = tf.stack([mask_ids, tf.fill([B], s.sop), tf.fill([B], s.pad)], axis=1)
+  content = tf.reshape(tf.concat([flagged, others], axis=1), [-1])
+  index = _ranges(
+    [_alternate(before, MASK), _alternate(SOP, b_starts), tf.fill([B, 1], PAD)],
+    [_alternate(text, masks), _alternate(opens, b_lengths)],
+    length + 1,
+  )
+  index = tf.minimum(index, PAD)
+  found = tf.gather(content, index + (N + 3) * tf.range(B)[:, None])
+  ids, flags = tf.bitwise.bitwise_and(found, _SCORED - 1), found >= _SCORED
+  tokens, following = ids[:, :-1], ids[:, 1:]
+  in_a, inside = p < part_a[:, None], p < example_length[:, None]
+  in_b = inside & ~in_a
   if config.dblock_probability:
     u = stateless.uniform(source.keys, _DBLOCK, length)
-    noisy = objective == MIXED.index('blank')
-    noise = in_b & noisy[:, None] & (u < config.dblock_probability)
-    tokens = tf.where(noise, s.dblock, tokens)
-  tokens = tf.where(in_b & (offset == 0), s.sop, tokens)
-  tokens = tf.where(is_mask, mask_ids[:, None], tokens)
-
+    noisy = (objective == MIXED.index('blank'))[:, None] & (index[:, :-1] < N)
+    tokens = tf.where(noisy & in_b & (u < config.dblock_probability), s.dblock, tokens)
   # The target of [eop] is scored as the last token of its span.
-  at_eop = offset == size
-  goal = tf.clip_by_value(start + offset - tf.cast(at_eop, tf.int32), 0, N - 1)
-  targets = tf.where(at_eop, s.eop, tf.gather(source.tokens, goal, batch_dims=1))
-  scored = in_b & tf.gather(source.scored, goal, batch_dims=1)
+  at_eop = index[:, 1:] >= SOP
+  targets = tf.where(at_eop, s.eop, following)
+  scored = in_b & tf.where(at_eop, flags[:, :-1], flags[:, 1:])
 
-  if config.original_positions:
-    positions = tf.where(in_a, p + shift, start)
-  else:
-    positions = tf.where(in_a, p, place)
-  blocks = tf.where(in_b, offset + 1, 0)
   if config.one_dimensional:
-    positions, blocks = p, tf.zeros_like(p)
-  elif not config.block_positions:
+    positions, blocks = tf.broadcast_to(p, tf.shape(tokens)), tf.zeros_like(tokens)
+  else:
+    positions, blocks = _positions(
+      [text, masks, before, starts] if config.original_positions else part_a,
+      b_starts if config.original_positions else b_places,
+      pieces,
+      length,
+    )
+  if not config.block_positions:
     goes_on = (objective == MIXED.index('document'))[:, None] & in_b
     positions = tf.where(goes_on, p, positions)
-  inside = in_a | in_b
   key_end = tf.where(inside, tf.maximum(part_a[:, None], p + 1), 0)
-  with tf.control_dependencies([fits] if fits is not None else []):
-    return {
-      'tokens': tf.where(inside, tokens, s.pad),
-      'targets': tf.where(in_b, targets, s.pad),
-      'loss_weights': tf.cast(scored, tf.float32),
-      'positions': tf.where(inside, positions, 0),
-      'block_positions': blocks,
-      'key_start': tf.zeros_like(key_end),
-      'key_end': key_end,
-    }
+  return {
+    'tokens': tf.where(inside, tokens, s.pad),
+    'targets': tf.where(in_b, targets, s.pad),
+    'loss_weights': tf.cast(scored, tf.float32),
+    'positions': tf.where(inside, positions, 0),
+    'block_positions': tf.where(in_b, blocks, 0),
+    'key_start': tf.zeros_like(key_end),
+    'key_end': key_end,
+  }
+
+
+def _positions(part_a, b_places, pieces, length):
+  """Both positions of each token, [B, L] int32 each, in one string of ranges.
+
+  They are the high and the low bits of a number: in Part A a range counts the high ones,
+  in a span of Part B the low ones.
+
+  Args:
+    part_a: [B] its length; or, where positions count the original text, the texts and
+      masks of it, where they begin, and where the masked spans do.
+    b_places: [B, K] first position of each span of Part B.
+    pieces: [B, K] their lengths.
+    length: L.
+  """
+  bits, dtype = (15, tf.int32) if length < 2**15 else (31, tf.int64)
+  high = 1 << bits
+  starts = tf.cast(b_places, dtype) * high + 1
+  if isinstance(part_a, list):
+    text, masks, before, spans_at = (tf.cast(x, dtype) for x in part_a)
+    spans_at = tf.pad(spans_at, [[0, 0], [0, 1]])
+    firsts = _alternate(before * high, spans_at * high)
+    sizes = _alternate(text, masks)
+  else:
+    sizes = tf.cast(part_a, dtype)[:, None]
+    firsts = tf.zeros_like(sizes)
+  zero = tf.zeros_like(starts[:, :1])
+  steps = [tf.fill(tf.shape(firsts), tf.constant(high, dtype)), tf.ones_like(starts)]
+  both = _ranges([firsts, starts, zero], [sizes, tf.cast(pieces, dtype)], length, steps)
+  first = tf.bitwise.right_shift(both, tf.constant(bits, dtype))
+  second = tf.bitwise.bitwise_and(both, tf.constant(high - 1, dtype))
+  return tf.cast(first, tf.int32), tf.cast(second, tf.int32)
+
+
+def _ranges(firsts, sizes, width, steps=None):
+  """[B, width] rows of ranges, one behind the other, the last one filling up.
+
+  Args:
+    firsts: [B, n] tables of where ranges begin, and [B, 1] of the one that fills up.
+    sizes: [B, n] tables of their lengths, without that of the last.
+    width: of the result.
+    steps: [B, n] tables of their steps; None for 1.
+  """
+  firsts, sizes = tf.concat(firsts, axis=1), tf.concat(sizes, axis=1)
+  rest = width - tf.reduce_sum(sizes, axis=1, keepdims=True)
+  sizes = tf.concat([sizes, rest], axis=1)
+  if steps is None:
+    deltas = tf.ones([1], firsts.dtype)[0]
+    limits = firsts + sizes
+  else:
+    deltas = tf.concat([*steps, tf.ones_like(rest)], axis=1)
+    limits = firsts + sizes * deltas
+    deltas = tf.reshape(deltas, [-1])
+  found = tf.raw_ops.RaggedRange(
+    starts=tf.reshape(firsts, [-1]), limits=tf.reshape(limits, [-1]), deltas=deltas
+  )
+  return tf.reshape(found.rt_dense_values, [-1, width])
+
+
+def _alternate(a, b):
+  """[B, 2 n]: columns of `a` and `b` in turn; one of them may be a number."""
+  table = a if isinstance(b, int) else b
+  a, b = (tf.fill(tf.shape(table), x) if isinstance(x, int) else x for x in (a, b))
+  return tf.reshape(tf.stack([a, b], axis=2), [tf.shape(table)[0], -1])
 
 
 def _shorten(source: Source, config: ObjectiveConfig, vocabulary: Vocabulary) -> Source:

@@ -94,7 +94,7 @@ def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
 
   # A document (run of text) for each span, by the middle of its share of the total.
   run_starts, run_lengths = _runs(rows.is_text)
-  R = run_lengths.shape[1]
+  R = tf.shape(run_lengths)[1]
   longest = tf.argmax(run_lengths, axis=1, output_type=tf.int32)[:, None]
   room = tf.gather(run_lengths, longest, batch_dims=1)
   lengths = tf.minimum(lengths, room)
@@ -136,19 +136,17 @@ def sentence_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   A sentence ends with a piece that holds a sentence-ending mark, or with the row. One
   that a document's end cuts short counts only in a row that has no other.
   """
-  N = rows.tokens.shape[1]
-  following = tf.pad(rows.is_text, [[0, 0], [0, 1]])[:, 1:]
+  following, preceding = _neighbours(rows.is_text)
   last = rows.is_text & (rows.ends_sentence | ~following)
-  number = tf.cumsum(tf.cast(last, tf.int32), axis=1, exclusive=True)
-  starts, lengths = _segments(rows.is_text, number, N)
-  at_end = tf.range(N) == rows.lengths[:, None] - 1
-  finished = (
-    _sum_by_run(tf.cast(last & (rows.ends_sentence | at_end), tf.int32), number, N) > 0
+  first = rows.is_text & (tf.pad(last, [[0, 0], [1, 0]])[:, :-1] | ~preceding)
+  at_end = tf.range(rows.tokens.shape[1]) == rows.lengths[:, None] - 1
+  starts, lengths, finished = _segments(
+    first, last, rows.ends_sentence | at_end, least=max_spans
   )
   any_finished = tf.reduce_any(finished, axis=1, keepdims=True)
   eligible = (lengths > 0) & (finished | ~any_finished)
 
-  u = stateless.uniform(rows.keys, _SENTENCES, N)
+  u = stateless.uniform(rows.keys, _SENTENCES, tf.shape(starts)[1])
   _, chosen = tf.math.top_k(tf.where(eligible, u, -1.0), k=max_spans)
   eligible, starts, lengths = (
     tf.gather(x, chosen, batch_dims=1) for x in (eligible, starts, lengths)
@@ -179,7 +177,7 @@ def document_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   shortest = tf.cast(config.document_min_ratio * tf.cast(lengths, tf.float64), tf.int32)
   shortest = tf.clip_by_value(shortest, 1, longest)
   size = shortest + tf.cast(u * tf.cast(longest - shortest + 1, tf.float32), tf.int32)
-  size = tf.minimum(size, longest)
+  size = tf.minimum(tf.minimum(size, longest), lengths)  # nothing of an empty row
 
   run_starts, run_lengths = _runs(rows.is_text)
   one_document = tf.reduce_sum(tf.cast(run_lengths > 0, tf.int32), axis=1) == 1
@@ -210,20 +208,45 @@ def _budget(rows: Rows, config: ObjectiveConfig) -> tf.Tensor:
 
 def _runs(is_text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
   """Starts and lengths, [B, R] int32, of the runs of text between special pieces."""
-  following = tf.pad(is_text, [[0, 0], [0, 1]])[:, 1:]
-  number = tf.cumsum(tf.cast(is_text & ~following, tf.int32), axis=1, exclusive=True)
-  return _segments(is_text, number, is_text.shape[1] // 2 + 1)
+  following, preceding = _neighbours(is_text)
+  first, last = is_text & ~preceding, is_text & ~following
+  return _segments(first, last, last, least=1)[:2]
 
 
-def _segments(is_text, number, count):
-  """Starts and lengths, [B, count], of runs given each token's run number."""
-  lengths = _sum_by_run(tf.cast(is_text, tf.int32), number, count)
-  flat = tf.reshape(_flat_numbers(number, count), [-1])
-  N = is_text.shape[1]
-  index = tf.reshape(tf.where(is_text, tf.range(N), N), [-1])
-  starts = tf.math.unsorted_segment_min(index, flat, tf.shape(number)[0] * count)
-  starts = tf.reshape(starts, [-1, count])
-  return tf.where(lengths > 0, starts, 0), lengths
+def _neighbours(is_text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+  """Whether the token behind, and the one before, is text."""
+  padded = tf.pad(is_text, [[0, 0], [1, 1]])
+  return padded[:, 2:], padded[:, :-2]
+
+
+def _segments(
+  first: tf.Tensor, last: tf.Tensor, flag: tf.Tensor, least: int
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """Starts, lengths and flags, [B, R], of segments from their first and last tokens.
+
+  There are few of them in a row, so what follows is worked on in small tables.
+
+  Args:
+    first: [B, N] bool.
+    last: [B, N] bool, as many.
+    flag: [B, N] bool, looked at where segments end.
+    least: R is this, or the most segments of a row.
+  """
+  B = tf.shape(first)[0]
+  starts, ends = tf.where(first), tf.where(last)
+  row = tf.cast(starts[:, 0], tf.int32)
+  counts = tf.math.unsorted_segment_sum(tf.ones_like(row), row, B)
+  R = tf.maximum(tf.reduce_max(tf.pad(counts, [[0, 1]])), least)
+  number = tf.range(tf.size(row)) - tf.gather(tf.cumsum(counts, exclusive=True), row)
+  place = tf.stack([row, number], axis=1)
+  size = tf.cast(ends[:, 1] - starts[:, 1] + 1, tf.int32)
+  flags = tf.cast(tf.gather_nd(flag, ends), tf.int32)
+  table = tf.scatter_nd(
+    place,
+    tf.stack([tf.cast(starts[:, 1], tf.int32), size, flags], axis=1),
+    tf.stack([B, R, 3]),
+  )
+  return table[..., 0], table[..., 1], table[..., 2] > 0
 
 
 def _sum_by_run(values, number, count):

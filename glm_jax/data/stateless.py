@@ -35,7 +35,7 @@ def child_keys(keys: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
   return mix(tf.bitwise.bitwise_xor(mix(keys), step))
 
 
-def uniform(keys: tf.Tensor, purpose: int, count: int) -> tf.Tensor:
+def uniform(keys: tf.Tensor, purpose: int, count: int | tf.Tensor) -> tf.Tensor:
   """[B, count] float32 in [0, 1), independent for each key and each purpose.
 
   Args:
@@ -43,7 +43,7 @@ def uniform(keys: tf.Tensor, purpose: int, count: int) -> tf.Tensor:
     purpose: a small number; calls with the same one return the same numbers.
     count: numbers an example, below 2**32.
   """
-  counter = tf.range(1, count + 1, dtype=tf.int64) + (purpose << 32)
+  counter = tf.range(1, tf.cast(count, tf.int64) + 1, dtype=tf.int64) + (purpose << 32)
   counter = tf.cast(counter, tf.uint64) * _constant(_GOLDEN)
   bits = tf.bitwise.right_shift(mix(keys[:, None] + counter), _constant(40))
   return tf.cast(tf.cast(bits, tf.int32), tf.float32) * (2.0**-24)
