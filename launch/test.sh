@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lints and tests. --all adds the slow tests, and PyTorch, transformers and the compilers
-# for TPUs and GPUs for them (gigabytes); other arguments go to pytest.
+# Lints and tests. --all adds the slow tests, and PyTorch, transformers, Apache Beam and
+# the compilers for TPUs and GPUs for them (gigabytes); other arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
 
@@ -10,7 +10,7 @@ arguments=()
 for argument in "$@"; do
   if [[ $argument == --all ]]; then
     chosen=()
-    extras=(launch/requirements/{torch,peers,compilers}.txt)
+    extras=(launch/requirements/{torch,peers,compilers,beam}.txt)
   else
     arguments+=("$argument")
   fi

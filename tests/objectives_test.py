@@ -448,3 +448,14 @@ def test_row_lengths_leave_room_and_little_padding():
     example = _make(rows, lengths, length, config)
     assert example['capped'].mean() < 0.05
     assert (example['key_end'] == 0).mean() < (0.07 if length == 128 else 0.03)
+
+
+@pytest.mark.parametrize('name', ['blank', 'document', 'sentence'])
+def test_an_empty_row_gives_an_empty_example(name):
+  tokens, _ = _documents(4, 40)
+  lengths = np.array([40, 0, 40, 0], np.int32)
+  example = _make(tokens, lengths, 64, ObjectiveConfig().only(name))
+  for row, length in enumerate(lengths):
+    assert (example['key_end'][row].max() > 0) == (length > 0)
+    assert (example['loss_weights'][row].sum() > 0) == (length > 0)
+    assert length or not example['positions'][row].any()

@@ -2,10 +2,12 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+from etils import epath
 
 from glm_jax.batch import DTYPES, Batch
 from glm_jax.data import pipeline, prepare, preprocessors, tasks, tokenized
@@ -15,6 +17,7 @@ from glm_jax.data.pipeline import Process
 from glm_jax.data.rows import RowPlan
 from glm_jax.data.source import Corpus, Reading
 from glm_jax.text.vocabulary import ByteVocabulary
+from glm_jax.training import place
 
 VOCABULARY = ByteVocabulary()
 LENGTHS = {'tokens': 64}
@@ -269,3 +272,65 @@ def test_too_long_a_sequence_is_an_error_not_a_trim(own_task):
   ):
     made = preprocessors.blank_infilling(dataset, LENGTHS, vocabulary=VOCABULARY)
     next(made.as_numpy_iterator())
+
+
+def test_an_ordinary_stream_goes_on_from_its_place(own_task, tmp_path):
+  """Shuffle buffer and seeds included; nothing is read again."""
+
+  def stream():
+    return pipeline.Stream(own_task, LENGTHS, batch_size=8, seed=7)
+
+  one = stream()
+  assert not one.indexed
+  for _ in range(3):
+    next(one)
+  one.save(str(tmp_path / 'place'))
+  wanted = [next(one) for _ in range(12)]  # into the next epoch
+  other = stream()
+  other.restore(str(tmp_path / 'place'))
+  for batch in wanted:
+    _same(next(other), batch)
+  with pytest.raises(ValueError, match='place in the data must be readable'):
+    stream().restore(str(tmp_path / 'nowhere'))
+  with pytest.raises(ValueError, match='begins at step 0'):
+    _take(1, own_task, start_step=3)
+
+
+def test_another_number_of_processes_cannot_go_on_from_a_place(
+  own_task, tmp_path, monkeypatch
+):
+  stream = pipeline.Stream(own_task, LENGTHS, batch_size=8, seed=7)
+  handler = place.PlaceHandler()
+  folder = epath.Path(tmp_path)
+  handler.save(folder, place.SavePlace(stream))
+  handler.restore(folder, place.RestorePlace(stream))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(
+    ValueError, match=r'as many processes as it had, got \[1\] then and 2'
+  ):
+    handler.restore(folder, place.RestorePlace(stream))
+
+
+def test_a_pipeline_with_python_in_it_says_that_it_has_no_place(tmp_path):
+  def numbers():
+    while True:
+      yield {'tokens': np.arange(20, dtype=np.int32)}
+
+  signature = {'tokens': tf.TensorSpec([20], tf.int32)}
+  seqio.TaskRegistry.add(
+    'of_python',
+    source=seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None: tf.data.Dataset.from_generator(
+        numbers, output_signature=signature
+      ),
+      splits=('train',),
+    ),
+    preprocessors=[functools.partial(preprocessors.blank_infilling, vocabulary=VOCABULARY)],
+    output_features=preprocessors.output_features(VOCABULARY),
+    shuffle_buffer_size=8,
+  )
+  stream = pipeline.Stream('of_python', LENGTHS, batch_size=8, seed=7)
+  next(stream)
+  with pytest.raises(ValueError, match='TensorFlow operations alone'):
+    stream.save(str(tmp_path / 'place'))
+  seqio.TaskRegistry.remove('of_python')

@@ -10,10 +10,10 @@ import concurrent.futures
 import contextlib
 import json
 import multiprocessing
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
@@ -110,10 +110,14 @@ def _work(job: Job, folder: epath.Path, part: parts.Part) -> int:
   buckets = shard_job.work(job, part)
   names, blobs, at = {}, [], 0
   for (split, shard), bucket in buckets.items():
-    blob = pickle.dumps(tuple(bucket), protocol=5)
-    names[f'{split}/{shard}'] = (at, len(blob))
-    blobs.append(blob)
-    at += len(blob)
+    blob = [bucket.keys.tobytes(), bucket.records.tobytes()]
+    names[f'{split}/{shard}'] = {
+      'at': at,
+      'shape': bucket.records.shape,
+      'counts': bucket.counts,
+    }
+    blobs += blob
+    at += sum(map(len, blob))
   head = json.dumps(names).encode('utf-8')
   content = b''.join([len(head).to_bytes(8, 'little'), head, *blobs])
   shards.write_atomically(folder / _WORK / _part_name(part.number), content)
@@ -139,8 +143,11 @@ def _read(path: epath.Path, name: str) -> Iterator[Bucket]:
     size = int.from_bytes(file.read(8), 'little')
     place = json.loads(file.read(size)).get(name)
     if place is not None:
-      file.seek(8 + size + place[0])
-      yield Bucket(*pickle.loads(file.read(place[1])))
+      n, record_bytes = place['shape']
+      file.seek(8 + size + place['at'])
+      data = np.frombuffer(file.read(n * (8 + record_bytes)), np.uint8)
+      keys, records = data[: 8 * n].view(np.uint64), data[8 * n :]
+      yield Bucket(keys, records.reshape(n, record_bytes), place['counts'])
 
 
 @contextlib.contextmanager
