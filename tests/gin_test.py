@@ -8,6 +8,7 @@ import pytest
 from glm_jax import cli
 from glm_jax.models import ChatGLMConfig
 from glm_jax.train import CONFIGURABLES, TrainConfig
+from glm_jax.tune import TuneConfig
 from glm_jax.training import state
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -35,7 +36,8 @@ QUICKSTART = 'gin_configs/quickstart.gin'
 
 
 def _load(*bindings, files=(QUICKSTART,), search_paths=''):
-  return cli.load_config(TrainConfig, CONFIGURABLES, files, search_paths, bindings)
+  both = (*CONFIGURABLES, TuneConfig)  # a search is a run, too
+  return cli.load_config(TrainConfig, both, files, search_paths, bindings)
 
 
 @pytest.mark.parametrize('file', RUNS)
