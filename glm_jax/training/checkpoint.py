@@ -277,7 +277,7 @@ def _unreadable(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if isinstance(error, ValueError) and ('; ' in str(error) and 'got' in str(error)):
+    if isinstance(error, ValueError) and str(folder) in str(error):
       raise
     raise ValueError(
       f'a checkpoint must be complete and undamaged, got {folder} '

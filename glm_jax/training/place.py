@@ -34,7 +34,7 @@ class PlaceHandler(ocp.CheckpointHandler):
     configs.check(
       counts == {count},
       'a task that is not indexed goes on with as many processes as it had',
-      f'{sorted(counts)} then and {count} now',
+      f'{sorted(counts)} then and {count} now for {directory}',
       "start as many again, or make shards of it (make_shards, corpus='task:NAME')",
     )
     args.stream.restore(str(directory / _name(jax.process_index(), count)))
