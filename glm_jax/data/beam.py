@@ -39,8 +39,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> N
     ) from error
   folder.mkdir(parents=True, exist_ok=True)
   with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
-    keys = [(s, i) for s in shard_job.SPLITS for i in range(job.shards[s])]
-    empty = pipeline | 'shards' >> beam.Create([(key, None) for key in keys])
+    empty = pipeline | 'shards' >> beam.Create([(name, None) for name in job.names])
     buckets = (
       pipeline
       | 'parts' >> beam.Create(todo)
@@ -61,22 +60,13 @@ def _work(part: parts.Part, job: Job) -> list[tuple[tuple[str, int], tuple]]:
   return [(key, tuple(bucket)) for key, bucket in shard_job.work(job, part).items()]
 
 
-def _write(
-  item: tuple[tuple[str, int], Any], job: Job, folder: str
-) -> tuple[tuple[str, int], tuple, dict[str, int]]:
-  (split, shard), found = item
+def _write(item: tuple[tuple[str, int], Any], job: Job, folder: str) -> tuple:
+  name, found = item
   buckets = [Bucket(*bucket) for bucket in found if bucket is not None]
-  records, counts = shard_job.merge(buckets)
-  name = shards.file_name(split, shard, job.shards[split])
-  file = shards.write_file(epath.Path(folder) / name, records)
-  return (split, shard), tuple(file), counts
+  file, counts = shard_job.write(job, epath.Path(folder), name, buckets)
+  return name, (tuple(file), counts)
 
 
 def _index(found: list[Any], job: Job, folder: str) -> None:
-  files: dict[str, list[shards.File]] = {split: [] for split in shard_job.SPLITS}
-  counts = {split: {'documents': 0, 'tokens': 0, 'skipped': 0} for split in files}
-  for (split, _), file, own in sorted(found, key=lambda item: item[0]):
-    files[split].append(shards.File(*file))
-    for name, number in own.items():
-      counts[split][name] += number
-  shard_job.finish(job, epath.Path(folder), files, counts)
+  made = {name: (shards.File(*file), counts) for name, (file, counts) in found}
+  shard_job.finish(job, epath.Path(folder), made)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15
+ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+"""Shifts and factors of SplitMix64's finaliser."""
 
 
 def mix(z: np.ndarray) -> np.ndarray:
   """SplitMix64's finaliser of [n] uint64; see `glm_jax.data.stateless`."""
-  for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+  for shift, factor in ROUNDS:
     z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
   return z ^ (z >> np.uint64(31))
 

@@ -154,7 +154,6 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
   s, N = vocabulary.specials, source.tokens.shape[1]
   starts, lengths, eop = drawn.starts, drawn.lengths, drawn.ends_with_eop
   B, used = tf.shape(starts)[0], lengths > 0
-  p = tf.range(length)
 
   # Part A: the text before each span, then its mask; the text behind the last.
   stops = tf.where(used, starts + lengths, 0)
@@ -212,12 +211,14 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
 
   if config.one_dimensional:
     positions, blocks = tf.broadcast_to(p, tf.shape(tokens)), tf.zeros_like(tokens)
+  elif config.original_positions:
+    firsts = _alternate(before, tf.pad(starts, [[0, 0], [0, 1]]))
+    positions, blocks = _positions(
+      firsts, _alternate(text, masks), b_starts, pieces, length
+    )
   else:
     positions, blocks = _positions(
-      [text, masks, before, starts] if config.original_positions else part_a,
-      b_starts if config.original_positions else b_places,
-      pieces,
-      length,
+      tf.zeros([B, 1], tf.int32), part_a[:, None], b_places, pieces, length
     )
   if not config.block_positions:
     goes_on = (objective == MIXED.index('document'))[:, None] & in_b
@@ -234,35 +235,31 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
   }
 
 
-def _positions(part_a, b_places, pieces, length):
+def _positions(a_firsts, a_sizes, b_places, pieces, length):
   """Both positions of each token, [B, L] int32 each, in one string of ranges.
 
   They are the high and the low bits of a number: in Part A a range counts the high ones,
   in a span of Part B the low ones.
 
   Args:
-    part_a: [B] its length; or, where positions count the original text, the texts and
-      masks of it, where they begin, and where the masked spans do.
+    a_firsts: [B, n] first positions of the ranges of Part A.
+    a_sizes: [B, n] their lengths.
     b_places: [B, K] first position of each span of Part B.
     pieces: [B, K] their lengths.
     length: L.
   """
   bits, dtype = (15, tf.int32) if length < 2**15 else (31, tf.int64)
-  high = 1 << bits
-  starts = tf.cast(b_places, dtype) * high + 1
-  if isinstance(part_a, list):
-    text, masks, before, spans_at = (tf.cast(x, dtype) for x in part_a)
-    spans_at = tf.pad(spans_at, [[0, 0], [0, 1]])
-    firsts = _alternate(before * high, spans_at * high)
-    sizes = _alternate(text, masks)
-  else:
-    sizes = tf.cast(part_a, dtype)[:, None]
-    firsts = tf.zeros_like(sizes)
-  zero = tf.zeros_like(starts[:, :1])
-  steps = [tf.fill(tf.shape(firsts), tf.constant(high, dtype)), tf.ones_like(starts)]
-  both = _ranges([firsts, starts, zero], [sizes, tf.cast(pieces, dtype)], length, steps)
+  high = tf.constant(1 << bits, dtype)
+  a_starts = tf.cast(a_firsts, dtype) * high
+  b_starts = tf.cast(b_places, dtype) * high + 1
+  both = _ranges(
+    [a_starts, b_starts, tf.zeros_like(b_starts[:, :1])],
+    [tf.cast(a_sizes, dtype), tf.cast(pieces, dtype)],
+    length,
+    steps=[tf.fill(tf.shape(a_starts), high), tf.ones_like(b_starts)],
+  )
   first = tf.bitwise.right_shift(both, tf.constant(bits, dtype))
-  second = tf.bitwise.bitwise_and(both, tf.constant(high - 1, dtype))
+  second = tf.bitwise.bitwise_and(both, high - 1)
   return tf.cast(first, tf.int32), tf.cast(second, tf.int32)
 
 

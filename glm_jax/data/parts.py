@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -159,15 +158,12 @@ def _next(file: Any, offset: int, separator: bytes) -> int:
   """The first place from `offset` on that is behind a separator, or the start or end."""
   if offset == 0:
     return 0
-  at = max(offset - len(separator), 0)
-  tail = b''
-  for first in itertools.count(at, _SEARCH):
-    file.seek(first)
-    data = file.read(_SEARCH)
+  at, tail = max(offset - len(separator), 0), b''
+  file.seek(at)
+  while data := file.read(_SEARCH):
     found = (tail + data).find(separator)
     if found >= 0:
-      return first - len(tail) + found + len(separator)
-    if not data:
-      return first
-    tail = data[1 - len(separator) :] if len(separator) > 1 else b''
-  raise AssertionError
+      return at - len(tail) + found + len(separator)
+    at += len(data)
+    tail = data[len(data) - len(separator) + 1 :]
+  return at

@@ -172,7 +172,6 @@ class _Table:
   """Rows that grow."""
 
   def __init__(self, row_length: int):
-    self._length = row_length
     self._tokens = np.zeros((0, row_length), np.int32)
     self._scored = np.zeros((0, row_length), bool)
     self._starts = np.zeros((0, row_length), bool)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -51,6 +50,11 @@ class Job:
   shards: dict[str, int]
   seed: int
   imports: tuple[str, ...] = ()
+
+  @property
+  def names(self) -> list[tuple[str, int]]:
+    """(split, number) of every shard, in order."""
+    return [(split, i) for split in SPLITS for i in range(self.shards[split])]
 
   @property
   def fingerprint(self) -> str:
@@ -111,7 +115,7 @@ def work(job: Job, part: parts.Part) -> dict[tuple[str, int], Bucket]:
   Raises:
     ValueError: text that cannot be read.
   """
-  vocabulary = _vocabulary(job.fingerprint, job)
+  vocabulary = _vocabulary(job)
   if part.source:
     _be_ready_for_tensorflow(job.imports)
   documents: dict[str, list[Any]] = {split: [] for split in SPLITS}
@@ -137,47 +141,50 @@ def work(job: Job, part: parts.Part) -> dict[tuple[str, int], Bucket]:
   return buckets
 
 
-def merge(buckets: list[Bucket]) -> tuple[np.ndarray, dict[str, int]]:
-  """Records of a shard in their order, and the sums of the counts.
+def write(
+  job: Job, folder: epath.Path, name: tuple[str, int], buckets: list[Bucket]
+) -> tuple[shards.File, dict[str, int]]:
+  """Writes a shard, its records in their order; its file, and the sums of the counts.
 
   Args:
+    job: of the shard.
+    folder: that holds it.
+    name: its split and number.
     buckets: of all parts, in any order; none for an empty shard.
   """
-  counts = tokenized.new_counts()
-  if not buckets:
-    return np.zeros((0, 0), np.uint8), counts
-  keys = np.concatenate([bucket.keys for bucket in buckets])
-  records = np.concatenate([bucket.records for bucket in buckets])
-  for bucket in buckets:
-    for name, number in bucket.counts.items():
-      counts[name] += number
-  return records[np.argsort(keys)], counts
+  records = np.zeros((0, 0), np.uint8)
+  if buckets:
+    keys = np.concatenate([bucket.keys for bucket in buckets])
+    records = np.concatenate([bucket.records for bucket in buckets])[np.argsort(keys)]
+  split, number = name
+  path = folder / shards.file_name(split, number, job.shards[split])
+  return shards.write_file(path, records), _sum([bucket.counts for bucket in buckets])
 
 
 def finish(
   job: Job,
   folder: epath.Path,
-  files: dict[str, list[shards.File]],
-  counts: dict[str, dict[str, int]],
+  made: dict[tuple[str, int], tuple[shards.File, dict[str, int]]],
 ) -> None:
   """Writes the index of a job whose shards are all there.
 
   Args:
     job: of them.
     folder: that holds them.
-    files: of each split, in order.
-    counts: of each split.
+    made: what `write` returned, by split and number.
 
   Raises:
     ValueError: a split without rows.
   """
-  vocabulary = _vocabulary(job.fingerprint, job)
+  splits = {}
   for split in SPLITS:
-    total = sum(file.rows for file in files[split])
-    tokenized.check_some(total, counts[split], split, job.corpus)
-  splits = {name: {**counts[name], 'files': files[name]} for name in SPLITS}
+    own = [made[name] for name in job.names if name[0] == split]
+    files, counts = [file for file, _ in own], _sum([counts for _, counts in own])
+    total = sum(file.rows for file in files)
+    tokenized.check_some(total, counts, split, job.corpus)
+    splits[split] = {**counts, 'files': files}
   about = {'corpus': job.corpus.corpus, 'seed': job.seed}
-  shards.write_index(folder, vocabulary, job.plan, BLOCK, splits, about)
+  shards.write_index(folder, _vocabulary(job), job.plan, BLOCK, splits, about)
 
 
 def check_folder(folder: epath.Path) -> None:
@@ -190,16 +197,20 @@ def check_folder(folder: epath.Path) -> None:
   )
 
 
+def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
+  return {name: sum(c[name] for c in counts) for name in tokenized.new_counts()}
+
+
+def _vocabulary(job: Job) -> Vocabulary:
+  return _load_vocabulary(json.dumps(job.vocabulary))
+
+
 @functools.lru_cache(maxsize=2)
-def _cached_vocabulary(fingerprint: str, fields: str) -> Vocabulary:
+def _load_vocabulary(fields: str) -> Vocabulary:
   os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
   vocabulary = loading.from_dict(json.loads(fields))
   vocabulary.threads = 1  # there is a process for each core
   return vocabulary
-
-
-def _vocabulary(fingerprint: str, job: Job) -> Vocabulary:
-  return _cached_vocabulary(fingerprint, json.dumps(job.vocabulary))
 
 
 def _be_ready_for_tensorflow(imports: tuple[str, ...]) -> None:
@@ -208,6 +219,4 @@ def _be_ready_for_tensorflow(imports: tuple[str, ...]) -> None:
 
   with cli.silenced_stderr():
     import tensorflow as _  # noqa: F401
-
-    for name in imports:
-      importlib.import_module(name)
+  cli.import_modules(imports)

@@ -40,13 +40,14 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], processes: int) ->
   _begin(job, folder)
   work = folder / _WORK
   missing = [part for part in todo if not (work / _part_name(part.number)).exists()]
-  total, done = sum(p.size for p in todo), sum(p.size for p in missing)
+  total = sum(part.size for part in todo)
+  done = total - sum(part.size for part in missing)
   of_text = any(part.spans for part in todo)
   unit = dict(unit='B', unit_scale=True) if of_text else dict(unit=' examples')
   with _pool(processes) as each:
     bar = tqdm(
       total=total,
-      initial=total - done,
+      initial=done,
       desc='tokenizing',
       leave=False,
       disable=None,
@@ -55,24 +56,15 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], processes: int) ->
     with bar:
       for part in each(_work, [(job, folder, part) for part in missing]):
         bar.update(todo[part].size)
-    names = [(split, i) for split in shard_job.SPLITS for i in range(job.shards[split])]
-    left = [name for name in names if not (work / _note_name(*name)).exists()]
-    merged = each(_merge, [(job, folder, len(todo), *name) for name in left])
+    left = [name for name in job.names if not (work / _note_name(*name)).exists()]
+    merged = each(_merge, [(job, folder, len(todo), name) for name in left])
     for _ in tqdm(merged, 'writing shards', len(left), leave=False, disable=None):
       pass
-  notes = {name: json.loads((work / _note_name(*name)).read_text()) for name in names}
-  files = {
-    split: [shards.File(**notes[s, i]['file']) for s, i in names if s == split]
-    for split in shard_job.SPLITS
-  }
-  counts = {
-    split: {
-      key: sum(notes[s, i]['counts'][key] for s, i in names if s == split)
-      for key in ('documents', 'tokens', 'skipped')
-    }
-    for split in shard_job.SPLITS
-  }
-  shard_job.finish(job, folder, files, counts)
+  made = {}
+  for name in job.names:
+    file, counts = json.loads((work / _note_name(*name)).read_text())
+    made[name] = shards.File(*file), counts
+  shard_job.finish(job, folder, made)
   work.rmtree()
   for path in folder.iterdir():
     if path.name.startswith('.'):  # what a killed process was writing
@@ -109,9 +101,9 @@ def _work(job: Job, folder: epath.Path, part: parts.Part) -> int:
   """Writes the buckets of a part, one after the other behind their sizes."""
   buckets = shard_job.work(job, part)
   names, blobs, at = {}, [], 0
-  for (split, shard), bucket in buckets.items():
+  for name, bucket in buckets.items():
     blob = [bucket.keys.tobytes(), bucket.records.tobytes()]
-    names[f'{split}/{shard}'] = {
+    names[_note_name(*name)] = {
       'at': at,
       'shape': bucket.records.shape,
       'counts': bucket.counts,
@@ -124,18 +116,15 @@ def _work(job: Job, folder: epath.Path, part: parts.Part) -> int:
   return part.number
 
 
-def _merge(job: Job, folder: epath.Path, count: int, split: str, shard: int) -> None:
+def _merge(job: Job, folder: epath.Path, count: int, name: tuple[str, int]) -> None:
   """Writes a shard of what the parts have for it."""
   buckets = [
     bucket
     for number in range(count)
-    for bucket in _read(folder / _WORK / _part_name(number), f'{split}/{shard}')
+    for bucket in _read(folder / _WORK / _part_name(number), _note_name(*name))
   ]
-  records, counts = shard_job.merge(buckets)
-  name = shards.file_name(split, shard, job.shards[split])
-  file = shards.write_file(folder / name, records)
-  note = json.dumps({'file': file._asdict(), 'counts': counts})
-  shards.write_atomically(folder / _WORK / _note_name(split, shard), note.encode('utf-8'))
+  note = json.dumps(shard_job.write(job, folder, name, buckets))
+  shards.write_atomically(folder / _WORK / _note_name(*name), note.encode('utf-8'))
 
 
 def _read(path: epath.Path, name: str) -> Iterator[Bucket]:

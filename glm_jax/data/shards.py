@@ -46,6 +46,10 @@ class Layout(NamedTuple):
   token_bytes: int
 
   @property
+  def dtype(self) -> str:
+    return '<u2' if self.token_bytes == 2 else '<i4'
+
+  @property
   def bitmap_bytes(self) -> int:
     return -(-self.row_length // 8)
 
@@ -66,10 +70,9 @@ class Layout(NamedTuple):
       >>> bool((layout.decode(records).tokens == rows.tokens).all())
       True
     """
-    dtype = '<u2' if self.token_bytes == 2 else '<i4'
     parts = [
       np.ascontiguousarray(rows.lengths, '<i4').view(np.uint8).reshape(-1, 4),
-      np.ascontiguousarray(rows.tokens, dtype).view(np.uint8),
+      np.ascontiguousarray(rows.tokens, self.dtype).view(np.uint8),
       np.packbits(rows.scored, axis=1, bitorder='little'),
       np.packbits(rows.starts, axis=1, bitorder='little'),
     ]
@@ -78,7 +81,6 @@ class Layout(NamedTuple):
   def decode(self, records: np.ndarray) -> RowTable:
     """The inverse of `encode`."""
     N, at = self.row_length, 4 + self.row_length * self.token_bytes
-    dtype = '<u2' if self.token_bytes == 2 else '<i4'
     bitmaps = [
       np.unpackbits(x, axis=1, count=N, bitorder='little').astype(bool)
       for x in (
@@ -87,7 +89,7 @@ class Layout(NamedTuple):
       )
     ]
     return RowTable(
-      tokens=np.ascontiguousarray(records[:, 4:at]).view(dtype).astype(np.int32),
+      tokens=np.ascontiguousarray(records[:, 4:at]).view(self.dtype).astype(np.int32),
       scored=bitmaps[0],
       starts=bitmaps[1],
       lengths=np.ascontiguousarray(records[:, :4]).view('<i4')[:, 0].astype(np.int32),

@@ -145,11 +145,6 @@ class IndexedRows(seqio.DataSource):
     """Records and corpus of the examples of the training stream."""
     readers = [records.reader(r) for r in rows]
     orders = [_order(len(r), r.block, seed, i) for i, r in enumerate(rows)]
-    if len(rows) == 1:
-      return lambda index: (
-        readers[0](orders[0](index)),
-        tf.zeros_like(index, tf.int32),
-      )
     block = mixing.pattern([corpus.share for corpus in self.corpora], seed)
     size = len(block.corpus)
     corpus_of, rank_of = tf.constant(block.corpus), tf.constant(block.rank)
@@ -168,20 +163,13 @@ class IndexedRows(seqio.DataSource):
     """Records and corpus of a split read once, and how many there are."""
     counts = [len(r) for r in rows]
     most = self.reading.max_rows
-    if most and len(rows) == 1:
-      counts = [min(counts[0], most)]
-    elif most:
+    if most:
       # Every corpus its share, as far as it has rows.
       counts = [
         min(n, max(1, round(most * corpus.share)))
         for n, corpus in zip(counts, self.corpora, strict=True)
       ]
     readers = [records.reader(r) for r in rows]
-    if len(rows) == 1:
-      return lambda index: (
-        readers[0](tf.maximum(index, 0)),
-        tf.zeros_like(index, tf.int32),
-      ), counts[0]
     ends = np.cumsum(counts)
     firsts = tf.constant(ends - counts, tf.int64)
 
@@ -196,6 +184,8 @@ class IndexedRows(seqio.DataSource):
 
 def _by_corpus(readers, orders, corpus: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
   """Records of examples that are of several corpora, each asked once."""
+  if len(readers) == 1:
+    return readers[0](orders[0](number))
   parts = tf.dynamic_partition(tf.range(tf.shape(corpus)[0]), corpus, len(readers))
   found = [
     read(order(tf.gather(number, part)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-_GOLDEN = 0x9E3779B97F4A7C15
+from glm_jax.data.hashing import GOLDEN, ROUNDS
 
 
 def example_keys(seed: int | tf.Tensor, index: tf.Tensor) -> tf.Tensor:
@@ -19,8 +19,8 @@ def example_keys(seed: int | tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     seed: int64 scalar.
     index: [B] int64.
   """
-  seed = mix(tf.cast(seed, tf.uint64) + _constant(_GOLDEN))
-  key = mix(tf.cast(index, tf.uint64) * _constant(_GOLDEN) + seed)
+  seed = mix(tf.cast(seed, tf.uint64) + _constant(GOLDEN))
+  key = mix(tf.cast(index, tf.uint64) * _constant(GOLDEN) + seed)
   return mix(tf.bitwise.bitwise_xor(key, seed))
 
 
@@ -31,7 +31,7 @@ def child_keys(keys: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
     keys: [D] uint64, of the examples.
     number: [D] int32, of the part in its example.
   """
-  step = tf.cast(number + 1, tf.uint64) * _constant(_GOLDEN)
+  step = tf.cast(number + 1, tf.uint64) * _constant(GOLDEN)
   return mix(tf.bitwise.bitwise_xor(mix(keys), step))
 
 
@@ -44,14 +44,14 @@ def uniform(keys: tf.Tensor, purpose: int, count: int | tf.Tensor) -> tf.Tensor:
     count: numbers an example, below 2**32.
   """
   counter = tf.range(1, tf.cast(count, tf.int64) + 1, dtype=tf.int64) + (purpose << 32)
-  counter = tf.cast(counter, tf.uint64) * _constant(_GOLDEN)
+  counter = tf.cast(counter, tf.uint64) * _constant(GOLDEN)
   bits = tf.bitwise.right_shift(mix(keys[:, None] + counter), _constant(40))
   return tf.cast(tf.cast(bits, tf.int32), tf.float32) * (2.0**-24)
 
 
 def mix(z: tf.Tensor) -> tf.Tensor:
   """SplitMix64's finaliser: every input bit moves every output bit."""
-  for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+  for shift, factor in ROUNDS:
     z = tf.bitwise.bitwise_xor(z, tf.bitwise.right_shift(z, _constant(shift)))
     z = z * _constant(factor)
   return tf.bitwise.bitwise_xor(z, tf.bitwise.right_shift(z, _constant(31)))
