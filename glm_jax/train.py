@@ -170,10 +170,10 @@ def train(config: TrainConfig, config_text: str) -> None:
   distributed.check_equal(
     'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
   )
-  prepare.check_batch(data, config.batch_size)
-  prepare.verify(data, config.corpus, jax.process_index(), jax.process_count())
   length = config.feature_lengths['tokens']
   _check_sizes(config, data.vocabulary)
+  prepare.check_batch(data, config.batch_size)
+  prepare.verify(data, config.corpus, jax.process_index(), jax.process_count())
 
   # The folder: a new one, or this run's.
   identity = run.identity(

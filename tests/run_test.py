@@ -1,10 +1,13 @@
 """The folder of a run: recognised, refused, or continued."""
 
+import dataclasses
 import json
 
 import pytest
 
+from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.training import run
+from glm_jax.training.optimizer import OptimizerConfig
 
 IDENTITY = {'seed': 0, 'model': {'num_layers': 2}}
 SETTINGS = {'optimizer': {'learning_rate': 1e-3}}
@@ -22,6 +25,20 @@ def test_the_same_run_is_recognised_and_changed_settings_are_said(tmp_path):
   assert changed == ['optimizer.learning_rate was 0.001 and is now 0.002']
   with pytest.raises(ValueError, match='model.num_layers was 2 and is now 3'):
     run.check_same(str(tmp_path), {**IDENTITY, 'model': {'num_layers': 3}}, SETTINGS)
+
+
+def test_every_configuration_is_recognised_after_json(tmp_path):
+  fields = dict(
+    task='glm_mixture', feature_lengths={'tokens': 64}, batch_size=8, seed=0, data='x'
+  )
+  steps = ObjectiveConfig(schedule=((0, 5, 1, 0, 0), (5, -1, 2, 1, 1)))
+  wanted = run.identity({'betas': (0.9,)}, 'x', objectives=steps, **fields)
+  settings = {'optimizer': dataclasses.asdict(OptimizerConfig())}
+  run.write(str(tmp_path), wanted, settings, 'text')
+  assert run.check_same(str(tmp_path), wanted, settings) == []
+  other = run.identity({'betas': (0.9,)}, 'x', objectives=ObjectiveConfig(), **fields)
+  with pytest.raises(ValueError, match='objectives.schedule was'):
+    run.check_same(str(tmp_path), other, settings)
 
 
 def test_a_process_killed_while_it_wrote_the_folder_may_begin_again(tmp_path):

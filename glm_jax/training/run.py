@@ -86,6 +86,8 @@ def check_same(
     raise ValueError(
       f'{path} must be readable JSON, got {error}; restore it or choose another MODEL_DIR.'
     ) from error
+  # As it was written: JSON knows no tuples.
+  wanted, settings = json.loads(json.dumps([wanted, settings]))
   differences = _differences(found['identity'], wanted)
   configs.check(
     not differences,
