@@ -1,43 +1,7 @@
 """Bad input as a user meets it: one message, an exit code, nothing changed on disk."""
 
-import hashlib
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-from commands import refused
-
-ROOT = pathlib.Path(__file__).parent.parent
-TINY = [
-  "VocabularyConfig.path='bytes'",
-  'GLMConfig.num_layers=1',
-  'GLMConfig.hidden_size=32',
-  'GLMConfig.num_heads=2',
-  'GLMConfig.vocab_size=384',
-  'GLMConfig.max_positions=64',
-  "TASK_FEATURE_LENGTHS={'tokens':64}",
-  'TRAIN_STEPS=2',
-  'BATCH_SIZE=4',
-  'EvaluationConfig.examples=8',
-  'EvaluationConfig.fill=0',
-  'OptimizerConfig.warmup_steps=1',
-]
-
-
-def _command(module, *arguments, cwd=ROOT, timeout=300):
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  for name in ('NPROC', 'XLA_FLAGS'):
-    environment.pop(name, None)
-  return subprocess.run(
-    [sys.executable, '-m', f'glm_jax.{module}', *arguments],
-    cwd=cwd,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=timeout,
-  )
+from commands import TINY, command, gin, refused, snapshot
 
 
 def _train(
@@ -48,21 +12,12 @@ def _train(
     f"CorpusConfig.corpus='{folder}/{text}'",
     f"CorpusConfig.cache_dir='{folder}/cache'",
   ]
-  return _command(
+  return command(
     'train',
     f'--gin_file={gin_file}',
     *flags,
-    *(f'--gin.{binding}' for binding in [*TINY, *places, *bindings]),
+    *gin(*TINY, *places, *bindings),
   )
-
-
-def _snapshot(folder):
-  """Every file's content; caches, which belong to nobody, are left out."""
-  return {
-    str(path): hashlib.sha256(path.read_bytes()).hexdigest()
-    for path in sorted(pathlib.Path(folder).rglob('*'))
-    if path.is_file() and 'cache' not in path.relative_to(folder).parts
-  }
 
 
 @pytest.fixture
@@ -98,9 +53,9 @@ def finished(tmp_path_factory):
   ],
 )
 def test_a_bad_configuration_stops_before_anything_is_read(corpus, binding, words):
-  before = _snapshot(corpus)
+  before = snapshot(corpus)
   refused(_train(corpus, binding), *words)
-  assert _snapshot(corpus) == before
+  assert snapshot(corpus) == before
 
 
 @pytest.mark.parametrize(
@@ -117,9 +72,9 @@ def test_a_bad_configuration_stops_before_anything_is_read(corpus, binding, word
   ],
 )
 def test_what_does_not_fit_the_devices_is_refused(corpus, bindings, flags, words):
-  before = _snapshot(corpus)
+  before = snapshot(corpus)
   refused(_train(corpus, *bindings, flags=flags), *words)
-  assert _snapshot(corpus) == before
+  assert snapshot(corpus) == before
 
 
 def test_flags_that_are_wrong_are_refused(corpus):
@@ -147,9 +102,9 @@ def test_bad_text_and_sizes_are_named(corpus, bindings, text, words):
     (corpus / 'empty' / f'{number}.txt').write_text('')
   (corpus / 'bad.txt').write_bytes(b'good \xff bad')
   (corpus / 'bad.jsonl').write_text('{"text": "x"}\nno json\n')
-  before = _snapshot(corpus)
+  before = snapshot(corpus)
   refused(_train(corpus, *bindings, text=text), *words)
-  assert _snapshot(corpus) == before
+  assert snapshot(corpus) == before
 
 
 @pytest.mark.parametrize(
@@ -162,19 +117,19 @@ def test_bad_text_and_sizes_are_named(corpus, bindings, text, words):
   ],
 )
 def test_a_folder_of_another_run_is_refused_and_left_alone(finished, binding, word):
-  before = _snapshot(finished)
+  before = snapshot(finished)
   refused(_train(finished, binding), 'holds a run of another configuration', word)
-  assert _snapshot(finished) == before
+  assert snapshot(finished) == before
 
 
 def test_other_data_in_the_same_folder_is_refused(finished):
   path = finished / 'text' / '05.txt'
   text = path.read_text()
   path.write_text(text + 'One more sentence. ')
-  before = _snapshot(finished)
+  before = snapshot(finished)
   try:
     refused(_train(finished), 'data was')
-    assert _snapshot(finished) == before
+    assert snapshot(finished) == before
   finally:
     path.write_text(text)
 
@@ -182,21 +137,21 @@ def test_other_data_in_the_same_folder_is_refused(finished):
 def test_a_folder_with_something_else_in_it_is_refused(corpus):
   (corpus / 'run').mkdir()
   (corpus / 'run' / 'thesis.tex').write_text('years of work')
-  before = _snapshot(corpus)
+  before = snapshot(corpus)
   refused(_train(corpus), 'thesis.tex', 'choose another folder')
-  assert _snapshot(corpus) == before
+  assert snapshot(corpus) == before
 
 
 def test_a_folder_that_cannot_be_made_is_refused(corpus):
   """Through a file, since permissions do not stop root."""
   (corpus / 'file').write_text('')
-  before = _snapshot(corpus)
+  before = snapshot(corpus)
   refused(_train(corpus, f"MODEL_DIR='{corpus}/file/run'"), 'file', code=74)
-  assert _snapshot(corpus) == before
+  assert snapshot(corpus) == before
 
 
 def test_generation_from_a_finished_run_and_its_refusals(finished, tmp_path):
-  done = _command(
+  done = command(
     'generate',
     f'--checkpoint={finished}/run',
     '--prompt=Document [MASK] words.',
@@ -213,7 +168,7 @@ def test_generation_from_a_finished_run_and_its_refusals(finished, tmp_path):
       'max_tokens',
     ),
   ):
-    refused(_command('generate', *arguments), word)
+    refused(command('generate', *arguments), word)
 
 
 def test_an_unreadable_checkpoint_is_refused(finished, tmp_path):
@@ -225,10 +180,10 @@ def test_an_unreadable_checkpoint_is_refused(finished, tmp_path):
     copy = tmp_path / str(number)
     shutil.copytree(finished / 'run', copy)
     (copy / 'checkpoints' / '2' / file).write_text(content)
-    refused(_command('generate', f'--checkpoint={copy}', '--prompt=[MASK]'), 'checkpoint')
+    refused(command('generate', f'--checkpoint={copy}', '--prompt=[MASK]'), 'checkpoint')
 
 
 @pytest.mark.parametrize('module', ['train', 'preview', 'generate'])
 def test_help_shows_an_example(module):
-  done = _command(module, '--help')
+  done = command(module, '--help')
   assert done.returncode == 0 and f'python -m glm_jax.{module} --' in done.stdout

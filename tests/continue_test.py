@@ -1,34 +1,15 @@
 """Training on from released weights, by the commands: ChatGLM-6B's blanks, and refusals."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from commands import refused
+from commands import command, gin, refused
 from foreign import arrays_of, config_json, write_safetensors
 from released_vocabularies_test import MAKERS
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def _run(module, *arguments):
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  for name in ('NPROC', 'XLA_FLAGS'):
-    environment.pop(name, None)
-  return subprocess.run(
-    [sys.executable, '-m', f'glm_jax.{module}', *map(str, arguments)],
-    cwd=ROOT,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
 
 
 @pytest.fixture(scope='module')
@@ -50,14 +31,14 @@ def chatglm(tmp_path_factory):
   for number in range(40):
     text = f'the quick brown fox {number} jumps over a lazy dog. 语言模型在学习文字。\n' * 6
     (folder / 'text' / f'{number:02}.txt').write_text(text, encoding='utf-8')
-  done = _run('convert', folder / 'source', folder / 'checkpoint')
+  done = command('convert', folder / 'source', folder / 'checkpoint')
   assert done.returncode == 0, done.stderr
   assert 'vocabulary ice' in done.stdout
   return folder
 
 
 def _continue(folder, run, *bindings):
-  return _run(
+  return command(
     'train',
     '--gin_file=gin_configs/runs/continue.gin',
     f"--gin.MODEL_DIR='{folder}/{run}'",
@@ -69,7 +50,7 @@ def _continue(folder, run, *bindings):
     '--gin.OptimizerConfig.warmup_steps=2',
     '--gin.OptimizerConfig.learning_rate=1e-3',
     '--gin.TRAIN_STEPS=12',
-    *(f'--gin.{binding}' for binding in bindings),
+    *gin(*bindings),
   )
 
 
@@ -83,10 +64,10 @@ def test_chatglm_learns_blanks_generates_and_goes_back_to_its_layout(chatglm):
   losses = [json.loads(line)['loss'] for line in lines]
   assert losses[-1] < losses[0] - 0.1
   generate = ('generate', f'--checkpoint={chatglm}/run', '--max_tokens=8')
-  filled = _run(*generate, '--prompt=the quick [MASK] fox')
+  filled = command(*generate, '--prompt=the quick [MASK] fox')
   assert filled.returncode == 0 and filled.stdout.startswith('the quick'), filled.stderr
-  assert _run(*generate, '--prompt=the quick', '--gmask').returncode == 0
-  done = _run('convert', chatglm / 'run', chatglm / 'exported')
+  assert command(*generate, '--prompt=the quick', '--gmask').returncode == 0
+  done = command('convert', chatglm / 'run', chatglm / 'exported')
   assert done.returncode == 0, done.stderr
   before = load_file(chatglm / 'source' / 'model.safetensors')
   after = load_file(chatglm / 'exported' / 'model.safetensors')
