@@ -167,6 +167,9 @@ def test_killed_while_it_works_it_goes_on_to_the_same_bytes(tmp_path):
     f"MODEL_DIR='{tmp_path}/run'",
   )
 
+  def output(folder):
+    return f'--output_dir={folder}/shards'
+
   def start(folder):
     return subprocess.Popen(
       [
@@ -197,9 +200,7 @@ def test_killed_while_it_works_it_goes_on_to_the_same_bytes(tmp_path):
     process.communicate()
   assert kills >= 2 and not (folders[0] / 'shards' / 'index.json').exists()
   times = {path.name: path.stat().st_mtime_ns for path in work.glob('part-*')}
-  other = command(
-    'make_shards', *MAKE, '--shards=5', *flags, *places, f'--output_dir={folders[0]}/shards'
-  )
+  other = command('make_shards', *MAKE, '--shards=5', *flags, *places, output(folders[0]))
   refused(other, 'gone on with by the same job', 'set them back')
   # What was done is not done again.
   process = start(folders[0])

@@ -31,7 +31,7 @@ from glm_jax.text.vocabulary import Vocabulary
 FORMAT = 1
 INDEX, VOCABULARY = 'index.json', 'vocabulary.json'
 _LARGEST_NARROW = 2**16
-_CHUNK = 2**24  # bytes of a file hashed at once
+_CHUNK = 2**24  # bytes of a file hashed or written at once
 
 
 class Layout(NamedTuple):
@@ -160,16 +160,17 @@ def file_name(split: str, number: int, count: int) -> str:
 
 def write_file(path: epath.Path, records: np.ndarray) -> File:
   """Writes a shard: all of it or nothing, whenever the process dies."""
-  data = np.ascontiguousarray(records).data
+  data = np.ascontiguousarray(records).reshape(-1).data
   write_atomically(path, data)
   return File(path.name, len(records), hashlib.sha256(data).hexdigest())
 
 
-def write_atomically(path: epath.Path, data: Any) -> None:
+def write_atomically(path: epath.Path, data: bytes | memoryview) -> None:
   """Bytes under a name of their own first, which readers leave alone."""
   temporary = path.parent / f'.{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}'
   with temporary.open('wb') as file:
-    file.write(data)
+    for at in range(0, len(data), _CHUNK):
+      file.write(bytes(data[at : at + _CHUNK]))  # storage takes no views
   temporary.replace(path)
 
 
