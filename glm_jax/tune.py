@@ -98,16 +98,16 @@ def main(argv: Sequence[str]) -> None:
   bindings = [*bindings, "MODEL_DIR='trial'"]
   config, _ = load(TuneConfig, files=flags.gin_file, bindings=bindings)
   run, base = load(TrainConfig, files=flags.gin_file, bindings=bindings)
-  folder = Path(config.study_dir)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'base.gin').write_text(base, encoding='utf-8')
   fixed = _fixed_validation(run)
   try:
     # A binding that does not exist is said before anything runs.
     example = _bindings(config, lambda name, dimension: _first(dimension))
-    load(TrainConfig, files=[str(folder / 'base.gin')], bindings=[*fixed, *example])
+    load(TrainConfig, files=flags.gin_file, bindings=[*bindings, *fixed, *example])
   except ValueError as error:
     raise ValueError(f'TuneConfig.search must be bindings of the run: {error}') from error
+  folder = Path(config.study_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'base.gin').write_text(base, encoding='utf-8')
   study = _study(config)
   objective = functools.partial(_trial, config=config, fixed=fixed, imports=flags.imports)
   _search(study, objective, flags.trials, flags.workers)
