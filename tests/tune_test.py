@@ -17,6 +17,7 @@ from glm_jax import cli, tune
 from glm_jax.train import CONFIGURABLES, TrainConfig
 from glm_jax.tune import TuneConfig
 
+NAMES = ('blank', 'document', 'sentence')
 SHARES = {
   f'ObjectiveConfig.{name}': ('share',) for name in ('blank', 'document', 'sentence')
 }
