@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def lines(results: dict[str, dict]) -> list[str]:
-  """The table of the README."""
+  """The table of launch/README.md."""
   rows = [
     f'| {r["run"]}, {r["setting"]} | {r["measured"]:.1%} | {r["predicted"]:.1%} | '
     f'{r["measured"] / r["predicted"]:.2f} |'

@@ -1,4 +1,4 @@
-"""Sections of the README that a command writes, each between two marks."""
+"""Sections of README.md and launch/README.md that a command writes, between two marks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+READMES = (ROOT / 'README.md', ROOT / 'launch' / 'README.md')
 
 
 def write_section(name: str, lines: Sequence[str]) -> None:
   """Replaces what stands between `<!-- name -->` and `<!-- end of name -->`."""
-  path = ROOT / 'README.md'
-  text = path.read_text(encoding='utf-8')
   first, last = f'<!-- {name} -->', f'<!-- end of {name} -->'
+  path = next(path for path in READMES if first in path.read_text(encoding='utf-8'))
+  text = path.read_text(encoding='utf-8')
   before, rest = text.split(first)
   _, after = rest.split(last)
   body = '\n'.join(['', *lines, ''])

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
     print(row.key, found['mfu'], f'{found["compile_seconds"]:.0f} s', flush=True)
-  readme.write_section('topologies', lines(results))
+  write(results)
 
 
 def configure(row: Row) -> tuple[Any, Any]:
@@ -157,14 +157,22 @@ def predict(config: Any, layout: Any) -> dict[str, Any]:
   return {**values, 'tokens_a_chip': tokens, 'jax': jax.__version__}
 
 
-def lines(results: dict[str, Any]) -> list[str]:
-  """The table of the README."""
+def write(results: dict[str, Any]) -> None:
+  """The README's table, one row a model and kind of chip, and the whole of it."""
+  first = {(row.model, row.topology[:3]): row for row in reversed(ROWS)}
+  shown = [row for row in ROWS if row in first.values()]
+  readme.write_section('topologies', lines(results, shown))
+  readme.write_section('all topologies', lines(results, ROWS))
+
+
+def lines(results: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+  """A table of some rows."""
   table = [
     '| model, positions a row | chips | mesh | tokens a chip | HBM, GiB | predicted MFU, '
     'calibrated | tokens/s a chip |',
     '|---|---|---|---|---|---|---|',
   ]
-  for row in ROWS:
+  for row in rows:
     r = results.get(row.key)
     if r is None:
       continue
@@ -183,8 +191,8 @@ def lines(results: dict[str, Any]) -> list[str]:
   return [
     *table,
     '',
-    'Compiled, not run: predictions of the compiler, with the calibration of the table '
-    'below. (Written by `python -m benchmarks.topologies`.)',
+    'Compiled, not run: predictions of the compiler, with the calibration that published '
+    'runs give (`launch/README.md`). (Written by `python -m benchmarks.topologies`.)',
   ]
 
 

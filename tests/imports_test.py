@@ -87,3 +87,30 @@ def test_training_code_and_generation_do_not_load_tensorflow():
     'glm_jax.training.checkpoint, glm_jax.convert'
   )
   assert 'jax' in loaded and not loaded & {'tensorflow', 'seqio', 'tensorflow_datasets'}
+
+
+def test_making_shards_of_text_does_not_load_tensorflow(tmp_path):
+  """Each worker would need seconds and a gigabyte for it."""
+  (tmp_path / 'a.txt').write_text('Some text. ' * 50)
+  loaded = _loaded(
+    f"""
+import glm_jax.make_shards
+from etils import epath
+from glm_jax.data import parts, shard_job, shard_runner
+from glm_jax.data.config import CorpusConfig
+from glm_jax.data.rows import RowPlan
+from glm_jax.text.vocabulary import ByteVocabulary
+corpus = CorpusConfig(corpus={str(tmp_path / 'a.txt')!r})
+vocabulary, plan = ByteVocabulary(), RowPlan(33)
+job = shard_job.of_config(corpus, vocabulary, plan, count=1, seed=0, imports=())
+folder = epath.Path({str(tmp_path / 'shards')!r})
+todo = parts.find(corpus, 10**6)
+shard_runner._begin(job, folder)
+for part in todo:
+  shard_runner._work(job, folder, part)
+for name in job.names:
+  shard_runner._merge(job, folder, len(todo), name)
+"""
+  )
+  assert 'numpy' in loaded and not loaded & {'tensorflow', 'seqio', 'apache_beam'}
+  assert (tmp_path / 'shards' / 'train-00000-of-00001.rows').stat().st_size > 500

@@ -1,8 +1,7 @@
 """Runs as users start them: killed and resumed, in two processes, with own tasks."""
 
+import hashlib
 import json
-import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -13,12 +12,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from commands import ROOT, command, environment, gin
 
+from glm_jax.data import pipeline, prepare
+from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
 TINY = [
   "VocabularyConfig.path='bytes'",
@@ -53,10 +55,7 @@ def text(tmp_path_factory):
   return folder
 
 
-def _start(text, run, *bindings, flags=()):
-  environment = {**os.environ, 'PYTHONPATH': f'{ROOT}:{text}', 'PYTHONUNBUFFERED': '1'}
-  for name in ('NPROC', 'XLA_FLAGS'):
-    environment.pop(name, None)
+def _start(text, run, *bindings, flags=(), **more):
   places = [
     f"MODEL_DIR='{run}'",
     f"CorpusConfig.corpus='{text}/*.txt'",
@@ -72,7 +71,7 @@ def _start(text, run, *bindings, flags=()):
       *(f'--gin.{binding}' for binding in [*TINY, *places, *bindings]),
     ],
     cwd=ROOT,
-    env=environment,
+    env=environment(PYTHONPATH=f'{ROOT}:{text}', PYTHONUNBUFFERED='1', **more),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -193,6 +192,87 @@ def test_two_processes_equal_one(text, straight, tmp_path):
   assert f'resumed {two} at step {STEPS}' in output
 
 
+def test_killed_on_one_process_the_data_goes_on_to_the_same_bits_on_two(text, tmp_path):
+  """From shards, in mixture; what each process is given is written down, row by row."""
+  (text / 'spy.py').write_text("""
+import hashlib, os
+from glm_jax.data import pipeline
+
+init, following = pipeline.Stream.__init__, pipeline.Stream.__next__
+
+def noted(self, task, lengths, **reading):
+  init(self, task, lengths, **reading)
+  self.is_training = task == 'glm_mixture' and reading.get('train', True)
+
+def note(self):
+  batch = following(self)
+  if self.is_training:
+    with open(os.environ['SEEN'], 'a') as file:
+      for row, index in enumerate(batch.index):
+        row_bytes = b''.join(field[row].tobytes() for field in batch[:-1])
+        print(index, hashlib.sha256(row_bytes).hexdigest(), file=file)
+  return batch
+
+pipeline.Stream.__init__, pipeline.Stream.__next__ = noted, note
+""")
+  make = [
+    *('--gin_file=gin_configs/quickstart.gin', '--shards=3', f'--output_dir={text}/shards'),
+    *gin(*TINY, f"CorpusConfig.corpus='{text}/*.txt'", "MODEL_DIR='x'"),
+  ]
+  assert command('make_shards', *make).returncode == 0
+  run = tmp_path / 'run'
+  places = [
+    f"CorpusConfig.corpus='shards:{text}/shards'",
+    'CheckpointConfig.every=3',
+    'EvaluationConfig.every=1000',
+  ]
+
+  def start(number, *flags):
+    seen = str(tmp_path / f'seen-{number}')
+    return _start(text, run, *places, flags=['--import=spy', *flags], SEEN=seen)
+
+  process = start(0)
+  while process.poll() is None and not checkpoint.latest_step(str(run)):
+    time.sleep(0.01)
+  process.kill()
+  process.communicate()
+  step = checkpoint.latest_step(str(run))
+  assert 0 < step < STEPS
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'--coordinator_address=localhost:{free.getsockname()[1]}'
+  both = [
+    start(i + 1, address, '--process_count=2', f'--process_index={i}') for i in range(2)
+  ]
+  outputs = [_finish(p) for p in both]
+  assert f'resumed {run} at step {step}' in outputs[0]
+  seen = [(tmp_path / f'seen-{i}').read_text().splitlines() for i in range(3)]
+  # The killed process may have left half a line.
+  rows = [
+    {int(line.split()[0]): line for line in lines if len(line.split()[-1]) == 64}
+    for lines in seen
+  ]
+  resumed = {**rows[1], **rows[2]}
+  # Each its own half, from the first row that was not trained on to the last.
+  assert not rows[1].keys() & rows[2].keys()
+  assert sorted(resumed) == list(range(8 * step, 8 * STEPS))
+  # What the killed process had read ahead is read again, bit for bit.
+  common = rows[0].keys() & resumed.keys()
+  assert all(rows[0][i] == resumed[i] for i in common)
+  # And all of it is what one process alone is given.
+  length = {'tokens': 64}
+  config = ObjectiveConfig(blank=0.5, document=0.3, sentence=0.2)
+  corpus = CorpusConfig(corpus=f'shards:{text}/shards')
+  prepare.prepare('glm_mixture', length, corpus, VocabularyConfig(), config)
+  stream = pipeline.Stream('glm_mixture', length, batch_size=8, seed=0)
+  for number in range(STEPS):
+    batch = next(stream)
+    for row, index in enumerate(batch.index):
+      content = b''.join(field[row].tobytes() for field in batch[:-1])
+      line = f'{index} {hashlib.sha256(content).hexdigest()}'
+      assert line == (rows[0] if number < step else resumed)[index]
+
+
 def test_a_finished_run_says_so_and_changes_nothing(text, straight):
   before = {path: path.stat().st_mtime_ns for path in (straight / 'checkpoints').rglob('*')}
   output = _finish(_start(text, straight))
@@ -285,7 +365,6 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(text, tmp_path):
   """A limit on the size of a file stands for a full disk: writing fails alike."""
   run = tmp_path / 'full'
   _finish(_start(text, run, 'TRAIN_STEPS=2'))
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
   places = [
     f"MODEL_DIR='{run}'",
     f"CorpusConfig.corpus='{text}/*.txt'",
@@ -301,7 +380,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(text, tmp_path):
       f'--gin_file=gin_configs/quickstart.gin {arguments}',
     ],
     cwd=ROOT,
-    env=environment,
+    env=environment(),
     capture_output=True,
     text=True,
     timeout=300,

@@ -457,3 +457,27 @@ def test_models_and_batches_that_do_not_divide_are_refused(config):
   ):
     with pytest.raises(ValueError, match='MeshConfig'):
       MeshConfig(**bad)
+
+
+def test_waiting_for_data_is_a_share_of_the_time_that_steps_took(monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: clock[0])
+
+  def stream():
+    while True:
+      clock[0] += 0.25  # the pipeline is late
+      yield 'batch'
+
+  meter, batches = metrics.Meter(0, 10), stream()
+  for _ in range(4):
+    assert meter.wait_for(batches) == 'batch'
+    meter.count(100, 0)
+    clock[0] += 0.75  # the step
+  meter.stop()
+  clock[0] += 50  # validation does not count
+  meter.restart()
+  found = meter.report(4)
+  assert found['input_stall'] == pytest.approx(0.25)
+  assert found['tokens_per_second'] == pytest.approx(100)
+  clock[0] += 1.0
+  assert meter.report(5)['input_stall'] == 0
