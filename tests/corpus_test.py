@@ -185,7 +185,7 @@ def test_a_damaged_cache_is_named(tmp_path):
   config = _write(tmp_path)
   tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
   (path,) = (tmp_path / 'cache' / 'rows').iterdir()
-  (tokens,) = path.glob('*.rows')
+  (tokens,) = path.glob('*.tfrecord')
   tokens.write_bytes(tokens.read_bytes()[:100])
   with pytest.raises(ValueError, match='cached rows must be readable.*delete'):
     tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))

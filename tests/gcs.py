@@ -27,7 +27,7 @@ def serve(folder, buckets=('bucket',)):
 
   Yields:
     (objects, environment, requests): {bucket/name: bytes}; what processes need in their
-    environment to find them; and what was asked, 'METHOD path'.
+    environment to find them; and what was asked, 'METHOD path range'.
   """
   authority = trustme.CA()
   authority.cert_pem.write_to_path(str(folder / 'ca.pem'))
@@ -72,7 +72,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     parsed = urllib.parse.urlsplit(self.path)
     query = dict(urllib.parse.parse_qsl(parsed.query))
     with self.server.lock:
-      self.server.requests.append(f'{method} {self.path}')
+      asked = [method, self.path, self.headers.get('Range', '')]
+      self.server.requests.append(' '.join(asked).strip())
       code, content, headers = self._route(method, parsed.path, query, body)
     self.send_response(code)
     for name, value in headers.items():
@@ -94,6 +95,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _route(self, method, path, query, body):
     objects = self.server.objects
     found = re.fullmatch(r'/upload/storage/v1/b/([^/]+)/o', path)
+    if found and found[1] not in self.server.buckets:
+      return 404, b'{}', {}
     if found:
       name = f'{found[1]}/{query["name"]}'
       if method == 'POST':

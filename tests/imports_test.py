@@ -113,4 +113,4 @@ for name in job.names:
 """
   )
   assert 'numpy' in loaded and not loaded & {'tensorflow', 'seqio', 'apache_beam'}
-  assert (tmp_path / 'shards' / 'train-00000-of-00001.rows').stat().st_size > 500
+  assert (tmp_path / 'shards' / 'train-00000-of-00001.tfrecord').stat().st_size > 500

@@ -79,11 +79,11 @@ def _edit(path, change):
 
 def test_an_altered_shard_is_refused_by_name(made, tmp_path):
   folder = _copy(made, tmp_path)
-  path = folder / 'shards' / 'train-00002-of-00004.rows'
+  path = folder / 'shards' / 'train-00002-of-00004.tfrecord'
   data = bytearray(path.read_bytes())
   data[40] ^= 1
   path.write_bytes(data)
-  _train(folder, words=('train-00002-of-00004.rows', 'SHA-256', 'altered'))
+  _train(folder, words=('train-00002-of-00004.tfrecord', 'SHA-256', 'altered'))
 
 
 @pytest.mark.slow
@@ -91,8 +91,8 @@ def test_an_altered_shard_is_refused_by_name(made, tmp_path):
   'spoil,words',
   [
     (
-      lambda f: os.truncate(f / 'train-00001-of-00004.rows', 100),
-      ('train-00001-of-00004.rows', 'bytes', '100'),
+      lambda f: os.truncate(f / 'train-00001-of-00004.tfrecord', 100),
+      ('train-00001-of-00004.tfrecord', 'bytes', '100'),
     ),
     (
       lambda f: _edit(

@@ -13,6 +13,7 @@ from glm_jax.data import (
   beam,
   hashing,
   parts,
+  pipeline,
   records,
   rows,
   shard_job,
@@ -190,13 +191,13 @@ def test_finished_and_foreign_folders_are_refused(made, corpus, tmp_path):
   'spoil,message',
   [
     (
-      lambda f: (f / 'train-00002-of-00005.rows').write_bytes(b'short'),
+      lambda f: (f / 'train-00002-of-00005.tfrecord').write_bytes(b'short'),
       'train-00002.*bytes',
     ),
-    (lambda f: (f / 'train-00001-of-00005.rows').unlink(), 'train-00001.*no such file'),
+    (lambda f: (f / 'train-00001-of-00005.tfrecord').unlink(), 'train-00001.*no such file'),
     (lambda f: _edit(f, lambda i: i.pop('plan')), 'lacks or spoils'),
     (lambda f: _edit(f, lambda i: i.update(format=9)), 'format 9'),
-    (lambda f: _name(f, '../train-00000-of-00005.rows'), 'of its own folder'),
+    (lambda f: _name(f, '../train-00000-of-00005.tfrecord'), 'of its own folder'),
     (lambda f: _name(f, '/etc/passwd'), 'of its own folder'),
     (lambda f: _name(f, '..'), 'of its own folder'),
     (lambda f: (f / 'index.json').write_text('{"form'), 'must be readable JSON'),
@@ -215,7 +216,7 @@ def test_damaged_and_strange_shards_are_named(made, tmp_path, spoil, message):
 def test_one_altered_byte_is_found_by_the_process_whose_part_it_is(made, tmp_path):
   folder = tmp_path / 'copy'
   shutil.copytree(made, folder)
-  path = folder / 'train-00003-of-00005.rows'
+  path = folder / 'train-00003-of-00005.tfrecord'
   data = bytearray(path.read_bytes())
   data[17] ^= 1
   path.write_bytes(data)
@@ -226,7 +227,7 @@ def test_one_altered_byte_is_found_by_the_process_whose_part_it_is(made, tmp_pat
       shards.verify(found, part, 2)
     except ValueError as error:
       wrong += 1
-      assert 'train-00003-of-00005.rows' in str(error) and 'SHA-256' in str(error)
+      assert 'train-00003-of-00005.tfrecord' in str(error) and 'SHA-256' in str(error)
   assert wrong == 1
   whole = shards.load(str(made))['train']
   size = sum(len(v) for k, v in _content(made).items() if k.startswith('train'))
@@ -285,6 +286,41 @@ def test_runs_of_files_are_read_as_mapped_memory_is(made, monkeypatch):
     for read in (mapped, runs):
       got = read(tf.constant(numbers, tf.int64)).numpy()
       np.testing.assert_array_equal(got, all_rows[numbers])
+
+
+def test_files_are_tfrecords_for_everyone(made):
+  found = shards.load(str(made))['train']
+  paths = [str(made / file.name) for file in found.files]
+  stored = [*tf.data.TFRecordDataset(paths).as_numpy_iterator()]  # compares checksums
+  assert stored == [row.tobytes() for row in found.layout.encode(found.read())]
+
+
+def test_a_record_altered_after_the_start_is_not_trained_on(corpus, made, tmp_path):
+  """Where files are not mapped, each record is compared with its checksum."""
+  shutil.copytree(made, tmp_path / 'copy')
+  path = tmp_path / 'copy' / 'train-00003-of-00005.tfrecord'
+  data = bytearray(path.read_bytes())
+  data[60] ^= 1
+  path.write_bytes(data)
+  found = shards.load(str(tmp_path / 'copy'))['train']
+  read = records.reader(dataclasses.replace(found, folder=_Far(found.folder)))
+  dataset = tf.data.Dataset.range(len(found)).batch(len(found)).map(read)
+  with pytest.raises(tf.errors.DataLossError):
+    list(dataset)
+  stream = object.__new__(pipeline.Stream)
+  stream._iterator = iter(dataset)
+  with pytest.raises(ValueError, match='shards must be whole.*corrupted record'):
+    next(stream)
+
+
+class _Far(str):
+  """A folder that looks as if it were elsewhere."""
+
+  def __truediv__(self, name):
+    return f'file://{self}/{name}'
+
+  def __str__(self):
+    return f'file://{super().__str__()}'
 
 
 def test_numpy_and_tensorflow_mix_alike():

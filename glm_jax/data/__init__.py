@@ -7,3 +7,9 @@ the model sees) -> `preprocessors` and `tasks` (as seqio has them) -> `pipeline`
 `prepare` wires them for a run; `shard_job` and its runners make shards of large corpora,
 without TensorFlow where the text needs none.
 """
+
+import os
+
+# TensorFlow, when it is loaded, would be told to ask Google Cloud Storage for 64 MB to
+# read a few rows; this is more than a block of them.
+os.environ.setdefault('GCS_READAHEAD_BUFFER_SIZE_BYTES', str(2**18))

@@ -18,6 +18,12 @@ for _kind in ('GPU', 'TPU'):
   tf.config.set_visible_devices([], _kind)
 
 _FIELDS = [name for name in Batch._fields if name != 'index']
+_OF_STORAGE = (
+  tf.errors.NotFoundError,
+  tf.errors.PermissionDeniedError,
+  tf.errors.UnavailableError,
+  tf.errors.DeadlineExceededError,
+)
 _THREADS = 2
 
 
@@ -47,7 +53,15 @@ class Stream(Iterator[Batch]):
     self._iterator = iter(dataset(task, feature_lengths, **reading))
 
   def __next__(self) -> Batch:
-    example = next(self._iterator)
+    try:
+      example = next(self._iterator)
+    except tf.errors.DataLossError as error:
+      raise ValueError(
+        f'shards must be whole, got {error.message.splitlines()[0]!r}; copy them again, or '
+        'make them again.'
+      ) from error
+    except _OF_STORAGE as error:
+      raise OSError(error.message.splitlines()[0]) from error
     return Batch(
       **{
         name: np.asarray(example[name], dtype)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from glm_jax.data.shards import Layout, Rows
+from glm_jax.data.shards import HEAD, TAIL, Layout, Rows
 
 # A batch takes from each mapped file in an op of its own: with more, runs are cheaper.
 _MOST_MAPPED = 64
@@ -61,11 +61,13 @@ def _mapped(
   paths: list[str], counts: list[int], size: int
 ) -> Callable[[tf.Tensor], tf.Tensor]:
   files = [
-    tf.raw_ops.ImmutableConst(dtype=tf.uint8, shape=[count, size], memory_region_name=path)
+    tf.raw_ops.ImmutableConst(
+      dtype=tf.uint8, shape=[count, HEAD + size + TAIL], memory_region_name=path
+    )
     for path, count in zip(paths, counts, strict=True)
   ]
   if len(files) == 1:
-    return lambda numbers: tf.gather(files[0], numbers)
+    return lambda numbers: tf.gather(files[0], numbers)[:, HEAD:-TAIL]
 
   def read(numbers: tf.Tensor) -> tf.Tensor:
     which, place = _place(numbers, counts)
@@ -75,7 +77,7 @@ def _mapped(
       tf.gather(file, tf.gather(place, part))
       for file, part in zip(files, parts, strict=True)
     ]
-    return tf.dynamic_stitch(parts, found)
+    return tf.dynamic_stitch(parts, found)[:, HEAD:-TAIL]
 
   return read
 
@@ -83,18 +85,20 @@ def _mapped(
 def _runs(
   paths: list[str], counts: list[int], size: int
 ) -> Callable[[tf.Tensor], tf.Tensor]:
-  names, rows = tf.constant(paths), tf.constant(counts, tf.int64)
+  names, stride = tf.constant(paths), HEAD + size + TAIL
 
   @tf.autograph.experimental.do_not_convert
   def read_run(which: tf.Tensor, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    run = tf.data.FixedLengthRecordDataset(
-      names[which],
-      record_bytes=count * size,
-      header_bytes=first * size,
-      footer_bytes=(rows[which] - first - count) * size,
-      buffer_size=count * size,
+    # Records of fixed length would be read from the beginning of the file; TFRecords can
+    # be begun anywhere.
+    run = tf.raw_ops.TFRecordDatasetV2(
+      filenames=names[which][None],
+      compression_type='',
+      buffer_size=count * stride,
+      byte_offsets=first[None] * stride,
     )
-    return run.take(1).get_single_element()
+    run = tf.data.experimental.from_variant(run, tf.TensorSpec([], tf.string))
+    return tf.strings.reduce_join(run.take(count).batch(count).get_single_element())
 
   def read_some(numbers: tf.Tensor) -> tf.Tensor:
     which, place = _place(numbers, counts)

@@ -188,7 +188,16 @@ def finish(
 
 
 def check_folder(folder: epath.Path) -> None:
-  """Raises ValueError for a folder of finished shards."""
+  """Raises ValueError for a folder of finished shards, or in a bucket that is not."""
+  scheme, separator, rest = str(folder).partition('://')
+  if separator:  # making a folder there would be tried for minutes
+    bucket = f'{scheme}://{rest.split("/")[0]}'
+    configs.check(
+      epath.Path(bucket).exists(),
+      'the output folder must be in a bucket that there is, and that you may read',
+      bucket,
+      'correct it, or its permissions',
+    )
   configs.check(
     not (folder / shards.INDEX).exists(),
     'the output folder must not hold finished shards',

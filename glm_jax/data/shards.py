@@ -1,6 +1,7 @@
 """Shards: rows of tokens in files of fixed-size records, which any host reads anywhere.
 
-A folder holds `index.json`, `vocabulary.json` and the files of each split. A record is
+A folder holds `index.json`, `vocabulary.json` and the files of each split: TFRecord files
+whose records are all of one size, so that the place of each is known. A record is
 
   int32 length | N tokens (uint16, or int32 above 65,536 pieces) | bitmap | bitmap
 
@@ -17,9 +18,11 @@ import hashlib
 import json
 import os
 import re
+import struct
 import uuid
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 from etils import epath
 
@@ -28,7 +31,9 @@ from glm_jax.data.rows import RowPlan, RowTable
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
+HEAD, TAIL = 12, 4
+"""Bytes before and behind a record in a TFRecord file: its size and checksums."""
 INDEX, VOCABULARY = 'index.json', 'vocabulary.json'
 _LARGEST_NARROW = 2**16
 _CHUNK = 2**24  # bytes of a file hashed or written at once
@@ -50,11 +55,17 @@ class Layout(NamedTuple):
     return '<u2' if self.token_bytes == 2 else '<i4'
 
   @property
+  def stride(self) -> int:
+    """Bytes from one record of a file to the next."""
+    return HEAD + self.record_bytes + TAIL
+
+  @property
   def bitmap_bytes(self) -> int:
     return -(-self.row_length // 8)
 
   @property
   def record_bytes(self) -> int:
+    """Of a record's content."""
     return 4 + self.row_length * self.token_bytes + 2 * self.bitmap_bytes
 
   def encode(self, rows: RowTable) -> np.ndarray:
@@ -136,9 +147,10 @@ class Rows:
       low, high = max(first - at, 0), min(stop - at, file.rows)
       if low < high:
         with (self.folder / file.name).open('rb') as opened:
-          opened.seek(low * self.layout.record_bytes)
-          data = opened.read((high - low) * self.layout.record_bytes)
-        parts.append(np.frombuffer(data, np.uint8).reshape(high - low, -1))
+          opened.seek(low * self.layout.stride)
+          data = opened.read((high - low) * self.layout.stride)
+        framed = np.frombuffer(data, np.uint8).reshape(high - low, -1)
+        parts.append(framed[:, HEAD:-TAIL])
       at += file.rows
     return self.layout.decode(np.concatenate(parts))
 
@@ -153,16 +165,41 @@ def file_name(split: str, number: int, count: int) -> str:
 
   Example:
     >>> file_name('train', 3, 16)
-    'train-00003-of-00016.rows'
+    'train-00003-of-00016.tfrecord'
   """
-  return f'{split}-{number:05}-of-{count:05}.rows'
+  return f'{split}-{number:05}-of-{count:05}.tfrecord'
 
 
 def write_file(path: epath.Path, records: np.ndarray) -> File:
-  """Writes a shard: all of it or nothing, whenever the process dies."""
-  data = np.ascontiguousarray(records).reshape(-1).data
+  """Writes a shard: all of it or nothing, whenever the process dies.
+
+  Args:
+    path: of the file.
+    records: [n, record_bytes] uint8.
+  """
+  data = _framed(records).reshape(-1).data
   write_atomically(path, data)
   return File(path.name, len(records), hashlib.sha256(data).hexdigest())
+
+
+def _framed(records: np.ndarray) -> np.ndarray:
+  """[n, stride] uint8: a size, its checksum, the record, its checksum (TFRecord)."""
+  n, size = records.shape
+  framed = np.empty((n, HEAD + size + TAIL), np.uint8)
+  head = struct.pack('<Q', size)
+  framed[:, :8] = np.frombuffer(head, np.uint8)
+  sums = np.array([google_crc32c.value(head)], np.uint32)
+  framed[:, 8:HEAD] = _masked(sums)
+  framed[:, HEAD:-TAIL] = records
+  sums = np.array([google_crc32c.value(record.tobytes()) for record in records], np.uint32)
+  framed[:, -TAIL:] = _masked(sums)
+  return framed
+
+
+def _masked(sums: np.ndarray) -> np.ndarray:
+  """[n, 4] uint8, as TFRecord keeps a CRC-32C: rotated, and a constant added."""
+  rotated = (sums >> np.uint32(15)) | (sums << np.uint32(17))
+  return (rotated + np.uint32(0xA282EAD8)).astype('<u4').view(np.uint8).reshape(-1, 4)
 
 
 def write_atomically(path: epath.Path, data: bytes | memoryview) -> None:
@@ -315,7 +352,7 @@ def verify(rows: Rows, part: int = 0, parts: int = 1) -> int:
     )
     return size
 
-  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
     return sum(pool.map(check, rows.files[part::parts]))
 
 
@@ -354,7 +391,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 def _check_sizes(folder: epath.Path, layout: Layout, files: tuple[File, ...]) -> None:
   for file in files:
-    path, wanted = folder / file.name, file.rows * layout.record_bytes
+    path, wanted = folder / file.name, file.rows * layout.stride
     size = path.stat().length if path.exists() else None
     configs.check(
       size == wanted,

@@ -18,7 +18,7 @@ from glm_jax import distributed, sharding
 from glm_jax.inference.decode import Filler
 from glm_jax.training import evaluation, metrics, run
 
-# Batches that the baselines are fitted on: more would take longer than they are worth.
+# Baselines are fitted on what the model saw; more would take longer than it is worth.
 _BASELINE_POSITIONS = 4_000_000
 
 
@@ -95,8 +95,9 @@ def _baselines(config: Any, data: Any, name: str, task: str) -> dict[str, float]
     seed=config.seed,
   )
   positions = config.batch_size * config.feature_lengths['tokens']
+  most = max(1, _BASELINE_POSITIONS // positions)
   return baselines.fit_and_score(
-    itertools.islice(train, max(1, _BASELINE_POSITIONS // positions)),
+    itertools.islice(train, min(config.train_steps, most)),
     evaluation.validation_batches(config, task, pipeline.Process()),
     data.vocabulary.size,
   )
