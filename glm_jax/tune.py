@@ -159,13 +159,18 @@ def _search(study: Any, objective: Any, trials: int, workers: int) -> None:
     print(f'the study has {ended} trials already')
     return
   enough = optuna.study.MaxTrialsCallback(trials, states=states)
+
+  def hopeless(study: Any, trial: Any) -> None:
+    if trial.number and not study.get_trials(states=states):
+      study.stop()
+
   say = functools.partial(_say, trials=trials)
-  # Trials that fail do not count; a search in which they all do must end.
+  # Trials that fail do not count; a search in which they do must end.
   study.optimize(
     objective,
     n_trials=2 * (trials - ended) + 2,
     n_jobs=workers,
-    callbacks=[enough, say],
+    callbacks=[enough, say, hopeless],
     catch=(FloatingPointError, ValueError),
   )
   configs.check(
@@ -206,15 +211,15 @@ def _trial(trial: Any, config: TuneConfig, fixed: list[str], imports: list[str])
     finally:
       process.kill()
       process.wait()
+  message = ''
   if process.returncode not in (0, -signal.SIGKILL):
     lines = [x for x in log.read_text(encoding='utf-8').splitlines() if 'error: ' in x]
     message = lines[-1].removeprefix('error: ') if lines else f'see {log}'
+  elif not math.isfinite(value):
+    message = f'a run must validate {config.metric!r}, got no such number; see {log}'
+  if message:
     trial.set_user_attr('error', message)
     raise ValueError(message)
-  if not math.isfinite(value):
-    raise ValueError(
-      f'a run must validate {config.metric!r}, got no such metric; see {log}'
-    )
   return value
 
 
@@ -230,6 +235,8 @@ def _watch(process: Any, trial: Any, folder: Path, metric: str) -> float:
     if (folder / 'metrics.jsonl').exists():
       for record in metrics.read(str(folder), 'validation')[seen:]:
         seen, value = seen + 1, record.get(metric, math.nan)
+        if math.isnan(value):
+          return value
         trial.report(value, record['step'])
         if running and trial.should_prune():
           raise optuna.TrialPruned

@@ -7,6 +7,7 @@ bring the parts to the workers and the buckets of a shard together. Extra: beam.
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from typing import Any
 
@@ -28,7 +29,8 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> N
   Raises:
     ValueError: Beam is not installed; text that cannot be read.
   """
-  logging.getLogger().setLevel(logging.ERROR)  # it warns of clouds that are not used
+  # It warns of clouds that are not used, and logs what it raises besides.
+  logging.getLogger().setLevel(logging.CRITICAL)
   try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -38,22 +40,39 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> N
       "extra: pip install -e '.[beam]'."
     ) from error
   folder.mkdir(parents=True, exist_ok=True)
-  with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
-    empty = pipeline | 'shards' >> beam.Create([(name, None) for name in job.names])
-    buckets = (
-      pipeline
-      | 'parts' >> beam.Create(todo)
-      | beam.Reshuffle()
-      | 'tokenise' >> beam.FlatMap(_work, job)
-    )
-    _ = (
-      (buckets, empty)
-      | beam.Flatten()
-      | beam.GroupByKey()
-      | 'write' >> beam.Map(_write, job, str(folder))
-      | beam.combiners.ToList()
-      | 'index' >> beam.Map(_index, job, str(folder))
-    )
+  try:
+    with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
+      empty = pipeline | 'shards' >> beam.Create([(name, None) for name in job.names])
+      buckets = (
+        pipeline
+        | 'parts' >> beam.Create(todo)
+        | beam.Reshuffle()
+        | 'tokenise' >> beam.FlatMap(_work, job)
+      )
+      _ = (
+        (buckets, empty)
+        | beam.Flatten()
+        | beam.GroupByKey()
+        | 'write' >> beam.Map(_write, job, str(folder))
+        | beam.combiners.ToList()
+        | 'index' >> beam.Map(_index, job, str(folder))
+      )
+  except Exception as error:
+    message = _of_worker(f'{type(error).__name__}: {error}')
+    if message is None:
+      raise
+    raise ValueError(message) from error
+
+
+def _of_worker(text: str) -> str | None:
+  """The message of a ValueError in what Beam raises: a worker's traceback, as text.
+
+  Example:
+    >>> _of_worker("Traceback ...\\n  File ...\\nValueError: x [while running 'tokenise']")
+    'x'
+  """
+  found = re.findall(r"^ValueError: (.*?)(?: \[while running '.*)?$", text, re.MULTILINE)
+  return found[-1] if found else None
 
 
 def _work(part: parts.Part, job: Job) -> list[tuple[tuple[str, int], tuple]]:
