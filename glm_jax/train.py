@@ -255,7 +255,7 @@ def train(config: TrainConfig, config_text: str) -> None:
     since: dict[str, Any] = {}
     validated: dict[str, float] = {}
     for number in range(first + 1, config.train_steps + 1):
-      batch = meter.wait_for(stream)
+      batch = meter.wait_for(stream, waiting)
       tokens, flops = _tokens(batch), metrics.step_flops(config.model, batch)
       meter.count(process.count * tokens, process.count * flops)
       current, found_metrics = built.train_step(

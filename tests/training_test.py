@@ -459,6 +459,11 @@ def test_models_and_batches_that_do_not_divide_are_refused(config):
       MeshConfig(**bad)
 
 
+class _Result:
+  def __init__(self, ready):
+    self.is_ready = lambda: ready
+
+
 def test_waiting_for_data_is_a_share_of_the_time_that_steps_took(monkeypatch):
   clock = [0.0]
   monkeypatch.setattr(metrics.time, 'perf_counter', lambda: clock[0])
@@ -473,11 +478,15 @@ def test_waiting_for_data_is_a_share_of_the_time_that_steps_took(monkeypatch):
     assert meter.wait_for(batches) == 'batch'
     meter.count(100, 0)
     clock[0] += 0.75  # the step
+  for ready in (True, False):  # while a step is being computed, nobody waits
+    meter.wait_for(batches, [{'loss': _Result(True)}, {'loss': _Result(ready)}])
+    meter.count(100, 0)
+    clock[0] += 0.75
   meter.stop()
   clock[0] += 50  # validation does not count
   meter.restart()
   found = meter.report(4)
-  assert found['input_stall'] == pytest.approx(0.25)
+  assert found['input_stall'] == pytest.approx(0.25 * 5 / 6)
   assert found['tokens_per_second'] == pytest.approx(100)
   clock[0] += 1.0
   assert meter.report(5)['input_stall'] == 0

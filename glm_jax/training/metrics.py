@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,22 @@ class Meter:
     self._tokens += tokens
     self._flops += flops
 
-  def wait_for(self, stream: Iterator[Any]) -> Any:
-    """The next item, and how long the step had to wait for it."""
+  def wait_for(self, stream: Iterator[Any], running: Sequence[Any] = ()) -> Any:
+    """The next item, and how long the devices had to wait for it.
+
+    Args:
+      stream: of batches.
+      running: results of the steps before; while they are computed nobody waits.
+    """
     began = time.perf_counter()
     item = next(stream)
-    self._waited += time.perf_counter() - began
+    if all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
+      self._waited += time.perf_counter() - began
     return item
 
   def report(self, step: int) -> dict[str, float]:
-    """tokens_per_second, seconds_left, input_stall (the share of the time that was spent
-    waiting for data) and, where the peak is known, mfu; restarts."""
+    """tokens_per_second, seconds_left, input_stall (the share of the time that devices
+    waited for data) and, where the peak is known, mfu; restarts."""
     self.stop()
     steps, seconds = step - self._step, max(self._seconds, 1e-9)
     speed = {
