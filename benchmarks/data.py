@@ -355,11 +355,15 @@ def section(results: dict[str, Any]) -> list[str]:
   )
   pad, full = results['padding'], results['packing']
   lines.append(f'| padding, one stream | {pad["512"]:.1%} | {pad["2048"]:.1%} | |')
-  for name in ('causal', 'blank', 'mixture'):
-    lines.append(
-      f'| packed rows are full, 30-600-token documents, {name} | '
-      f'{full[f"{name} 512"]:.1%} | {full[f"{name} 2048"]:.1%} | |'
+  cells = [
+    ', '.join(
+      f'{name} {full[f"{name} {n}"]:.1%}' for name in ('causal', 'blank', 'mixture')
     )
+    for n in _LENGTHS
+  ]
+  lines.append(
+    f'| packed rows are full, 30-600-token documents | {cells[0]} | {cells[1]} | |'
+  )
   ratio = made['make_shards'] / made['sentencepiece']
   lines.append(
     f'| make_shards, Mtok/s | {made["make_shards"]:.2f} | | bare sentencepiece.encode '
