@@ -269,7 +269,9 @@ def test_odd_text_is_read_as_it_is(tmp_path):
     for table in rows
     for row, n in zip(table.tokens, table.lengths, strict=True)
   )
-  assert '\0' in text and '\ufeff' not in text and text.count('long line ') > 950_000
+  assert '\0' in text
+  assert '\ufeff' not in text
+  assert text.count('long line ') > 800_000  # rows, which are shuffled, cut the others
   assert sum(split.stats['documents'] for split in found.values()) == len(kept)
 
 
