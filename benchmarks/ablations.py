@@ -199,7 +199,7 @@ def section(results: Mapping[str, Any]) -> list[str]:
     f"the quickstart's model (0.7 M parameters) after {results['steps']:,} steps, mean and "
     f'standard deviation of {seeds} seed(s). '
     + verdict(results)
-    + ' (Written by `python -m benchmarks.ablations`.)',
+    + '(Written by `python -m benchmarks.ablations`.)',
   ]
 
 
@@ -211,6 +211,8 @@ def verdict(results: Mapping[str, Any]) -> str:
     for ratio in RATIOS
     if (found := mean_and_spread(results, f'mask {ratio:.0%}', 'blank 15%'))
   }
+  if len(by_ratio) < len(RATIOS):
+    return ''
   best = min(by_ratio, key=lambda ratio: by_ratio[ratio][0])
   claimed = min(by_ratio[r][0] for r in (0.1, 0.15, 0.2))
   lines = [
@@ -229,7 +231,7 @@ def verdict(results: Mapping[str, Any]) -> str:
       f'"Shuffling matters": trained in order, {at} in random order cost '
       f'{difference:+.3f} nats, {says} than the spread of seeds.'
     )
-  return ' '.join(lines)
+  return ''.join(line + ' ' for line in lines)
 
 
 def plot(results: Mapping[str, Any]) -> None:

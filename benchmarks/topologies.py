@@ -194,7 +194,7 @@ def lines(results: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     *table,
     '',
     'Compiled, not run: predictions of the compiler, with the calibration that published '
-    'runs give (`launch/README.md`). (Written by `python -m benchmarks.topologies`.)',
+    'runs give. (Written by `python -m benchmarks.topologies`.)',
   ]
 
 

@@ -165,7 +165,7 @@ def _search(study: Any, objective: Any, trials: int, workers: int) -> None:
       study.stop()
 
   say = functools.partial(_say, trials=trials)
-  # Trials that fail do not count; a search in which they do must end.
+  # Trials that fail do not count; a search in which they all do must end.
   study.optimize(
     objective,
     n_trials=2 * (trials - ended) + 2,

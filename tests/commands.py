@@ -48,15 +48,28 @@ def environment(**more):
   return {**kept, 'PYTHONPATH': str(ROOT), **more}
 
 
-def command(module, *arguments, timeout=600, **more):
+def command(module, *arguments, cwd=ROOT, timeout=600, **more):
   """A command of the package that ended; `more` stands in its environment."""
   return subprocess.run(
     [sys.executable, '-m', f'glm_jax.{module}', *map(str, arguments)],
-    cwd=ROOT,
+    cwd=cwd,
     env=environment(**more),
     capture_output=True,
     text=True,
     timeout=timeout,
+  )
+
+
+def start(module, *arguments, **more):
+  """The same, running, in a session of its own: whoever kills it kills its workers."""
+  return subprocess.Popen(
+    [sys.executable, '-m', f'glm_jax.{module}', *map(str, arguments)],
+    cwd=ROOT,
+    env=environment(**more),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    start_new_session=True,
   )
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from commands import refused
+from commands import environment, refused
 from foreign import arrays_of, config_json, exported, imported, write_safetensors
 from safetensors.numpy import load_file, save_file
 
@@ -401,13 +401,10 @@ def test_training_begins_at_the_imported_models_loss_and_it_falls(tmp_path):
 
 
 def _command(*arguments, code=None):
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  for name in ('NPROC', 'XLA_FLAGS'):
-    environment.pop(name, None)
   start = ['-m', 'glm_jax.convert'] if code is None else ['-c', code]
   return subprocess.run(
     [sys.executable, *start, *map(str, arguments)],
-    env=environment,
+    env=environment(),
     capture_output=True,
     text=True,
     timeout=300,

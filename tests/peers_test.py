@@ -2,13 +2,13 @@
 
 import json
 import os
-import pathlib
 import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from commands import ROOT, command
 from foreign import arrays_of, config_json, imported, write_safetensors
 from safetensors.numpy import load_file
 
@@ -20,7 +20,6 @@ from glm_jax.text.released import ChatGLM3Vocabulary
 from glm_jax.training import stored
 
 pytestmark = pytest.mark.slow
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _convert(*arguments):
@@ -219,18 +218,8 @@ def test_a_pickle_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
     _convert(folder, tmp_path / 'checkpoint')
 
 
-def _run(*arguments):
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  for name in ('NPROC', 'XLA_FLAGS'):
-    environment.pop(name, None)
-  done = subprocess.run(
-    [sys.executable, '-m', *map(str, arguments)],
-    cwd=ROOT,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
+def _run(module, *arguments):
+  done = command(module, *arguments)
   assert done.returncode == 0, done.stderr
   return done.stdout
 
@@ -249,25 +238,25 @@ def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
     '--gin.BATCH_SIZE=8',
   )
   _run(
-    'glm_jax.train',
+    'train',
     '--gin_file=gin_configs/chatglm2_tiny.gin',
     f"--gin.CorpusConfig.corpus='{tmp_path}/text/*.txt'",
     f"--gin.MODEL_DIR='{tmp_path}/run'",
     '--gin.TRAIN_STEPS=25',
     *common,
   )
-  _run('glm_jax.convert', tmp_path / 'run', tmp_path / 'exported')
+  _run('convert', tmp_path / 'run', tmp_path / 'exported')
   prompt = 'The quick brown'
   made = _transformers(tmp_path / 'exported', texts=[prompt], new=16)
   [theirs] = made['continued']
-  generate = ('glm_jax.generate', f'--prompt={prompt}', '--max_tokens=16')
+  generate = ('generate', f'--prompt={prompt}', '--max_tokens=16')
   ours = _run(*generate, f'--checkpoint={tmp_path}/run').rstrip('\n')
   assert ours == theirs.rstrip('\n') and len(ours) > len(prompt)
 
   # Training goes on from the export, at the loss where it was.
-  _run('glm_jax.convert', tmp_path / 'exported', tmp_path / 'imported')
+  _run('convert', tmp_path / 'exported', tmp_path / 'imported')
   _run(
-    'glm_jax.train',
+    'train',
     '--gin_file=gin_configs/runs/continue.gin',
     f"--gin.INIT_FROM='{tmp_path}/imported'",
     f"--gin.MODEL_DIR='{tmp_path}/more'",
@@ -286,6 +275,6 @@ def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
     [validated[run]] = [line['loss'] for line in found if line['kind'] == 'validation']
   assert first['run'] > 6 and first['more'] == pytest.approx(validated['run'], abs=0.4)
   assert validated['more'] < validated['run'] - 0.05
-  _run('glm_jax.convert', tmp_path / 'more', tmp_path / 'again', '--dtype=bfloat16')
+  _run('convert', tmp_path / 'more', tmp_path / 'again', '--dtype=bfloat16')
   config = json.loads((tmp_path / 'again' / 'config.json').read_text())
   assert config['model_type'] == 'glm' and config['torch_dtype'] == 'bfloat16'

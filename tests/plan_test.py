@@ -2,16 +2,12 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from commands import refused
+from commands import ROOT, command, refused
 
 from glm_jax import models, sharding
 from glm_jax.performance import hlo, prediction, suggest, table, topologies
@@ -19,21 +15,9 @@ from glm_jax.sharding import MeshConfig
 from glm_jax.train import TrainConfig
 from glm_jax.training import program, state
 
-ROOT = pathlib.Path(__file__).parent.parent
-
 
 def _run(*arguments, cwd):
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  for name in ('NPROC', 'XLA_FLAGS'):
-    environment.pop(name, None)
-  return subprocess.run(
-    [sys.executable, '-m', 'glm_jax.plan', *arguments],
-    cwd=cwd,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
+  return command('plan', *arguments, cwd=cwd)
 
 
 def _config(model, **changes):

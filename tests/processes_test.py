@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from commands import ROOT, command, environment, gin
+from commands import ROOT, command, environment, gin, start
 
 from glm_jax.data import pipeline, prepare
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
@@ -61,20 +61,14 @@ def _start(text, run, *bindings, flags=(), **more):
     f"CorpusConfig.corpus='{text}/*.txt'",
     f"CorpusConfig.cache_dir='{text}/cache'",
   ]
-  return subprocess.Popen(
-    [
-      sys.executable,
-      '-m',
-      'glm_jax.train',
-      '--gin_file=gin_configs/quickstart.gin',
-      *flags,
-      *(f'--gin.{binding}' for binding in [*TINY, *places, *bindings]),
-    ],
-    cwd=ROOT,
-    env=environment(PYTHONPATH=f'{ROOT}:{text}', PYTHONUNBUFFERED='1', **more),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
+  return start(
+    'train',
+    '--gin_file=gin_configs/quickstart.gin',
+    *flags,
+    *gin(*TINY, *places, *bindings),
+    PYTHONPATH=f'{ROOT}:{text}',
+    PYTHONUNBUFFERED='1',
+    **more,
   )
 
 
@@ -227,11 +221,11 @@ pipeline.Stream.__init__, pipeline.Stream.__next__ = noted, note
     'EvaluationConfig.every=1000',
   ]
 
-  def start(number, *flags):
+  def spied(number, *flags):
     seen = str(tmp_path / f'seen-{number}')
     return _start(text, run, *places, flags=['--import=spy', *flags], SEEN=seen)
 
-  process = start(0)
+  process = spied(0)
   while process.poll() is None and not checkpoint.latest_step(str(run)):
     time.sleep(0.01)
   process.kill()
@@ -242,7 +236,7 @@ pipeline.Stream.__init__, pipeline.Stream.__next__ = noted, note
     free.bind(('localhost', 0))
     address = f'--coordinator_address=localhost:{free.getsockname()[1]}'
   both = [
-    start(i + 1, address, '--process_count=2', f'--process_index={i}') for i in range(2)
+    spied(i + 1, address, '--process_count=2', f'--process_index={i}') for i in range(2)
   ]
   outputs = [_finish(p) for p in both]
   assert f'resumed {run} at step {step}' in outputs[0]

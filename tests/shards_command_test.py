@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from commands import ROOT, TINY, command, environment, gin, refused, snapshot
+from commands import ROOT, TINY, command, gin, refused, snapshot, start
 
 from glm_jax.data import shards
 
@@ -167,28 +165,13 @@ def test_killed_while_it_works_it_goes_on_to_the_same_bytes(tmp_path):
   def output(folder):
     return f'--output_dir={folder}/shards'
 
-  def start(folder):
-    return subprocess.Popen(
-      [
-        sys.executable,
-        '-m',
-        'glm_jax.make_shards',
-        *MAKE,
-        *flags,
-        *places,
-        f'--output_dir={folder}/shards',
-      ],
-      cwd=ROOT,
-      env=environment(),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      start_new_session=True,
-    )
+  def make(folder):
+    output = f'--output_dir={folder}/shards'
+    return start('make_shards', *MAKE, *flags, *places, output)
 
   kills, work = 0, folders[0] / 'shards' / 'unfinished'
   for wanted in (2, 6, 12):
-    process = start(folders[0])
+    process = make(folders[0])
     while process.poll() is None and len([*work.glob('part-*')]) < wanted:
       time.sleep(0.002)
     if process.poll() is None:
@@ -200,7 +183,7 @@ def test_killed_while_it_works_it_goes_on_to_the_same_bytes(tmp_path):
   other = command('make_shards', *MAKE, '--shards=5', *flags, *places, output(folders[0]))
   refused(other, 'gone on with by the same job', 'set them back')
   # What was done is not done again.
-  process = start(folders[0])
+  process = make(folders[0])
   while process.poll() is None:
     for path in work.glob('part-*'):
       try:
@@ -210,7 +193,7 @@ def test_killed_while_it_works_it_goes_on_to_the_same_bytes(tmp_path):
     time.sleep(0.05)
   output, _ = process.communicate()
   assert process.returncode == 0, output
-  assert start(folders[1]).wait(300) == 0
+  assert make(folders[1]).wait(300) == 0
   contents = [
     {path.name: path.read_bytes() for path in (folder / 'shards').iterdir()}
     for folder in folders

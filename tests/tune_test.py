@@ -4,23 +4,19 @@ import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import optuna
 import pytest
-from commands import ROOT, TINY, command, environment, gin, refused, snapshot
+from commands import TINY, command, gin, refused, snapshot, start
 
 from glm_jax import cli, tune
 from glm_jax.train import CONFIGURABLES, TrainConfig
 from glm_jax.tune import TuneConfig
 
 NAMES = ('blank', 'document', 'sentence')
-SHARES = {
-  f'ObjectiveConfig.{name}': ('share',) for name in ('blank', 'document', 'sentence')
-}
+SHARES = {f'ObjectiveConfig.{name}': ('share',) for name in NAMES}
 SEARCH = {
   **SHARES,
   'OptimizerConfig.learning_rate': ('log', 1e-4, 1e-2),
@@ -154,14 +150,7 @@ def _arguments(folder, *bindings):
 def test_a_search_killed_goes_on_and_says_what_is_best(tmp_path):
   _text(tmp_path)
   arguments = _arguments(tmp_path, 'TRAIN_STEPS=6')
-  process = subprocess.Popen(
-    [sys.executable, '-m', 'glm_jax.tune', *arguments, '--trials=2'],
-    cwd=ROOT,
-    env=environment(),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    start_new_session=True,
-  )
+  process = start('tune', *arguments, '--trials=2')
   first = tmp_path / 'study' / 'trial-0000'
   while process.poll() is None and not (first / 'metrics.jsonl').exists():
     time.sleep(0.05)

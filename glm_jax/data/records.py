@@ -25,7 +25,7 @@ def reader(rows: Rows) -> Callable[[tf.Tensor], tf.Tensor]:
   files = [file for file in rows.files if file.rows]
   paths = [str(rows.folder / file.name) for file in files]
   counts = [file.rows for file in files]
-  return (_mapped if mapped else _runs)(paths, counts, rows.layout.record_bytes)
+  return (_mapped if mapped else _runs)(paths, counts, rows.layout)
 
 
 def decode(records: tf.Tensor, layout: Layout) -> dict[str, tf.Tensor]:
@@ -58,11 +58,11 @@ def decode(records: tf.Tensor, layout: Layout) -> dict[str, tf.Tensor]:
 
 
 def _mapped(
-  paths: list[str], counts: list[int], size: int
+  paths: list[str], counts: list[int], layout: Layout
 ) -> Callable[[tf.Tensor], tf.Tensor]:
   files = [
     tf.raw_ops.ImmutableConst(
-      dtype=tf.uint8, shape=[count, HEAD + size + TAIL], memory_region_name=path
+      dtype=tf.uint8, shape=[count, layout.stride], memory_region_name=path
     )
     for path, count in zip(paths, counts, strict=True)
   ]
@@ -83,9 +83,9 @@ def _mapped(
 
 
 def _runs(
-  paths: list[str], counts: list[int], size: int
+  paths: list[str], counts: list[int], layout: Layout
 ) -> Callable[[tf.Tensor], tf.Tensor]:
-  names, stride = tf.constant(paths), HEAD + size + TAIL
+  names, size, stride = tf.constant(paths), layout.record_bytes, layout.stride
 
   @tf.autograph.experimental.do_not_convert
   def read_run(which: tf.Tensor, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
