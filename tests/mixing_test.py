@@ -246,16 +246,17 @@ def test_every_document_is_whole_and_once_in_an_epoch_and_none_is_trimmed(folder
       assert example['positions'][0] == 0 and example['loss_weights'].sum() > 0
 
 
-def test_rows_are_filled_as_promised():
-  """Documents of 30 to 600 tokens in rows of 2,048 positions."""
+@pytest.mark.parametrize('length', [512, 2048])
+def test_rows_are_filled_as_promised(length):
+  """Documents of 30 to 600 tokens, some of which do not fit in a row of 512."""
   rng = np.random.default_rng(0)
   documents = [([], np.full(n, 97)) for n in rng.integers(28, 599, 3000)]
   eos = VOCABULARY.specials.eos
-  plan = causal_packing(2048)
+  plan = causal_packing(length)
   table = rows.make_rows(documents, VOCABULARY.prefix, eos, plan)
   assert table.lengths.sum() / table.tokens.size > 0.97
   config = ObjectiveConfig()
-  plan = config.packing(2048)
+  plan = config.packing(length)
   table = rows.make_rows(documents, VOCABULARY.prefix, eos, plan)
   count = len(table.lengths)
   x = {k: tf.constant(v) for k, v in table._asdict().items()}
@@ -264,7 +265,7 @@ def test_rows_are_filled_as_promised():
   source, places = packed.take_apart(x, plan)
   size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
   made = objectives.make_examples(source, size, config, VOCABULARY)
-  made = packed.put_together(made, places, count, 2048)
+  made = packed.put_together(made, places, count, length)
   fill = (made['key_end'].numpy() > 0).mean()
   assert fill > 0.92, fill
   hidden = (made['block_positions'].numpy() == 1).sum()
@@ -272,18 +273,28 @@ def test_rows_are_filled_as_promised():
   assert hidden > 3000
 
 
-def test_long_documents_are_cut_into_equal_parts():
-  plan = causal_packing(20)
-  (long, short) = np.arange(50), np.arange(3)
-  table = rows.packed_rows([(long[:4], long[4:]), ([], short)], (99,), 98, plan)
+@pytest.mark.parametrize('size', [63, 64, 65, 66, 67, 68, 128, 131, 150])
+def test_a_long_document_fills_rows_and_its_last_part_is_not_tiny(size):
+  # 65 tokens are trained on in 64 positions; a prefix and <eos> are among them.
+  prompt, text = np.arange(10), np.arange(10, size)
+  table = rows.packed_rows([(prompt, text)], (99,), 98, causal_packing(64))
   parts_of = [
-    row[i:j]
-    for row, starts, n in zip(table.tokens, table.starts, table.lengths, strict=True)
+    (row[i:j].tolist(), scored[i:j].tolist())
+    for row, scored, starts, n in zip(
+      table.tokens, table.scored, table.starts, table.lengths, strict=True
+    )
     for i, j in itertools.pairwise([*np.flatnonzero(starts), n])
   ]
-  assert sorted(map(len, parts_of)) == [5, 18, 18, 18]
-  assert sorted(t for p in parts_of for t in p if t < 98) == sorted([*long, *short])
-  assert table.scored.sum() == 46 + 1 + 3 + 1  # neither prefixes nor the prompt
+  parts_of.sort(key=lambda part: part[0][1])
+  assert [part[0] for part, _ in parts_of] == [99] * len(parts_of)
+  assert [t for part, _ in parts_of for t in part[1:]] == [*range(size), 98]
+  # Neither prefixes nor the prompt carry loss.
+  assert [s for _, part in parts_of for s in part[1:]] == [i >= 10 for i in range(size + 1)]
+  assert not any(part[0] for _, part in parts_of)
+  *full, last = (len(part) - 1 for part, _ in parts_of)
+  assert all(n == 64 for n in full[:-1])
+  if full:  # a sixteenth of 64 is 4
+    assert last >= 4 and (full[-1] == 64 or (last == 4 and full[-1] > 60))
 
 
 def test_causal_documents_are_packed_too(folder):

@@ -6,7 +6,7 @@ Every document becomes `prefix prompt text <eos>`, where the prefix is the vocab
 - one stream, cut into rows: documents follow each other, and a row that begins inside a
   document opens with a prefix of its own. Every token is in exactly one row, all are full.
 - packed: a row holds whole documents, each to become an example of its own. What does
-  not fit in a row at all is cut into equal parts.
+  not fit in a row at all is cut into parts that fill one, and a last one that is packed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 _GROW = 1024  # rows
+_LEAST_PART = 16  # of the longest part, the share that a document's last one has at least
 
 Encoded = tuple[np.ndarray, np.ndarray]
 """Ids of a document's prompt, which carries no loss, and of its text."""
@@ -157,15 +158,23 @@ def packed_rows(
 def _cut(
   prompt: np.ndarray, text: np.ndarray, prefix: tuple[int, ...], eos: int, longest: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-  """Parts of a document, each with a prefix, and how many tokens carry no loss."""
+  """Parts of a document, each with a prefix, and how many tokens carry no loss.
+
+  All parts but the last are the longest, since equal parts of a little more than half a
+  row leave room that few documents fit. A last part of some tokens would be hardly an
+  example: it takes what it lacks from the one before.
+  """
   body = np.concatenate([prompt, text, [eos]]).astype(np.int32)
   opening = np.array(prefix, np.int32)
-  count = -(-len(body) // (longest - len(opening)))
-  first = 0
-  for part in np.array_split(body, count):
-    unscored = min(max(len(prompt) - first, 0), len(part))
-    yield np.concatenate([opening, part]), len(opening) + unscored
-    first += len(part)
+  most = longest - len(opening)
+  least = most // _LEAST_PART
+  while len(body):
+    size = min(most, len(body))
+    if 0 < len(body) - size < least:
+      size = len(body) - least
+    unscored = min(len(prompt), size)
+    yield np.concatenate([opening, body[:size]]), len(opening) + unscored
+    prompt, body = prompt[size:], body[size:]
 
 
 class _Table:

@@ -21,7 +21,7 @@ from glm_jax.data import rows, shards
 from glm_jax.data.config import CorpusConfig
 from glm_jax.text.vocabulary import Vocabulary
 
-_FORMAT = 3
+_FORMAT = 4
 _AT_ONCE = 256  # documents
 
 
