@@ -227,5 +227,6 @@ def _be_ready_for_tensorflow(imports: tuple[str, ...]) -> None:
   from glm_jax import cli
 
   with cli.silenced_stderr():
-    import tensorflow as _  # noqa: F401
+    # It hides accelerators from TensorFlow: a process a core would take their memory.
+    from glm_jax.data import pipeline as _  # noqa: F401
   cli.import_modules(imports)
