@@ -297,6 +297,7 @@ seqio.TaskRegistry.add(
   path = f'{tmp_path}:{ROOT}'
   done = _make(tmp_path, *arguments, '--processes=2', PYTHONPATH=path)
   assert done.returncode == 0, done.stderr
+  assert 'cuInit' not in done.stderr  # a worker's TensorFlow looks for no GPU
   found = shards.load(str(tmp_path / 'shards'))
   assert sum(split.stats['documents'] for split in found.values()) == 64
   wrong = [a.replace("'body'", "'text'") for a in arguments]

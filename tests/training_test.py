@@ -386,6 +386,25 @@ def test_a_checkpoint_is_read_on_any_mesh(config, batch, tmp_path):
     assert {x.sharding.mesh.size for x in jax.tree.leaves(found)} == {mesh.size}
 
 
+@pytest.mark.parametrize(
+  ('kind', 'words'),
+  [
+    (RuntimeError, "No space left on device [os_error_code='28']"),
+    # A write larger than a limit is out of range for TensorStore, which tells its spec too.
+    (ValueError, "Failed [tensorstore_spec='{}'] [os_error_code='28']"),
+  ],
+)
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch, kind, words):
+  written = Checkpoints(str(tmp_path), CheckpointConfig())
+
+  def fails():
+    raise kind(f'Error writing "step/.zarray": {words}')
+
+  monkeypatch.setattr(written._manager, 'wait_until_finished', fails)
+  with pytest.raises(OSError, match=r'failed \(No space left on device\); .* is intact'):
+    written.close()
+
+
 def test_checkpoints_keep_the_newest_and_the_best(config, tmp_path):
   mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
   current = state.init_state(config, OPTIMIZER, mesh, 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -291,10 +292,10 @@ def _storage_errors() -> Iterator[None]:
   try:
     yield
   except Exception as error:  # TensorStore has no kind of its own
-    cause = re.search(r'[A-Za-z][A-Za-z ]+(?= \[os_error_code)', str(error))
-    if cause is None:
+    number = re.search(r"\[os_error_code='?(\d+)", str(error))
+    if number is None:
       raise
     raise OSError(
-      f'writing a checkpoint failed ({cause[0]}); the one before it '
+      f'writing a checkpoint failed ({os.strerror(int(number[1]))}); the one before it '
       'is intact; make room and run the same command again.'
     ) from error
