@@ -167,14 +167,11 @@ def _cut(
   body = np.concatenate([prompt, text, [eos]]).astype(np.int32)
   opening = np.array(prefix, np.int32)
   most = longest - len(opening)
-  least = most // _LEAST_PART
-  while len(body):
-    size = min(most, len(body))
-    if 0 < len(body) - size < least:
-      size = len(body) - least
-    unscored = min(len(prompt), size)
-    yield np.concatenate([opening, body[:size]]), len(opening) + unscored
-    prompt, body = prompt[size:], body[size:]
+  cuts = np.arange(most, len(body), most)
+  cuts[-1:] = np.minimum(cuts[-1:], len(body) - most // _LEAST_PART)
+  for first, part in zip([0, *cuts], np.split(body, cuts), strict=True):
+    unscored = min(max(len(prompt) - first, 0), len(part))
+    yield np.concatenate([opening, part]), len(opening) + unscored
 
 
 class _Table:
