@@ -49,8 +49,7 @@ def main() -> None:
   flags.add_argument('--only', choices=parts, help='one part alone')
   only = flags.parse_args().only
   cli.be_quiet()
-  with cli.silenced_stderr():
-    import glm_jax.data.pipeline as _  # noqa: F401 (keeps TensorFlow to one thread)
+  cli.import_tensorflow()
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   for name, measure in parts.items():
     if only in (None, name):

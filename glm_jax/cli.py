@@ -148,9 +148,21 @@ def find_devices() -> None:
     jax.devices()
 
 
+def import_tensorflow() -> None:
+  """Imports TensorFlow quietly, and so that it sees no accelerator: they belong to JAX."""
+  with silenced_stderr():
+    from glm_jax.data import pipeline as _  # noqa: F401 (which hides them)
+
+
 def import_modules(names: Sequence[str]) -> None:
-  """Imports modules of the user's by name, with the current folder on the path."""
-  if names and '' not in sys.path and str(Path.cwd()) not in sys.path:
+  """Imports modules of the user's by name, with the current folder on the path.
+
+  They may use TensorFlow as soon as they are imported, so it is made ready before.
+  """
+  if not names:
+    return
+  import_tensorflow()
+  if '' not in sys.path and str(Path.cwd()) not in sys.path:
     sys.path.insert(0, str(Path.cwd()))
   for name in names:
     try:

@@ -308,9 +308,6 @@ def main(argv: Sequence[str]) -> None:
   argv, bindings = cli.split_bindings(argv)
   flags = _flags().parse_args(argv)
   cli.use_cpu_devices(flags.cpu_devices)
-  if flags.imports:
-    with cli.silenced_stderr():
-      import tensorflow as _  # noqa: F401 (quietly, before a user's module imports it)
   cli.import_modules(flags.imports)
   config, text = cli.load_config(
     TrainConfig, CONFIGURABLES, flags.gin_file, flags.gin_search_paths, bindings

@@ -117,7 +117,10 @@ def work(job: Job, part: parts.Part) -> dict[tuple[str, int], Bucket]:
   """
   vocabulary = _vocabulary(job)
   if part.source:
-    _be_ready_for_tensorflow(job.imports)
+    from glm_jax import cli
+
+    cli.import_tensorflow()
+    cli.import_modules(job.imports)
   documents: dict[str, list[Any]] = {split: [] for split in SPLITS}
   for split, document in parts.read(job.corpus, part):
     documents[split].append(document)
@@ -220,13 +223,3 @@ def _load_vocabulary(fields: str) -> Vocabulary:
   vocabulary = loading.from_dict(json.loads(fields))
   vocabulary.threads = 1  # there is a process for each core
   return vocabulary
-
-
-def _be_ready_for_tensorflow(imports: tuple[str, ...]) -> None:
-  """Imports what a TFDS data set or a seqio task needs, quietly."""
-  from glm_jax import cli
-
-  with cli.silenced_stderr():
-    # It hides accelerators from TensorFlow: a process a core would take their memory.
-    from glm_jax.data import pipeline as _  # noqa: F401
-  cli.import_modules(imports)
