@@ -27,6 +27,9 @@ TINY = [
 # launch/test.sh --all, importing jax says so before anyone could set up its logging.
 _OF_JAX = ('All log messages before absl::InitializeLog()', 'Could not find cuda drivers')
 
+# Set by conftest.py.
+COMPILATION_CACHE = {}
+
 
 def refused(done, *words, code=65):
   """One line on stderr that says all of `words`; the exit code; no traceback."""
@@ -43,9 +46,9 @@ def refused(done, *words, code=65):
 
 
 def environment(**more):
-  """The environment of a user: this package, and nothing that the tests set."""
+  """The environment of a user, but for a cache of what XLA compiled."""
   kept = {k: v for k, v in os.environ.items() if k not in ('NPROC', 'XLA_FLAGS')}
-  return {**kept, 'PYTHONPATH': str(ROOT), **more}
+  return {**kept, **COMPILATION_CACHE, 'PYTHONPATH': str(ROOT), **more}
 
 
 def command(module, *arguments, cwd=ROOT, timeout=600, **more):

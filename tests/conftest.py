@@ -7,6 +7,7 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 # Eight devices wait for each other in collectives: XLA's pool needs a thread for each.
 os.environ.setdefault('NPROC', '32')
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -18,6 +19,18 @@ jax.config.update('jax_disable_most_optimizations', True)
 
 from glm_jax.batch import Batch
 from glm_jax.models import GLMConfig
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compiled(tmp_path_factory):
+  """Commands of one session share what they compiled: most train the same tiny models."""
+  folder = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:  # each worker has a folder in the session's
+    folder = folder.parent
+  commands.COMPILATION_CACHE.update(
+    JAX_COMPILATION_CACHE_DIR=str(folder / 'compiled'),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.1',
+  )
 
 
 @pytest.fixture(scope='session')

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from commands import ROOT, command, environment, gin, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from glm_jax.data import pipeline, prepare
 from glm_jax.data.config import CorpusConfig, VocabularyConfig
@@ -117,7 +118,7 @@ def test_killed_anywhere_a_run_continues_to_the_same_bits(text, straight, tmp_pa
   for attempt in range(30):
     process = _start(text, run)
     before = checkpoint.latest_step(str(run)) or 0
-    while process.poll() is None:
+    while process.poll() is None and not (kills >= 4 and inside):
       folders = [path.name for path in (run / 'checkpoints').glob('*')]
       saving = any('tmp' in name for name in folders)
       done = checkpoint.latest_step(str(run)) or 0
@@ -292,7 +293,8 @@ def test_the_folder_holds_what_a_person_looks_for(straight):
   for name in ('blank', 'document', 'sentence'):
     assert summary['baselines'][name]['bigram'] < summary['baselines'][name]['unigram']
     assert f'loss/{name}' in summary['validation']
-  assert any((straight / 'tensorboard').iterdir())
+  board = EventAccumulator(str(straight / 'tensorboard')).Reload()
+  assert [event.step for event in board.Tensors('train/loss')] == [*range(1, STEPS + 1)]
 
 
 def test_a_new_run_begins_from_anothers_parameters(text, straight, tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer
@@ -158,7 +159,7 @@ def test_no_text_spells_a_control_piece(made, kind):
   unknown = vocabulary.control.get('[UNK]') if kind == 'bert' else None  # a word's own fate
   for ids in vocabulary.encode_batch(names):
     assert not {*ids} & ({*vocabulary.control.values()} - {unknown})
-    assert all(0 <= token < vocabulary.size for token in ids)
+    assert all(0 <= token < vocabulary.size for token in ids) and ids.dtype == np.int32
 
 
 @pytest.mark.parametrize('kind', MAKERS)

@@ -49,7 +49,7 @@ def test_text_comes_back_exactly_without_control_pieces(vocabulary, text):
   ids = vocabulary.encode(text)
   assert vocabulary.decode(ids) == text
   assert all(0 <= token < vocabulary.specials.mask for token in ids)
-  assert vocabulary.encode_batch([text, 'x'])[0] == ids
+  assert vocabulary.encode_batch([text, 'x'])[0].tolist() == ids
 
 
 def test_control_pieces_follow_the_others_in_their_order(vocabulary):

@@ -203,7 +203,8 @@ class _Table:
     end = at + len(tokens)
     self._tokens[row, at:end] = tokens
     self._scored[row, min(at + unscored, end) : end] = True
-    self._starts[row, at] |= starts
+    if starts:
+      self._starts[row, at] = True
     self._lengths[row] = end
     return end
 

@@ -48,7 +48,7 @@ def encode(
         continue
       counts['documents'] += 1
       counts['tokens'] += len(prompt) + len(text)
-      yield np.array(prompt, np.int32), np.array(text, np.int32)
+      yield np.asarray(prompt, np.int32), np.asarray(text, np.int32)
 
 
 def new_counts() -> dict[str, int]:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -45,9 +46,9 @@ class TokenizersVocabulary(Vocabulary):
     self._json = tokenizer
     self.fingerprint = hashlib.sha256((tokenizer + self.kind).encode()).hexdigest()[:16]
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in found]
+    return [np.array(encoding.ids, np.int32) for encoding in found]
 
   def _decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -246,9 +247,9 @@ class IceVocabulary(SentencePieceVocabulary):
     self.prefix, self.suffix = (), ()
     self.stops = (at['<eop>'],)
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     ids = super().encode_batch([self._spell(text) for text in texts])
-    return [[self._images + token for token in row] for row in ids]
+    return [self._images + row for row in ids]
 
   def _spell(self, text: str) -> str:
     """Line breaks, tabs and runs of spaces as pieces (tokenization_chatglm.py)."""

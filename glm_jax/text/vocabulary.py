@@ -126,10 +126,10 @@ class Vocabulary:
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, never a control piece."""
-    return self.encode_batch([text])[0]
+    return self.encode_batch([text])[0].tolist()
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text, in parallel where that is possible."""
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode` of each text, [n] int32, in parallel where that is possible."""
     raise NotImplementedError
 
   def encode_marked(self, text: str, names: Sequence[str] = ()) -> list[int]:
@@ -280,15 +280,16 @@ class SentencePieceVocabulary(Vocabulary):
     self.fingerprint = hashlib.sha256(model + self.kind.encode()).hexdigest()[:16]
     return base
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    ids = self._processor.encode(list(texts), num_threads=self.threads)
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    ids = self._processor.encode(list(texts), num_threads=self.threads, out_type='numpy')
     for i, text in enumerate(texts):
       # sentencepiece writes a space as this mark; the mark itself goes as its bytes.
       if _SPACE in text and self._bytes_of_space:
         parts = self._processor.encode(text.split(_SPACE))
-        ids[i] = parts[0]
+        joined = parts[0]
         for part in parts[1:]:
-          ids[i] = ids[i] + self._bytes_of_space + part
+          joined += self._bytes_of_space + part
+        ids[i] = np.array(joined, np.int32)
     return ids
 
   def _decode(self, ids: list[int]) -> str:
@@ -313,8 +314,9 @@ class ByteVocabulary(Vocabulary):
     self._add_own_control(256)
     self.fingerprint = 'bytes'
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    return [list(text.encode('utf-8')) for text in texts]
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    encoded = [np.frombuffer(text.encode('utf-8'), np.uint8) for text in texts]
+    return [ids.astype(np.int32) for ids in encoded]
 
   def _decode(self, ids: list[int]) -> str:
     return bytes(ids).decode('utf-8', 'replace')

@@ -126,10 +126,11 @@ class Writer:
     """
     self._file = self._board = None
     if enabled:
-      from tensorboardX import SummaryWriter
+      # Not tensorboardX, which imports PyTorch wherever it is installed: four seconds.
+      from tensorboard.summary import Writer as Board
 
       self._file = (Path(model_dir) / 'metrics.jsonl').open('a', encoding='utf-8')
-      self._board = SummaryWriter(str(Path(model_dir) / 'tensorboard'))
+      self._board = Board(str(Path(model_dir) / 'tensorboard'))
 
   def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
     """One record: kind is 'train' or 'validation'."""
