@@ -82,7 +82,9 @@ def main() -> None:
         flush=True,
       )
   plot(results)
-  write_section('ablations', section(results))
+  lines = section(results)
+  write_section('ablations', lines)
+  print('\n'.join(lines))
 
 
 class Bench:

@@ -86,15 +86,9 @@ def make_examples(
   is_text = inside & (kind > 0)
   ends = is_text & (kind > 1)
   room = tf.fill(tf.shape(full), max_spans) if source.room is None else source.room
-  rows = spans.Rows(source.tokens, source.lengths, is_text, ends, source.keys, room)
-
-  # Only objectives that can come up are sampled; one of them is kept for each row.
+  rows = spans.Rows(source.lengths, is_text, ends, source.keys, room)
   objective = _draw(source, config)
-  kept = None
-  for name in config.objectives:
-    drawn = _SAMPLERS[name](rows, config, max_spans)
-    chosen = objective == MIXED.index(name)
-    kept = drawn if kept is None else _choose(chosen, drawn, kept)
+  kept = _sample(rows, objective, config, max_spans)
   masks = (s.mask, s.gmask, s.smask) if config.task_masks else (s.mask,) * 3
   configs.check(
     None not in masks and (s.dblock is not None or not config.dblock_probability),
@@ -131,6 +125,19 @@ def _draw(source: Source, config: ObjectiveConfig) -> tf.Tensor:
   below = tf.gather(tf.constant(below, tf.float32), phase)
   u = stateless.uniform(source.keys, _OBJECTIVE, 1)
   return tf.reduce_sum(tf.cast(u >= below, tf.int32), axis=1)
+
+
+def _sample(rows, objective, config, max_spans) -> spans.Spans:
+  """Spans of each row by its objective; a sampler works on its own rows alone."""
+  if len(config.objectives) == 1:
+    return _SAMPLERS[config.objectives[0]](rows, config, max_spans)
+  numbers, drawn = [], []
+  for name in config.objectives:
+    own = tf.where(objective == MIXED.index(name))[:, 0]
+    some = spans.Rows(*(tf.gather(x, own) for x in rows))
+    numbers.append(tf.cast(own, tf.int32))
+    drawn.append(_SAMPLERS[name](some, config, max_spans))
+  return spans.Spans(*(tf.dynamic_stitch(numbers, x) for x in zip(*drawn, strict=True)))
 
 
 def _weigh(weights: tf.Tensor, objective: tf.Tensor, config: ObjectiveConfig) -> tf.Tensor:
@@ -313,10 +320,3 @@ def _shorten(source: Source, config: ObjectiveConfig, vocabulary: Vocabulary) ->
     opening = short[:, None] & (tf.range(N) == 0)
     tokens, scored = tf.where(opening, prefix[0], tokens), scored & ~opening
   return source._replace(tokens=tokens, scored=scored, lengths=size)
-
-
-def _choose(chosen, new: spans.Spans, old: spans.Spans) -> spans.Spans:
-  def pick(a, b):
-    return tf.where(tf.reshape(chosen, [-1] + [1] * (len(a.shape) - 1)), a, b)
-
-  return spans.Spans(*map(pick, new, old))

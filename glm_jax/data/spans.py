@@ -26,7 +26,6 @@ class Rows(NamedTuple):
   """A batch of token rows.
 
   Attributes:
-    tokens: [B, N] int32.
     lengths: [B] int32; tokens from there on are padding.
     is_text: [B, N] bool, neither special piece nor padding.
     ends_sentence: [B, N] bool, the piece holds a sentence-ending mark.
@@ -34,7 +33,6 @@ class Rows(NamedTuple):
     room: [B] int32, spans that each row may have.
   """
 
-  tokens: tf.Tensor
   lengths: tf.Tensor
   is_text: tf.Tensor
   ends_sentence: tf.Tensor
@@ -67,7 +65,7 @@ def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
   token or more apart. A document takes spans in proportion to its length, where the
   original fills the shorter ones first; spans that do not fit go to the longest one.
   """
-  B, K = tf.shape(rows.tokens)[0], max_spans
+  B, K = tf.shape(rows.lengths)[0], max_spans
   # Lengths, until their sum reaches the budget.
   pmf = [
     math.exp(k * math.log(config.span_mean) - math.lgamma(k + 1))
@@ -121,7 +119,7 @@ def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
     stateless.uniform(rows.keys, _PLACES, K) * tf.cast(free + 1, tf.float32), tf.int32
   )
   place = tf.minimum(place, free)
-  key = run * (rows.tokens.shape[1] + 1) + place
+  key = run * (rows.is_text.shape[1] + 1) + place
   order = tf.argsort(tf.where(lengths > 0, key, _FAR), stable=True)
   run, place, lengths = (tf.gather(x, order, batch_dims=1) for x in (run, place, lengths))
   before = tf.cumsum(tf.where(lengths > 0, lengths + 1, 0), axis=1, exclusive=True)
@@ -139,7 +137,7 @@ def sentence_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   following, preceding = _neighbours(rows.is_text)
   last = rows.is_text & (rows.ends_sentence | ~following)
   first = rows.is_text & (tf.pad(last, [[0, 0], [1, 0]])[:, :-1] | ~preceding)
-  at_end = tf.range(rows.tokens.shape[1]) == rows.lengths[:, None] - 1
+  at_end = tf.range(rows.is_text.shape[1]) == rows.lengths[:, None] - 1
   starts, lengths, finished = _segments(
     first, last, rows.ends_sentence | at_end, least=max_spans
   )
