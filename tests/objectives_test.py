@@ -309,6 +309,18 @@ def test_the_mixture_draws_each_objective_with_its_weight():
     assert not np.isin(example['tokens'][row], [m for m in MASKS if m != mask]).any()
 
 
+def test_a_row_of_the_mixture_is_what_its_objective_alone_makes_of_it():
+  rows, lengths = _documents(40, np.random.default_rng(0).integers(30, 65, 40))
+  config = ObjectiveConfig(blank=1, document=1, sentence=1)
+  mixed = _make(rows, lengths, 100, config)
+  for kind, name in enumerate(MIXED):
+    own = mixed['objective'][:, 0] == kind
+    alone = _make(rows, lengths, 100, config.only(name))
+    assert own.any()
+    for field in mixed:
+      np.testing.assert_array_equal(mixed[field][own], alone[field][own], err_msg=field)
+
+
 def test_without_task_masks_every_objective_uses_mask():
   rows, lengths = _documents(64, 64)
   config = ObjectiveConfig(blank=1, document=1, sentence=1, task_masks=False)
