@@ -17,7 +17,7 @@ for argument in "$@"; do
 done
 use_venv requirements.txt launch/requirements/test.txt "${extras[@]+"${extras[@]}"}"
 if [[ ${#extras[@]} -gt 0 ]]; then
-  python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+  python -m pip install --quiet --disable-pip-version-check --no-deps \
     -r launch/requirements/vocabularies.txt
 fi
 echo "+ ruff check ."

@@ -23,9 +23,7 @@ use_venv() {
     local file
     for file in "$@"; do arguments+=(-r "$file"); done
     echo "+ pip install ${arguments[*]} -e .   (a few minutes)"
-    # Python compiles what is imported, a small part of all this; pip would compile it all.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-      "${arguments[@]}" -e .
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${arguments[@]}" -e .
     echo "$wanted" > "$stamp"
   fi
   # shellcheck disable=SC1091
