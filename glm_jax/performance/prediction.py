@@ -223,9 +223,11 @@ def _attention(
 
 
 def fingerprint(lowered: Any, device_kind: str) -> str:
-  """Of a lowered step and its compiler's options, but not of the kernels' insides."""
-  # A kernel's program is written out differently each time.
-  text = re.sub(r'backend_config = "[^"]*"', '', lowered.as_text())
+  """Of what a lowered step computes, and of its compiler's options."""
+  # A kernel's program is written out differently each time; `jax.result_info` spells the
+  # names of the state's tree, which compute nothing.
+  named = r'backend_config = "[^"]*"|jax\.result_info = "[^"]*"'
+  text = re.sub(named, '', lowered.as_text())
   text += str(sorted(flags.compiler_options(device_kind).items()))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
