@@ -88,9 +88,7 @@ def prepare(
     'train': row_plan(task, length, objectives, vocabulary, packed=corpus.packed),
     'validation': row_plan(task, length, evaluation, vocabulary, packed=corpus.packed),
   }
-  rows = {
-    name: _rows_of(source, vocabulary, plans, length) for name, source in sources.items()
-  }
+  rows = {name: _rows_of(source, vocabulary, plans) for name, source in sources.items()}
   shares = mixture.shares({name: len(r['train']) for name, r in rows.items()})
   # A corpus without a share is not read.
   corpora = [Corpus(name, rows[name], share) for name, share in shares.items() if share]
@@ -189,7 +187,7 @@ def _of_own_task(task: str) -> Prepared:
 
 
 def _rows_of(
-  config: CorpusConfig, vocabulary: Vocabulary, plans: dict[str, RowPlan], length: int
+  config: CorpusConfig, vocabulary: Vocabulary, plans: dict[str, RowPlan]
 ) -> dict[str, shards.Rows]:
   if not config.corpus.startswith(corpora_module.SHARDS):
     return {
@@ -206,11 +204,11 @@ def _rows_of(
   )
   for split, plan in plans.items():
     if split in rows:
-      _check_plan(path, rows[split].plan, plan, length)
+      _check_plan(path, rows[split].plan, plan)
   return rows
 
 
-def _check_plan(path: str, theirs: RowPlan, wanted: RowPlan, length: int) -> None:
+def _check_plan(path: str, theirs: RowPlan, wanted: RowPlan) -> None:
   kind = {True: 'packed documents', False: 'a stream cut into rows'}
   configs.check(
     theirs.packed == wanted.packed,
@@ -225,9 +223,9 @@ def _check_plan(path: str, theirs: RowPlan, wanted: RowPlan, length: int) -> Non
   else:
     # Each document must have room for its spans, and the row for its documents.
     both = zip(theirs.room, wanted.room, strict=False)
-    fits = theirs.positions <= length and all(a >= b for a, b in both)
+    fits = theirs.positions <= wanted.positions and all(a >= b for a, b in both)
     got = f'rows planned for {theirs.positions} positions'
-    most = f'{length} positions and these objectives'
+    most = f'{wanted.positions} positions and these objectives'
   configs.check(
     fits,
     f'shards in {path} must fit the rows of this run: {most}',
