@@ -97,14 +97,14 @@ def _draws(dataset: Any, batches: int, units: int) -> Callable[[], float]:
 
 
 def _corpus() -> Any:
-  from glm_jax.data.config import CorpusConfig
+  from glm_jax.data.corpora.config import CorpusConfig
 
   return CorpusConfig()
 
 
 def _vocabulary() -> Any:
-  from glm_jax.data import corpus
-  from glm_jax.data.config import VocabularyConfig
+  from glm_jax.data.corpora import corpus
+  from glm_jax.data.corpora.config import VocabularyConfig
 
   return corpus.load_or_train_vocabulary(VocabularyConfig(), [_corpus()])
 
@@ -113,7 +113,8 @@ def _shards(folder: str, length: int, config: Any) -> str:
   """Shards of the documentation for rows of `length` positions."""
   from etils import epath
 
-  from glm_jax.data import parts, prepare, shard_job, shard_runner
+  from glm_jax.data import prepare, shard_job, shard_runner
+  from glm_jax.data.corpora import parts
 
   vocabulary = _vocabulary()
   plan = prepare.row_plan('glm_mixture', length, config, vocabulary, packed=False)
@@ -128,7 +129,7 @@ def throughput() -> dict[str, Any]:
 
   from benchmarks.data_peers import t5_span_corruption
   from glm_jax.data import pipeline, prepare
-  from glm_jax.data.config import CorpusConfig, VocabularyConfig
+  from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
   from glm_jax.data.objective_config import ObjectiveConfig
 
   results = {}
@@ -210,7 +211,7 @@ def objective() -> dict[str, float]:
 def padding() -> dict[str, float]:
   """Share of positions that are padding, blanks of the documentation in one stream."""
   from glm_jax.data import pipeline, prepare
-  from glm_jax.data.config import VocabularyConfig
+  from glm_jax.data.corpora.config import VocabularyConfig
   from glm_jax.data.objective_config import ObjectiveConfig
 
   results = {}
@@ -265,8 +266,9 @@ def making() -> dict[str, float]:
   """Million tokens a second and core: shards of a .jsonl file, and encoding alone."""
   from etils import epath
 
-  from glm_jax.data import corpus, parts, shard_job, shard_runner
-  from glm_jax.data.config import CorpusConfig
+  from glm_jax.data import shard_job, shard_runner
+  from glm_jax.data.corpora import corpus, parts
+  from glm_jax.data.corpora.config import CorpusConfig
   from glm_jax.data.rows import RowPlan
 
   vocabulary = _vocabulary()
@@ -301,7 +303,7 @@ def making() -> dict[str, float]:
 def resume() -> dict[str, float]:
   """Seconds from nothing to the first batch at step 10^9, graph and checksums included."""
   from glm_jax.data import pipeline, prepare
-  from glm_jax.data.config import CorpusConfig, VocabularyConfig
+  from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
   from glm_jax.data.objective_config import ObjectiveConfig
 
   config = ObjectiveConfig(blank=0.5, document=0.3, sentence=0.2)

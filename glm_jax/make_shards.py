@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   began = time.perf_counter()
   with cli.silenced_stderr():
-    from glm_jax.data import corpus, parts, prepare, shard_job, shards
+    from glm_jax.data import prepare, shard_job, shards
+    from glm_jax.data.corpora import corpus, parts
   shard_job.check_folder(folder)
   cli.import_modules(flags.imports)
   configs.check(

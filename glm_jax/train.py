@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from glm_jax import cli, configs, distributed, sharding
-from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.mixing import MixtureConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig

@@ -11,7 +11,7 @@ from glm_jax import models
 from glm_jax.batch import OBJECTIVES, Visibility
 from glm_jax.data import pipeline, prepare, render, rows
 from glm_jax.data.causal import causal_examples
-from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.data.pipeline import Process
 from glm_jax.models import ChatGLM2Config

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from glm_jax.data import corpus, documentation, overlap, rows, tokenized
-from glm_jax.data.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.corpus import Document
-from glm_jax.data.docstrings import Found
+from glm_jax.data import rows, tokenized
+from glm_jax.data.corpora import corpus, documentation, overlap
+from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.corpora.corpus import Document
+from glm_jax.data.corpora.docstrings import Found
 from glm_jax.text.vocabulary import ByteVocabulary
 
 VOCABULARY = ByteVocabulary()

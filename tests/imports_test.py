@@ -96,8 +96,9 @@ def test_making_shards_of_text_does_not_load_tensorflow(tmp_path):
     f"""
 import glm_jax.make_shards
 from etils import epath
-from glm_jax.data import parts, shard_job, shard_runner
-from glm_jax.data.config import CorpusConfig
+from glm_jax.data.corpora import parts
+from glm_jax.data import shard_job, shard_runner
+from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.rows import RowPlan
 from glm_jax.text.vocabulary import ByteVocabulary
 corpus = CorpusConfig(corpus={str(tmp_path / 'a.txt')!r})

@@ -14,7 +14,6 @@ from glm_jax.data import (
   mixing,
   objectives,
   packed,
-  parts,
   pipeline,
   prepare,
   rows,
@@ -23,7 +22,8 @@ from glm_jax.data import (
   shares,
   stateless,
 )
-from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.corpora import parts
+from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.mixing import MixtureConfig
 from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.pipeline import Process

@@ -12,8 +12,9 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from glm_jax import convert, generate
-from glm_jax.data import parts, pipeline, prepare, shard_job, shard_runner
-from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data import pipeline, prepare, shard_job, shard_runner
+from glm_jax.data.corpora import parts
+from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.text.vocabulary import ByteVocabulary
 

@@ -16,7 +16,7 @@ from commands import ROOT, command, environment, gin, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from glm_jax.data import pipeline, prepare
-from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.training import checkpoint
 

@@ -12,7 +12,6 @@ from etils import epath
 from glm_jax.data import (
   beam,
   hashing,
-  parts,
   pipeline,
   records,
   rows,
@@ -21,7 +20,8 @@ from glm_jax.data import (
   shards,
   stateless,
 )
-from glm_jax.data.config import CorpusConfig
+from glm_jax.data.corpora import parts
+from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.rows import RowPlan, RowTable
 from glm_jax.text.vocabulary import ByteVocabulary
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from glm_jax.batch import DTYPES, Batch
 from glm_jax.data import pipeline, prepare, preprocessors, tasks, tokenized
-from glm_jax.data.config import CorpusConfig
+from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.data.pipeline import Process
 from glm_jax.data.rows import RowPlan

@@ -13,7 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from glm_jax.data import parts, shard_job, shards
+from glm_jax.data import shard_job, shards
+from glm_jax.data.corpora import parts
 from glm_jax.data.shard_job import Bucket, Job
 
 

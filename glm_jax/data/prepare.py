@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import seqio
 
 from glm_jax import configs
-from glm_jax.data import corpus as corpora_module
 from glm_jax.data import shards, tasks, tokenized
-from glm_jax.data.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.corpora import corpus as corpora_module
+from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.mixing import MixtureConfig
 from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.preprocessors import SeqioVocabulary

@@ -18,9 +18,10 @@ import numpy as np
 from etils import epath
 
 from glm_jax import configs
-from glm_jax.data import corpus as corpora
-from glm_jax.data import hashing, parts, rows, shards, tokenized
-from glm_jax.data.config import CorpusConfig
+from glm_jax.data import hashing, rows, shards, tokenized
+from glm_jax.data.corpora import corpus as corpora
+from glm_jax.data.corpora import parts
+from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 

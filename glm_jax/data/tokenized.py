@@ -16,9 +16,9 @@ from etils import epath
 from tqdm import tqdm
 
 from glm_jax import configs
-from glm_jax.data import corpus as corpora
 from glm_jax.data import rows, shards
-from glm_jax.data.config import CorpusConfig
+from glm_jax.data.corpora import corpus as corpora
+from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.text.vocabulary import Vocabulary
 
 _FORMAT = 4

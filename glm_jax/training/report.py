@@ -122,7 +122,7 @@ def _filled(config: Any, data: Any, params: Any) -> Iterator[dict[str, str]]:
 
 def _sentences(config: Any) -> Iterator[str]:
   """One plain sentence a held-out document, of 8 words or more."""
-  from glm_jax.data import corpus
+  from glm_jax.data.corpora import corpus
 
   first = next(iter(config.mixture.corpora.values()), config.corpus.corpus)
   source = dataclasses.replace(config.corpus, corpus=first)

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from glm_jax.data import corpus as corpora
-from glm_jax.data import text_files
-from glm_jax.data.config import CorpusConfig
-from glm_jax.data.text_files import Document
+from glm_jax.data.corpora import corpus as corpora
+from glm_jax.data.corpora import text_files
+from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.corpora.text_files import Document
 
 _SEARCH = 2**20  # bytes read at a time to find where a line ends
 _EXAMPLES = 100_000  # of a TFDS data set in a part

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from glm_jax.data import docstrings, overlap
+from glm_jax.data.corpora import docstrings, overlap
 
 _VALIDATION_SHARE = 0.05  # of the characters
 _LARGEST_HELD_OUT = 0.02  # a package with a larger share of them is for training

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from etils import epath
 
 from glm_jax import configs
-from glm_jax.data.config import CorpusConfig
+from glm_jax.data.corpora.config import CorpusConfig
 
 # With fewer documents than this, long ones are cut so that some can be held out.
 _FEW = 20

@@ -14,9 +14,9 @@ from typing import Any
 from etils import epath
 
 from glm_jax import configs
-from glm_jax.data import text_files
-from glm_jax.data.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.text_files import Document
+from glm_jax.data.corpora import text_files
+from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
+from glm_jax.data.corpora.text_files import Document
 from glm_jax.text import loading
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.vocabulary import Vocabulary
@@ -52,7 +52,7 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
 def fingerprint(config: CorpusConfig) -> str:
   """Tells one state of a corpus from another, without reading all of it."""
   if config.corpus == 'documentation':
-    from glm_jax.data import documentation
+    from glm_jax.data.corpora import documentation
 
     parts = [
       _stats(path)
@@ -133,7 +133,7 @@ def tfds_builder(config: CorpusConfig) -> Any:
     ValueError: there is none that is prepared.
   """
   if config.corpus == 'documentation':
-    from glm_jax.data import documentation
+    from glm_jax.data.corpora import documentation
 
     return documentation.prepared(cache_dir(config))
   import tensorflow_datasets as tfds

@@ -1,0 +1,1 @@
+"""Where text comes from, and what of it is held out."""
