@@ -175,7 +175,7 @@ def objective() -> dict[str, float]:
   from benchmarks.data_peers import original_blank
   from glm_jax.data import objectives, stateless, tokenized
   from glm_jax.data.objective_config import ObjectiveConfig
-  from glm_jax.data.rows import RowPlan
+  from glm_jax.data.rows.table import RowPlan
 
   config, vocabulary = ObjectiveConfig(), _vocabulary()
   plan = RowPlan(config.row_length(512))
@@ -229,8 +229,9 @@ def packing() -> dict[str, float]:
   """How full rows of 2,048 positions are with documents of 30 to 600 tokens."""
   import tensorflow as tf
 
-  from glm_jax.data import objectives, packed, rows, stateless
+  from glm_jax.data import objectives, packed, stateless
   from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
+  from glm_jax.data.rows.table import make_rows
 
   vocabulary, results = _vocabulary(), {}
   rng = np.random.default_rng(0)
@@ -239,14 +240,14 @@ def packing() -> dict[str, float]:
     ([], rng.integers(0, 8000, n - 2, dtype=np.int32)) for n in rng.integers(30, 601, 20000)
   ]
   for length in _LENGTHS:
-    table = rows.make_rows(documents, prefix, eos, causal_packing(length))
+    table = make_rows(documents, prefix, eos, causal_packing(length))
     results[f'causal {length}'] = round(float(table.lengths.sum() / table.tokens.size), 4)
     for name, config in (
       ('blank', ObjectiveConfig()),
       ('mixture', ObjectiveConfig(blank=0.5, document=0.3, sentence=0.2)),
     ):
       plan = config.packing(length)
-      table = rows.make_rows(documents, prefix, eos, plan)
+      table = make_rows(documents, prefix, eos, plan)
       inside = total = 0
       for first in range(0, 1024, 64):
         x = {k: tf.constant(v[first : first + 64]) for k, v in table._asdict().items()}
@@ -269,7 +270,7 @@ def making() -> dict[str, float]:
   from glm_jax.data import shard_job, shard_runner
   from glm_jax.data.corpora import corpus, parts
   from glm_jax.data.corpora.config import CorpusConfig
-  from glm_jax.data.rows import RowPlan
+  from glm_jax.data.rows.table import RowPlan
 
   vocabulary = _vocabulary()
   texts = [document.text for document in corpus.documents(_corpus(), 'train')]

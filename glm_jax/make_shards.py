@@ -36,8 +36,9 @@ def main(argv: Sequence[str]) -> None:
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   began = time.perf_counter()
   with cli.silenced_stderr():
-    from glm_jax.data import prepare, shard_job, shards
+    from glm_jax.data import prepare, shard_job
     from glm_jax.data.corpora import corpus, parts
+    from glm_jax.data.rows import shards
   shard_job.check_folder(folder)
   cli.import_modules(flags.imports)
   configs.check(

@@ -9,11 +9,12 @@ import tensorflow as tf
 
 from glm_jax import models
 from glm_jax.batch import OBJECTIVES, Visibility
-from glm_jax.data import pipeline, prepare, render, rows
+from glm_jax.data import pipeline, prepare, render
 from glm_jax.data.causal import causal_examples
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.data.pipeline import Process
+from glm_jax.data.rows.table import stream_rows
 from glm_jax.models import ChatGLM2Config
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import ChatGLM3Vocabulary
@@ -38,7 +39,7 @@ def _documents(count=60):
 def _batch(vocabulary, documents, length=LENGTH):
   """Rows of documents as a batch, and the rows themselves."""
   eos = vocabulary.specials.eos
-  table = rows.stream_rows(documents, vocabulary.prefix, eos, length + 1)
+  table = stream_rows(documents, vocabulary.prefix, eos, length + 1)
   made = causal_examples(
     *map(tf.constant, (table.tokens, table.lengths, table.scored, table.starts))
   )

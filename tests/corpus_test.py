@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from glm_jax.data import rows, tokenized
+from glm_jax.data import tokenized
 from glm_jax.data.corpora import corpus, documentation, overlap
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.corpora.corpus import Document
 from glm_jax.data.corpora.docstrings import Found
+from glm_jax.data.rows.table import RowPlan, stream_rows
 from glm_jax.text.vocabulary import ByteVocabulary
 
 VOCABULARY = ByteVocabulary()
@@ -126,7 +127,7 @@ def test_every_token_is_in_one_row_in_order():
     for _ in range(300)
   ]
   for length in (8, 9, 33):
-    table = rows.stream_rows(documents, (S.enc,), S.eos, length)
+    table = stream_rows(documents, (S.enc,), S.eos, length)
     packed = [
       (ids[:n].tolist(), scored[:n].tolist())
       for ids, scored, n in zip(table.tokens, table.scored, table.lengths, strict=True)
@@ -159,10 +160,10 @@ def test_rows_are_cached_and_short_documents_counted(tmp_path, capsys):
   for number, text in enumerate(['', 'x', 'two', '中文文本。' * 40, ' ' * 9]):
     (tmp_path / f'{number}.txt').write_text(text)
   config = _config(tmp_path, validation=str(tmp_path / '3.txt'))
-  made = tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
+  made = tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
   assert made.stats['documents'] == 3 and made.stats['skipped'] == 2
   assert '2 documents under two tokens skipped' in capsys.readouterr().out
-  again = tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
+  again = tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
   assert capsys.readouterr().out == ''
   table = made.read()
   for name in table._fields:
@@ -170,7 +171,7 @@ def test_rows_are_cached_and_short_documents_counted(tmp_path, capsys):
   text = [t for row, n in zip(table.tokens, table.lengths, strict=True) for t in row[:n]]
   assert '中文文本。' * 40 in VOCABULARY.decode([t for t in text if t < 256])
   (tmp_path / '2.txt').write_text('now another text')
-  changed = tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
+  changed = tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
   assert changed.stats['digest'] != made.stats['digest']
 
 
@@ -178,18 +179,18 @@ def test_only_empty_documents_are_refused_and_leave_nothing(tmp_path):
   (tmp_path / 'a.txt').write_text('')
   config = _config(tmp_path, validation=str(tmp_path / 'a.txt'))
   with pytest.raises(ValueError, match='a document of two tokens or more'):
-    tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
+    tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
   assert not list((tmp_path / 'cache' / 'rows').iterdir())
 
 
 def test_a_damaged_cache_is_named(tmp_path):
   config = _write(tmp_path)
-  tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
+  tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
   (path,) = (tmp_path / 'cache' / 'rows').iterdir()
   (tokens,) = path.glob('*.tfrecord')
   tokens.write_bytes(tokens.read_bytes()[:100])
   with pytest.raises(ValueError, match='cached rows must be readable.*delete'):
-    tokenized.cached_rows(config, VOCABULARY, 'train', rows.RowPlan(32))
+    tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
 
 
 # The documentation of this Python.

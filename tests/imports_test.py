@@ -99,7 +99,7 @@ from etils import epath
 from glm_jax.data.corpora import parts
 from glm_jax.data import shard_job, shard_runner
 from glm_jax.data.corpora.config import CorpusConfig
-from glm_jax.data.rows import RowPlan
+from glm_jax.data.rows.table import RowPlan
 from glm_jax.text.vocabulary import ByteVocabulary
 corpus = CorpusConfig(corpus={str(tmp_path / 'a.txt')!r})
 vocabulary, plan = ByteVocabulary(), RowPlan(33)

@@ -16,7 +16,6 @@ from glm_jax.data import (
   packed,
   pipeline,
   prepare,
-  rows,
   shard_job,
   shard_runner,
   shares,
@@ -27,6 +26,7 @@ from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.mixing import MixtureConfig
 from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.pipeline import Process
+from glm_jax.data.rows.table import make_rows, packed_rows
 from glm_jax.data.source import Reading
 from glm_jax.text.vocabulary import ByteVocabulary
 
@@ -253,11 +253,11 @@ def test_rows_are_filled_as_promised(length):
   documents = [([], np.full(n, 97)) for n in rng.integers(28, 599, 3000)]
   eos = VOCABULARY.specials.eos
   plan = causal_packing(length)
-  table = rows.make_rows(documents, VOCABULARY.prefix, eos, plan)
+  table = make_rows(documents, VOCABULARY.prefix, eos, plan)
   assert table.lengths.sum() / table.tokens.size > 0.97
   config = ObjectiveConfig()
   plan = config.packing(length)
-  table = rows.make_rows(documents, VOCABULARY.prefix, eos, plan)
+  table = make_rows(documents, VOCABULARY.prefix, eos, plan)
   count = len(table.lengths)
   x = {k: tf.constant(v) for k, v in table._asdict().items()}
   x['keys'] = stateless.example_keys(0, tf.range(count, dtype=tf.int64))
@@ -277,7 +277,7 @@ def test_rows_are_filled_as_promised(length):
 def test_a_long_document_fills_rows_and_its_last_part_is_not_tiny(size):
   # 65 tokens are trained on in 64 positions; a prefix and <eos> are among them.
   prompt, text = np.arange(10), np.arange(10, size)
-  table = rows.packed_rows([(prompt, text)], (99,), 98, causal_packing(64))
+  table = packed_rows([(prompt, text)], (99,), 98, causal_packing(64))
   parts_of = [
     (row[i:j].tolist(), scored[i:j].tolist())
     for row, scored, starts, n in zip(

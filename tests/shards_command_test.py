@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from commands import ROOT, TINY, command, gin, refused, snapshot, start
 
-from glm_jax.data import shards
+from glm_jax.data.rows import shards
 
 MAKE = ['--gin_file=gin_configs/quickstart.gin', '--shards=4']
 

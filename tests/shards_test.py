@@ -9,20 +9,11 @@ import pytest
 import tensorflow as tf
 from etils import epath
 
-from glm_jax.data import (
-  beam,
-  hashing,
-  pipeline,
-  records,
-  rows,
-  shard_job,
-  shard_runner,
-  shards,
-  stateless,
-)
+from glm_jax.data import beam, hashing, pipeline, shard_job, shard_runner, stateless
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig
-from glm_jax.data.rows import RowPlan, RowTable
+from glm_jax.data.rows import records, shards
+from glm_jax.data.rows.table import RowPlan, RowTable, make_rows
 from glm_jax.text.vocabulary import ByteVocabulary
 
 VOCABULARY = ByteVocabulary()
@@ -116,7 +107,7 @@ def test_shards_hold_every_token_once_shuffled(made, corpus):
         if len(d.text.encode()) > 1
       ]
       count += len(encoded)
-      own = rows.make_rows(encoded, VOCABULARY.prefix, VOCABULARY.specials.eos, PLAN)
+      own = make_rows(encoded, VOCABULARY.prefix, VOCABULARY.specials.eos, PLAN)
       want += [own.tokens[i].tobytes() for i in range(len(own.lengths))]
     got = [row.tobytes() for row in table.tokens]
     assert sorted(got) == sorted(want) and got != want

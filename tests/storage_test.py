@@ -12,8 +12,8 @@ from commands import ROOT, TINY, command, gin, refused
 from commands import environment as command_environment
 from etils import epath
 
-from glm_jax.data import shards
-from glm_jax.data.rows import RowPlan, make_rows
+from glm_jax.data.rows import shards
+from glm_jax.data.rows.table import RowPlan, make_rows
 from glm_jax.text.vocabulary import ByteVocabulary
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def test_training_reads_the_same_examples_in_few_requests(storage):
 
 _READ = """
 import sys, numpy as np
-from glm_jax.data import records, shards
+from glm_jax.data.rows import records, shards
 import tensorflow as tf
 rows = shards.load(sys.argv[1])['train']
 first = len(rows) - 64

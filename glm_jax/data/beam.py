@@ -13,8 +13,9 @@ from typing import Any
 
 from etils import epath
 
-from glm_jax.data import shard_job, shards
+from glm_jax.data import shard_job
 from glm_jax.data.corpora import parts
+from glm_jax.data.rows import shards
 from glm_jax.data.shard_job import Bucket, Job
 
 

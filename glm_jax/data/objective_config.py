@@ -7,7 +7,7 @@ import math
 
 from glm_jax import configs
 from glm_jax.batch import MIXED
-from glm_jax.data.rows import RowPlan
+from glm_jax.data.rows.table import RowPlan
 
 LONGEST_SPAN = 39
 """Longest token span that is ever drawn (THUDM/GLM blocklm_utils.py)."""

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from glm_jax.data import stateless
 from glm_jax.data.objectives import Source
-from glm_jax.data.rows import RowPlan
+from glm_jax.data.rows.table import RowPlan
 
 
 class Places(NamedTuple):

@@ -20,7 +20,7 @@ from glm_jax import configs
 from glm_jax.batch import DTYPES, Batch
 from glm_jax.data import objectives, packed, stateless
 from glm_jax.data.objective_config import ObjectiveConfig
-from glm_jax.data.rows import RowPlan
+from glm_jax.data.rows.table import RowPlan
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 _GROUP = 32  # single sequences are worked on together, since an op costs the same for each

@@ -18,10 +18,12 @@ import numpy as np
 from etils import epath
 
 from glm_jax import configs
-from glm_jax.data import hashing, rows, shards, tokenized
+from glm_jax.data import hashing, tokenized
 from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.rows import shards
+from glm_jax.data.rows.table import RowPlan, make_rows
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 
@@ -47,7 +49,7 @@ class Job:
   corpus: CorpusConfig
   corpus_fingerprint: str
   vocabulary: dict[str, Any]
-  plan: rows.RowPlan
+  plan: RowPlan
   shards: dict[str, int]
   seed: int
   imports: tuple[str, ...] = ()
@@ -81,7 +83,7 @@ class Bucket(NamedTuple):
 def of_config(
   corpus: CorpusConfig,
   vocabulary: Vocabulary,
-  plan: rows.RowPlan,
+  plan: RowPlan,
   *,
   count: int,
   seed: int,
@@ -132,7 +134,7 @@ def work(job: Job, part: parts.Part) -> dict[tuple[str, int], Bucket]:
       continue
     counts = tokenized.new_counts()
     encoded = tokenized.encode(documents[split], vocabulary, counts)
-    table = rows.make_rows(encoded, vocabulary.prefix, vocabulary.specials.eos, job.plan)
+    table = make_rows(encoded, vocabulary.prefix, vocabulary.specials.eos, job.plan)
     records = layout.encode(table)
     keys = hashing.keys(job.seed, len(records), part.number, number)
     count = job.shards[split]

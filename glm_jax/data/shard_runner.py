@@ -18,8 +18,9 @@ from etils import epath
 from tqdm import tqdm
 
 from glm_jax import configs
-from glm_jax.data import shard_job, shards
+from glm_jax.data import shard_job
 from glm_jax.data.corpora import parts
+from glm_jax.data.rows import shards
 from glm_jax.data.shard_job import Bucket, Job
 
 _WORK = 'unfinished'

@@ -15,8 +15,9 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from glm_jax.data import mixing, records, stateless
-from glm_jax.data.shards import Rows
+from glm_jax.data import mixing, stateless
+from glm_jax.data.rows import records
+from glm_jax.data.rows.shards import Rows
 
 _ROTATION = 0x5EED  # of the seed, for where a permutation begins
 

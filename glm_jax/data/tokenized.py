@@ -16,9 +16,10 @@ from etils import epath
 from tqdm import tqdm
 
 from glm_jax import configs
-from glm_jax.data import rows, shards
 from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.rows import shards
+from glm_jax.data.rows.table import Encoded, RowPlan, make_rows
 from glm_jax.text.vocabulary import Vocabulary
 
 _FORMAT = 4
@@ -27,7 +28,7 @@ _AT_ONCE = 256  # documents
 
 def encode(
   documents: Iterable[corpora.Document], vocabulary: Vocabulary, counts: dict[str, int]
-) -> Iterator[rows.Encoded]:
+) -> Iterator[Encoded]:
   """(prompt ids, text ids) of each document of two tokens or more.
 
   Args:
@@ -57,7 +58,7 @@ def new_counts() -> dict[str, int]:
 
 
 def cached_rows(
-  config: CorpusConfig, vocabulary: Vocabulary, split: str, plan: rows.RowPlan
+  config: CorpusConfig, vocabulary: Vocabulary, split: str, plan: RowPlan
 ) -> shards.Rows:
   """Tokenises a split of the corpus into one file in the cache, or finds it done.
 
@@ -99,7 +100,7 @@ def _write(config, vocabulary, split, plan, folder) -> None:
       leave=False,
       disable=None,
     )
-    table = rows.make_rows(
+    table = make_rows(
       encode(bar, vocabulary, counts), vocabulary.prefix, vocabulary.specials.eos, plan
     )
     count = len(table.lengths)

@@ -81,7 +81,7 @@ def load_or_train_vocabulary(
     return loading.load(config.path)
   for corpus in corpora:
     if corpus.corpus.startswith(SHARDS):
-      from glm_jax.data import shards
+      from glm_jax.data.rows import shards
 
       return shards.vocabulary_of(corpus.corpus.removeprefix(SHARDS))
   # A trained vocabulary is a .model file, whatever pieces stand behind it.
@@ -222,7 +222,7 @@ def read_task(
 
 def _from_shards(path: str, split: str) -> Iterator[Document]:
   """Rows as texts, for a reader: shards hold tokens, and no documents."""
-  from glm_jax.data import shards
+  from glm_jax.data.rows import shards
 
   vocabulary, rows = shards.vocabulary_of(path), shards.load(path)[split]
   for first in range(0, len(rows), _AT_ONCE):

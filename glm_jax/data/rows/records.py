@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from glm_jax.data.shards import HEAD, TAIL, Layout, Rows
+from glm_jax.data.rows.shards import HEAD, TAIL, Layout, Rows
 
 # A batch takes from each mapped file in an op of its own: with more, runs are cheaper.
 _MOST_MAPPED = 64

@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from glm_jax import configs
-from glm_jax.data.rows import RowPlan, RowTable
+from glm_jax.data.rows.table import RowPlan, RowTable
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
     """[n, record_bytes] uint8.
 
     Example:
-      >>> from glm_jax.data.rows import stream_rows
+      >>> from glm_jax.data.rows.table import stream_rows
       >>> rows = stream_rows([(np.array([], int), np.array([5, 6]))], (1,), 2, 8)
       >>> layout = Layout(row_length=8, token_bytes=2)
       >>> records = layout.encode(rows)
