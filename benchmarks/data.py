@@ -173,9 +173,10 @@ def objective() -> dict[str, float]:
   import tensorflow as tf
 
   from benchmarks.data_peers import original_blank
-  from glm_jax.data import objectives, stateless, tokenized
+  from glm_jax.data import objectives, tokenized
   from glm_jax.data.objective_config import ObjectiveConfig
   from glm_jax.data.rows.table import RowPlan
+  from glm_jax.data.stream import stateless
 
   config, vocabulary = ObjectiveConfig(), _vocabulary()
   plan = RowPlan(config.row_length(512))
@@ -229,9 +230,10 @@ def packing() -> dict[str, float]:
   """How full rows of 2,048 positions are with documents of 30 to 600 tokens."""
   import tensorflow as tf
 
-  from glm_jax.data import objectives, packed, stateless
+  from glm_jax.data import objectives, packed
   from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
   from glm_jax.data.rows.table import make_rows
+  from glm_jax.data.stream import stateless
 
   vocabulary, results = _vocabulary(), {}
   rng = np.random.default_rng(0)

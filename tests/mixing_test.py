@@ -11,7 +11,6 @@ from etils import epath
 
 from glm_jax.batch import MIXED, OBJECTIVES, Batch
 from glm_jax.data import (
-  mixing,
   objectives,
   packed,
   pipeline,
@@ -19,15 +18,15 @@ from glm_jax.data import (
   shard_job,
   shard_runner,
   shares,
-  stateless,
 )
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.mixing import MixtureConfig
 from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import make_rows, packed_rows
-from glm_jax.data.source import Reading
+from glm_jax.data.stream import mixing, stateless
+from glm_jax.data.stream.mixing import MixtureConfig
+from glm_jax.data.stream.source import Reading
 from glm_jax.text.vocabulary import ByteVocabulary
 
 VOCABULARY = ByteVocabulary()

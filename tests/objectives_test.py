@@ -10,8 +10,9 @@ import tensorflow as tf
 from scipy import stats
 
 from glm_jax.batch import MIXED
-from glm_jax.data import objectives, stateless
+from glm_jax.data import objectives
 from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.stream import stateless
 from glm_jax.text.vocabulary import ByteVocabulary
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/objectives.json').read_text())

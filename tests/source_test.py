@@ -15,7 +15,7 @@ from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import RowPlan
-from glm_jax.data.source import Corpus, Reading
+from glm_jax.data.stream.source import Corpus, Reading
 from glm_jax.text.vocabulary import ByteVocabulary
 from glm_jax.training import place
 

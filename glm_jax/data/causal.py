@@ -16,7 +16,7 @@ def causal(
   dataset: tf.data.Dataset,
   sequence_length: Mapping[str, int],
 ) -> tf.data.Dataset:
-  """Rows of indexed sources (`glm_jax.data.source`) as examples of the batch contract.
+  """Rows of indexed sources (`glm_jax.data.stream.source`) as examples of the batch contract.
 
   Args:
     dataset: batches of rows of L + 1 tokens.

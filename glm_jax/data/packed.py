@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from glm_jax.data import stateless
 from glm_jax.data.objectives import Source
 from glm_jax.data.rows.table import RowPlan
+from glm_jax.data.stream import stateless
 
 
 class Places(NamedTuple):

@@ -11,7 +11,7 @@ import seqio
 import tensorflow as tf
 
 from glm_jax.batch import DTYPES, Batch
-from glm_jax.data.source import IndexedRows, Reading
+from glm_jax.data.stream.source import IndexedRows, Reading
 
 # The accelerator belongs to JAX.
 for _kind in ('GPU', 'TPU'):

@@ -13,12 +13,12 @@ from glm_jax import configs
 from glm_jax.data import tasks, tokenized
 from glm_jax.data.corpora import corpus as corpora_module
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.mixing import MixtureConfig
 from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.preprocessors import SeqioVocabulary
 from glm_jax.data.rows import shards
 from glm_jax.data.rows.table import RowPlan
-from glm_jax.data.source import Corpus
+from glm_jax.data.stream.mixing import MixtureConfig
+from glm_jax.data.stream.source import Corpus
 from glm_jax.text.vocabulary import Vocabulary
 
 

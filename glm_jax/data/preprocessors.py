@@ -3,7 +3,7 @@
 Each takes a dataset of token sequences and yields examples of the batch contract. Two
 kinds of dataset are understood:
 
-- batches of indexed rows (`glm_jax.data.source`): {tokens [B, N], lengths, scored,
+- batches of indexed rows (`glm_jax.data.stream.source`): {tokens [B, N], lengths, scored,
   starts, keys, index, step, corpus}, which stay batches;
 - single sequences from any seqio source: {tokens [n]} and, optionally, {scored [n]},
   as `tokenize` and `to_rows` below make them, which stay single examples.
@@ -18,9 +18,10 @@ import tensorflow as tf
 
 from glm_jax import configs
 from glm_jax.batch import DTYPES, Batch
-from glm_jax.data import objectives, packed, stateless
+from glm_jax.data import objectives, packed
 from glm_jax.data.objective_config import ObjectiveConfig
 from glm_jax.data.rows.table import RowPlan
+from glm_jax.data.stream import stateless
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
 _GROUP = 32  # single sequences are worked on together, since an op costs the same for each

@@ -18,12 +18,13 @@ import numpy as np
 from etils import epath
 
 from glm_jax import configs
-from glm_jax.data import hashing, tokenized
+from glm_jax.data import tokenized
 from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.rows import shards
 from glm_jax.data.rows.table import RowPlan, make_rows
+from glm_jax.data.stream import hashing
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from glm_jax.batch import OBJECTIVES
 from glm_jax.data import pipeline
-from glm_jax.data.source import Corpus
+from glm_jax.data.stream.source import Corpus
 
 _ROWS = 2048  # counted
 

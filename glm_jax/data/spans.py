@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from glm_jax.data import stateless
 from glm_jax.data.objective_config import LONGEST_SPAN, ObjectiveConfig
+from glm_jax.data.stream import stateless
 
 _FAR = 1 << 28  # sorts behind every position
 
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     lengths: [B] int32; tokens from there on are padding.
     is_text: [B, N] bool, neither special piece nor padding.
     ends_sentence: [B, N] bool, the piece holds a sentence-ending mark.
-    keys: [B] uint64, see `glm_jax.data.stateless`.
+    keys: [B] uint64, see `glm_jax.data.stream.stateless`.
     room: [B] int32, spans that each row may have.
   """
 

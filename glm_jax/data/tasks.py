@@ -13,7 +13,7 @@ from glm_jax.batch import MIXED
 from glm_jax.data import preprocessors
 from glm_jax.data.causal import causal
 from glm_jax.data.objective_config import ObjectiveConfig
-from glm_jax.data.source import Corpus, IndexedRows
+from glm_jax.data.stream.source import Corpus, IndexedRows
 from glm_jax.text.vocabulary import Vocabulary
 
 MIXTURE = 'glm_mixture'

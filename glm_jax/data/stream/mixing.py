@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from glm_jax import configs
-from glm_jax.data import hashing
+from glm_jax.data.stream import hashing
 
 _BLOCK = 1000
 

@@ -10,7 +10,7 @@ ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 def mix(z: np.ndarray) -> np.ndarray:
-  """SplitMix64's finaliser of [n] uint64; see `glm_jax.data.stateless`."""
+  """SplitMix64's finaliser of [n] uint64; see `glm_jax.data.stream.stateless`."""
   for shift, factor in ROUNDS:
     z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
   return z ^ (z >> np.uint64(31))

@@ -15,9 +15,9 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from glm_jax.data import mixing, stateless
 from glm_jax.data.rows import records
 from glm_jax.data.rows.shards import Rows
+from glm_jax.data.stream import mixing, stateless
 
 _ROTATION = 0x5EED  # of the seed, for where a permutation begins
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from glm_jax.data.hashing import GOLDEN, ROUNDS
+from glm_jax.data.stream.hashing import GOLDEN, ROUNDS
 
 
 def example_keys(seed: int | tf.Tensor, index: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,1 @@
+"""Which row comes when: a function of (seed, index)."""
