@@ -130,7 +130,7 @@ def throughput() -> dict[str, Any]:
   from benchmarks.data_peers import t5_span_corruption
   from glm_jax.data import pipeline, prepare
   from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-  from glm_jax.data.objective_config import ObjectiveConfig
+  from glm_jax.data.examples.objective_config import ObjectiveConfig
 
   results = {}
   for length in _LENGTHS:
@@ -173,8 +173,9 @@ def objective() -> dict[str, float]:
   import tensorflow as tf
 
   from benchmarks.data_peers import original_blank
-  from glm_jax.data import objectives, tokenized
-  from glm_jax.data.objective_config import ObjectiveConfig
+  from glm_jax.data import tokenized
+  from glm_jax.data.examples import infilling
+  from glm_jax.data.examples.objective_config import ObjectiveConfig
   from glm_jax.data.rows.table import RowPlan
   from glm_jax.data.stream import stateless
 
@@ -201,8 +202,8 @@ def objective() -> dict[str, float]:
   def make(step: Any) -> Any:
     index = step * B + tf.range(B, dtype=tf.int64)
     keys = stateless.example_keys(0, index)
-    source = objectives.Source(tokens, lengths, scored, keys, index)
-    return objectives.make_examples(source, 512, config, vocabulary)
+    source = infilling.Source(tokens, lengths, scored, keys, index)
+    return infilling.make_examples(source, 512, config, vocabulary)
 
   dataset = tf.data.Dataset.range(10**9).map(make, num_parallel_calls=2)
   found = _in_turns({'op': _draws(dataset, 256, B / 1e3), 'original': original})
@@ -213,7 +214,7 @@ def padding() -> dict[str, float]:
   """Share of positions that are padding, blanks of the documentation in one stream."""
   from glm_jax.data import pipeline, prepare
   from glm_jax.data.corpora.config import VocabularyConfig
-  from glm_jax.data.objective_config import ObjectiveConfig
+  from glm_jax.data.examples.objective_config import ObjectiveConfig
 
   results = {}
   for length in _LENGTHS:
@@ -230,8 +231,8 @@ def packing() -> dict[str, float]:
   """How full rows of 2,048 positions are with documents of 30 to 600 tokens."""
   import tensorflow as tf
 
-  from glm_jax.data import objectives, packed
-  from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
+  from glm_jax.data.examples import infilling, packed
+  from glm_jax.data.examples.objective_config import ObjectiveConfig, causal_packing
   from glm_jax.data.rows.table import make_rows
   from glm_jax.data.stream import stateless
 
@@ -257,7 +258,7 @@ def packing() -> dict[str, float]:
         x['keys'] = stateless.example_keys(0, x['step'])
         source, places = packed.take_apart(x, plan)
         size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
-        made = objectives.make_examples(source, size, config, vocabulary)
+        made = infilling.make_examples(source, size, config, vocabulary)
         made = packed.put_together(made, places, 64, length)
         inside += int((made['key_end'].numpy() > 0).sum())
         total += 64 * length
@@ -307,7 +308,7 @@ def resume() -> dict[str, float]:
   """Seconds from nothing to the first batch at step 10^9, graph and checksums included."""
   from glm_jax.data import pipeline, prepare
   from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-  from glm_jax.data.objective_config import ObjectiveConfig
+  from glm_jax.data.examples.objective_config import ObjectiveConfig
 
   config = ObjectiveConfig(blank=0.5, document=0.3, sentence=0.2)
   with tempfile.TemporaryDirectory() as folder:

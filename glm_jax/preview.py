@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
     'ask for fewer',
   )
   with cli.silenced_stderr():
-    from glm_jax.data import pipeline, prepare, render
+    from glm_jax.data import pipeline, prepare
+    from glm_jax.data.examples import render
   cli.import_modules(flags.imports)
   config, _ = cli.load_config(
     TrainConfig, CONFIGURABLES, flags.gin_file, flags.gin_search_paths, bindings

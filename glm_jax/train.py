@@ -19,7 +19,7 @@ import jax
 
 from glm_jax import cli, configs, distributed, sharding
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream.mixing import MixtureConfig
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.models import config as model_config

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import cli, configs
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.train import CONFIGURABLES, TrainConfig
 
 _POLL_SECONDS = 0.5

@@ -9,10 +9,11 @@ import tensorflow as tf
 
 from glm_jax import models
 from glm_jax.batch import OBJECTIVES, Visibility
-from glm_jax.data import pipeline, prepare, render
-from glm_jax.data.causal import causal_examples
+from glm_jax.data import pipeline, prepare
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples import render
+from glm_jax.data.examples.causal import causal_examples
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import stream_rows
 from glm_jax.models import ChatGLM2Config

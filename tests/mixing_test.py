@@ -10,18 +10,11 @@ import tensorflow as tf
 from etils import epath
 
 from glm_jax.batch import MIXED, OBJECTIVES, Batch
-from glm_jax.data import (
-  objectives,
-  packed,
-  pipeline,
-  prepare,
-  shard_job,
-  shard_runner,
-  shares,
-)
+from glm_jax.data import pipeline, prepare, shard_job, shard_runner, shares
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
+from glm_jax.data.examples import infilling, packed
+from glm_jax.data.examples.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import make_rows, packed_rows
 from glm_jax.data.stream import mixing, stateless
@@ -203,8 +196,8 @@ def test_a_packed_example_is_the_one_it_is_alone(mixed):
     several += len(examples) > 1
     for slot, example in enumerate(examples):
       assert (places.row[number], places.number[number]) == (row, slot)
-      alone = objectives.make_examples(
-        objectives.Source(*(field[number : number + 1] for field in taken)),
+      alone = infilling.make_examples(
+        infilling.Source(*(field[number : number + 1] for field in taken)),
         size,
         OBJECTIVE,
         VOCABULARY,
@@ -263,7 +256,7 @@ def test_rows_are_filled_as_promised(length):
   x['step'] = tf.zeros(count, tf.int64)
   source, places = packed.take_apart(x, plan)
   size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
-  made = objectives.make_examples(source, size, config, VOCABULARY)
+  made = infilling.make_examples(source, size, config, VOCABULARY)
   made = packed.put_together(made, places, count, length)
   fill = (made['key_end'].numpy() > 0).mean()
   assert fill > 0.92, fill

@@ -10,8 +10,8 @@ import tensorflow as tf
 from scipy import stats
 
 from glm_jax.batch import MIXED
-from glm_jax.data import objectives
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples import infilling
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream import stateless
 from glm_jax.text.vocabulary import ByteVocabulary
 
@@ -39,8 +39,8 @@ def _documents(count, lengths, seed=0, sentence=20):
 def _op(length, config):
   def make(tokens, lengths, scored, index, seed):
     keys = stateless.example_keys(seed, index)
-    source = objectives.Source(tokens, lengths, scored, keys, tf.zeros_like(index))
-    return objectives.make_examples(source, length, config, VOCABULARY)
+    source = infilling.Source(tokens, lengths, scored, keys, tf.zeros_like(index))
+    return infilling.make_examples(source, length, config, VOCABULARY)
 
   return tf.function(make, autograph=False, reduce_retracing=False)
 

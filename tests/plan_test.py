@@ -230,7 +230,7 @@ def test_part_a_is_what_the_mixture_leaves(config):
 
 
 def prediction_objectives(**weights):
-  from glm_jax.data.objective_config import ObjectiveConfig
+  from glm_jax.data.examples.objective_config import ObjectiveConfig
 
   return ObjectiveConfig(**{'blank': 0.0, **weights})
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from glm_jax.data import pipeline, prepare
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.training import checkpoint
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.training import run
 from glm_jax.training.optimizer import OptimizerConfig
 

@@ -13,7 +13,7 @@ from glm_jax import configs
 from glm_jax.data import tasks, tokenized
 from glm_jax.data.corpora import corpus as corpora_module
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.objective_config import ObjectiveConfig, causal_packing
+from glm_jax.data.examples.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.preprocessors import SeqioVocabulary
 from glm_jax.data.rows import shards
 from glm_jax.data.rows.table import RowPlan

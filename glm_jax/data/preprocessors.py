@@ -18,8 +18,8 @@ import tensorflow as tf
 
 from glm_jax import configs
 from glm_jax.batch import DTYPES, Batch
-from glm_jax.data import objectives, packed
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples import infilling, packed
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream import stateless
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
@@ -55,12 +55,12 @@ def glm_mixture(
     if plan is not None and plan.packed:
       source, places = packed.take_apart(x, plan)
       size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
-      made = objectives.make_examples(source, size, config, vocabulary)
+      made = infilling.make_examples(source, size, config, vocabulary)
       made = packed.put_together(made, places, x['tokens'].shape[0], length)
     else:
       names = ('tokens', 'lengths', 'scored', 'keys', 'step')
-      source = objectives.Source(*(x[name] for name in names))
-      made = objectives.make_examples(source, length, config, vocabulary)
+      source = infilling.Source(*(x[name] for name in names))
+      made = infilling.make_examples(source, length, config, vocabulary)
     return {**made, **{k: x[k] for k in ('index', 'corpus') if k in x}}
 
   if batched:

@@ -11,8 +11,8 @@ import seqio
 
 from glm_jax.batch import MIXED
 from glm_jax.data import preprocessors
-from glm_jax.data.causal import causal
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples.causal import causal
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream.source import Corpus, IndexedRows
 from glm_jax.text.vocabulary import Vocabulary
 

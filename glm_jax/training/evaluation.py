@@ -10,7 +10,7 @@ import jax
 
 from glm_jax import configs, sharding
 from glm_jax.batch import Batch
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.training import metrics
 from glm_jax.training.loss import LossFn
 from glm_jax.training.step import make_eval_step

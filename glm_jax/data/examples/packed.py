@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from glm_jax.data.objectives import Source
+from glm_jax.data.examples.infilling import Source
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream import stateless
 

@@ -15,8 +15,8 @@ import tensorflow as tf
 
 from glm_jax import configs
 from glm_jax.batch import MIXED
-from glm_jax.data import spans
-from glm_jax.data.objective_config import ObjectiveConfig
+from glm_jax.data.examples import spans
+from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream import stateless
 from glm_jax.text.vocabulary import Vocabulary
 

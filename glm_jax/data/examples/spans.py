@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from glm_jax.data.objective_config import LONGEST_SPAN, ObjectiveConfig
+from glm_jax.data.examples.objective_config import LONGEST_SPAN, ObjectiveConfig
 from glm_jax.data.stream import stateless
 
 _FAR = 1 << 28  # sorts behind every position

@@ -1,0 +1,1 @@
+"""A row to model inputs: spans, infilling, next tokens, packed rows, as text."""
