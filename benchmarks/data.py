@@ -113,8 +113,9 @@ def _shards(folder: str, length: int, config: Any) -> str:
   """Shards of the documentation for rows of `length` positions."""
   from etils import epath
 
-  from glm_jax.data import prepare, shard_job, shard_runner
+  from glm_jax.data import prepare
   from glm_jax.data.corpora import parts
+  from glm_jax.data.making import shard_job, shard_runner
 
   vocabulary = _vocabulary()
   plan = prepare.row_plan('glm_mixture', length, config, vocabulary, packed=False)
@@ -173,9 +174,9 @@ def objective() -> dict[str, float]:
   import tensorflow as tf
 
   from benchmarks.data_peers import original_blank
-  from glm_jax.data import tokenized
   from glm_jax.data.examples import infilling
   from glm_jax.data.examples.objective_config import ObjectiveConfig
+  from glm_jax.data.making import tokenized
   from glm_jax.data.rows.table import RowPlan
   from glm_jax.data.stream import stateless
 
@@ -270,9 +271,9 @@ def making() -> dict[str, float]:
   """Million tokens a second and core: shards of a .jsonl file, and encoding alone."""
   from etils import epath
 
-  from glm_jax.data import shard_job, shard_runner
   from glm_jax.data.corpora import corpus, parts
   from glm_jax.data.corpora.config import CorpusConfig
+  from glm_jax.data.making import shard_job, shard_runner
   from glm_jax.data.rows.table import RowPlan
 
   vocabulary = _vocabulary()

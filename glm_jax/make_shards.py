@@ -36,8 +36,9 @@ def main(argv: Sequence[str]) -> None:
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   began = time.perf_counter()
   with cli.silenced_stderr():
-    from glm_jax.data import prepare, shard_job
+    from glm_jax.data import prepare
     from glm_jax.data.corpora import corpus, parts
+    from glm_jax.data.making import shard_job
     from glm_jax.data.rows import shards
   shard_job.check_folder(folder)
   cli.import_modules(flags.imports)
@@ -67,11 +68,11 @@ def main(argv: Sequence[str]) -> None:
   )
   todo = parts.find(job.corpus, flags.part_mb * 10**6)
   if flags.runner == 'beam':
-    from glm_jax.data import beam
+    from glm_jax.data.making import beam
 
     beam.run(job, folder, todo, flags.beam_options)
   else:
-    from glm_jax.data import shard_runner
+    from glm_jax.data.making import shard_runner
 
     shard_runner.run(job, folder, todo, flags.processes)
   seconds = time.perf_counter() - began

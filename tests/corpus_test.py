@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from glm_jax.data import tokenized
 from glm_jax.data.corpora import corpus, documentation, overlap
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.corpora.corpus import Document
 from glm_jax.data.corpora.docstrings import Found
+from glm_jax.data.making import tokenized
 from glm_jax.data.rows.table import RowPlan, stream_rows
 from glm_jax.text.vocabulary import ByteVocabulary
 

@@ -97,7 +97,7 @@ def test_making_shards_of_text_does_not_load_tensorflow(tmp_path):
 import glm_jax.make_shards
 from etils import epath
 from glm_jax.data.corpora import parts
-from glm_jax.data import shard_job, shard_runner
+from glm_jax.data.making import shard_job, shard_runner
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.text.vocabulary import ByteVocabulary

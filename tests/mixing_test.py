@@ -10,11 +10,12 @@ import tensorflow as tf
 from etils import epath
 
 from glm_jax.batch import MIXED, OBJECTIVES, Batch
-from glm_jax.data import pipeline, prepare, shard_job, shard_runner, shares
+from glm_jax.data import pipeline, prepare, shares
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples import infilling, packed
 from glm_jax.data.examples.objective_config import ObjectiveConfig, causal_packing
+from glm_jax.data.making import shard_job, shard_runner
 from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import make_rows, packed_rows
 from glm_jax.data.stream import mixing, stateless

@@ -12,10 +12,11 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from glm_jax import convert, generate
-from glm_jax.data import pipeline, prepare, shard_job, shard_runner
+from glm_jax.data import pipeline, prepare
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
+from glm_jax.data.making import shard_job, shard_runner
 from glm_jax.text.vocabulary import ByteVocabulary
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'version_0_1_0'

@@ -9,9 +9,10 @@ import pytest
 import tensorflow as tf
 from etils import epath
 
-from glm_jax.data import beam, pipeline, shard_job, shard_runner
+from glm_jax.data import pipeline
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.making import beam, shard_job, shard_runner
 from glm_jax.data.rows import records, shards
 from glm_jax.data.rows.table import RowPlan, RowTable, make_rows
 from glm_jax.data.stream import hashing, stateless

@@ -10,9 +10,10 @@ import tensorflow as tf
 from etils import epath
 
 from glm_jax.batch import DTYPES, Batch
-from glm_jax.data import pipeline, prepare, preprocessors, tasks, tokenized
+from glm_jax.data import pipeline, prepare, preprocessors, tasks
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
+from glm_jax.data.making import tokenized
 from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream.source import Corpus, Reading

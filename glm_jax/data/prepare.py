@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 import seqio
 
 from glm_jax import configs
-from glm_jax.data import tasks, tokenized
+from glm_jax.data import tasks
 from glm_jax.data.corpora import corpus as corpora_module
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig, causal_packing
+from glm_jax.data.making import tokenized
 from glm_jax.data.preprocessors import SeqioVocabulary
 from glm_jax.data.rows import shards
 from glm_jax.data.rows.table import RowPlan

@@ -18,10 +18,10 @@ import numpy as np
 from etils import epath
 
 from glm_jax import configs
-from glm_jax.data import tokenized
 from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.making import tokenized
 from glm_jax.data.rows import shards
 from glm_jax.data.rows.table import RowPlan, make_rows
 from glm_jax.data.stream import hashing

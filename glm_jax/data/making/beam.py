@@ -13,10 +13,10 @@ from typing import Any
 
 from etils import epath
 
-from glm_jax.data import shard_job
 from glm_jax.data.corpora import parts
+from glm_jax.data.making import shard_job
+from glm_jax.data.making.shard_job import Bucket, Job
 from glm_jax.data.rows import shards
-from glm_jax.data.shard_job import Bucket, Job
 
 
 def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> None:

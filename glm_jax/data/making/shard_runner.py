@@ -18,10 +18,10 @@ from etils import epath
 from tqdm import tqdm
 
 from glm_jax import configs
-from glm_jax.data import shard_job
 from glm_jax.data.corpora import parts
+from glm_jax.data.making import shard_job
+from glm_jax.data.making.shard_job import Bucket, Job
 from glm_jax.data.rows import shards
-from glm_jax.data.shard_job import Bucket, Job
 
 _WORK = 'unfinished'
 _JOB = 'job.json'
