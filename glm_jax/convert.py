@@ -165,11 +165,11 @@ def convert(flags: argparse.Namespace) -> None:
 
 
 def _read_checkpoint(src: Path) -> Model:
-  from glm_jax.training import checkpoint
-  from glm_jax.training.stored import StoredLeaves
+  from glm_jax.checkpoints import manager
+  from glm_jax.checkpoints.slices import StoredLeaves
 
-  folder = checkpoint.find(str(src))
-  meta = checkpoint.read_meta(folder)
+  folder = manager.find(str(src))
+  meta = manager.read_meta(folder)
   stored = meta['vocabulary']
   return Model(
     model_config.from_dict(meta['model']),
@@ -181,8 +181,8 @@ def _read_checkpoint(src: Path) -> Model:
 
 
 def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
+  from glm_jax.checkpoints.slices import flat
   from glm_jax.training import state
-  from glm_jax.training.stored import flat
 
   source = files.open_source(src)
   found = recognise.recognise(source, _overrides(flags.set))
@@ -206,10 +206,10 @@ def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
 
 
 def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> None:
-  from glm_jax.training import stored
+  from glm_jax.checkpoints import slices
 
   specs = {
-    path: stored.LeafSpec(tuple(spec.shape), dtype or spec.dtype)
+    path: slices.LeafSpec(tuple(spec.shape), dtype or spec.dtype)
     for path, spec in model.leaves.specs.items()
   }
 
@@ -223,7 +223,7 @@ def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> 
     'source': model.source,
     'step': model.step,
   }
-  stored.write(folder, specs, read, meta, progress)
+  slices.write(folder, specs, read, meta, progress)
 
 
 def _write_foreign(

@@ -18,24 +18,15 @@ from typing import Any
 import jax
 
 from glm_jax import cli, configs, distributed, sharding
+from glm_jax.checkpoints import folder, manager
+from glm_jax.checkpoints.manager import CheckpointConfig
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream.mixing import MixtureConfig
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.models import config as model_config
 from glm_jax.sharding import MeshConfig
-from glm_jax.training import (
-  checkpoint,
-  evaluation,
-  metrics,
-  optimizer,
-  program,
-  report,
-  run,
-  start,
-  state,
-)
-from glm_jax.training.checkpoint import CheckpointConfig
+from glm_jax.training import evaluation, metrics, optimizer, program, report, start, state
 from glm_jax.training.evaluation import EvaluationConfig
 from glm_jax.training.loss import LossConfig
 from glm_jax.training.optimizer import OptimizerConfig
@@ -176,7 +167,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   prepare.verify(data, config.corpus, jax.process_index(), jax.process_count())
 
   # The folder: a new one, or this run's.
-  identity = run.identity(
+  identity = folder.identity(
     model_config.to_dict(config.model),
     data.vocabulary.fingerprint,
     task=config.task,
@@ -187,12 +178,12 @@ def train(config: TrainConfig, config_text: str) -> None:
     data=data.fingerprint,
   )
   settings = {'optimizer': dataclasses.asdict(config.optimizer)}
-  for change in run.check_same(config.model_dir, identity, settings):
+  for change in folder.check_same(config.model_dir, identity, settings):
     say(f'from here on, {change}')
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
-  found = checkpoint.latest_step(config.model_dir)
+  found = manager.latest_step(config.model_dir)
   if found is None:
     current = state.init_state(config.model, built.optimizer, layout, config.seed)
     if config.init_from:
@@ -203,8 +194,8 @@ def train(config: TrainConfig, config_text: str) -> None:
       say(f'parameters from {config.init_from}')
   distributed.barrier('checked')
   if distributed.is_leader():
-    run.write(config.model_dir, identity, settings, config_text)
-  checkpoints = checkpoint.Checkpoints(config.model_dir, config.checkpoint)
+    folder.write(config.model_dir, identity, settings, config_text)
+  checkpoints = manager.Checkpoints(config.model_dir, config.checkpoint)
   stream = pipeline.Stream(
     config.task,
     config.feature_lengths,

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from glm_jax import sharding
+from glm_jax.checkpoints import manager
+from glm_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from glm_jax.sharding import MeshConfig
-from glm_jax.training import checkpoint, state
-from glm_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from glm_jax.training import state
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 100)
@@ -44,10 +45,10 @@ def test_checkpoints_keep_the_newest_and_the_best(config, tmp_path):
   kept = sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
   assert kept == [2, 4, 5]
   (tmp_path / 'checkpoints' / '99').mkdir()  # a stray folder is no checkpoint
-  assert checkpoint.latest_step(str(tmp_path)) == 5
-  assert checkpoint.find(str(tmp_path)).name == '5'
+  assert manager.latest_step(str(tmp_path)) == 5
+  assert manager.find(str(tmp_path)).name == '5'
   with pytest.raises(ValueError, match='must be a folder with params and meta'):
-    checkpoint.find(str(tmp_path / 'nowhere'))
+    manager.find(str(tmp_path / 'nowhere'))
 
 
 def test_parameters_of_another_model_are_refused(config, tmp_path):
@@ -57,6 +58,4 @@ def test_parameters_of_another_model_are_refused(config, tmp_path):
   written.close()
   other = dataclasses.replace(config, hidden_size=32)
   with pytest.raises(ValueError, match='must have the shapes of the model'):
-    checkpoint.read_params(
-      checkpoint.find(str(tmp_path)), state.abstract_params(other, mesh)
-    )
+    manager.read_params(manager.find(str(tmp_path)), state.abstract_params(other, mesh))

@@ -18,11 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 from glm_jax import convert, models, sharding
 from glm_jax.batch import Batch
+from glm_jax.checkpoints import manager, slices
 from glm_jax.interop import files
 from glm_jax.sharding import MeshConfig
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import ChatGLM3Vocabulary
-from glm_jax.training import checkpoint, loss, start, state, step, stored
+from glm_jax.training import loss, start, state, step
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -251,9 +252,9 @@ def released(tmp_path_factory, vocabulary):
 
 def test_a_released_model_becomes_a_checkpoint_and_comes_back(released, tmp_path):
   folder, tensors = released
-  meta = checkpoint.read_meta(checkpoint.find(str(folder / 'checkpoint')))
+  meta = manager.read_meta(manager.find(str(folder / 'checkpoint')))
   assert meta['vocabulary']['kind'] == 'chatglm3'
-  leaves = stored.StoredLeaves(folder / 'checkpoint')
+  leaves = slices.StoredLeaves(folder / 'checkpoint')
   assert {spec.dtype for spec in leaves.specs.values()} == {np.dtype(np.float16)}
   _convert(folder / 'checkpoint', tmp_path / 'again', '--shard_size=4e-5')
   assert len(list((tmp_path / 'again').glob('model-*.safetensors'))) > 2
@@ -266,9 +267,9 @@ def test_a_released_model_becomes_a_checkpoint_and_comes_back(released, tmp_path
   ).read_bytes()
   # And from there once more: what is written is what is read.
   _convert(tmp_path / 'again', tmp_path / 'twice')
-  twice = checkpoint.read_meta(checkpoint.find(str(tmp_path / 'twice')))
+  twice = manager.read_meta(manager.find(str(tmp_path / 'twice')))
   assert twice['vocabulary'] == meta['vocabulary'] and twice['model'] == meta['model']
-  again = stored.StoredLeaves(tmp_path / 'twice')
+  again = slices.StoredLeaves(tmp_path / 'twice')
   for path, spec in leaves.specs.items():
     for layer in range(spec.shape[0]) if path[0] == 'layers' else (None,):
       np.testing.assert_array_equal(leaves.read(path, layer), again.read(path, layer))
@@ -297,8 +298,8 @@ def test_the_export_for_transformers_is_complete(released, tmp_path, vocabulary)
   assert read('tokenizer.json')['model']['type'] == 'BPE'
   assert '<|assistant|>' in read('tokenizer_config.json')['chat_template']
   _convert(tmp_path / 'glm', tmp_path / 'checkpoint')
-  meta = checkpoint.read_meta(checkpoint.find(str(tmp_path / 'checkpoint')))
-  theirs = checkpoint.read_meta(checkpoint.find(str(folder / 'checkpoint')))
+  meta = manager.read_meta(manager.find(str(tmp_path / 'checkpoint')))
+  theirs = manager.read_meta(manager.find(str(folder / 'checkpoint')))
   assert meta['model'] == theirs['model'] and meta['vocabulary'] == theirs['vocabulary']
 
 
@@ -322,7 +323,7 @@ def test_an_interrupted_conversion_goes_on(released, tmp_path, monkeypatch, caps
   assert 'going on with' in capsys.readouterr().out
   again = [name for name in calls[before:] if 'layers.0' in name]
   assert not again and len(calls) > before  # the first layer was finished
-  leaves = [stored.StoredLeaves(at / 'checkpoint') for at in (folder, tmp_path)]
+  leaves = [slices.StoredLeaves(at / 'checkpoint') for at in (folder, tmp_path)]
   for path in leaves[0].specs:
     np.testing.assert_array_equal(*(found.read(path, None) for found in leaves))
   assert sorted(os.listdir(tmp_path)) == ['checkpoint']
@@ -349,13 +350,13 @@ def test_every_fused_tensor_is_read_once(released, tmp_path, monkeypatch):
 )
 def test_a_converted_checkpoint_is_read_on_any_mesh(released, mesh):
   folder, _ = released
-  leaves = stored.StoredLeaves(folder / 'checkpoint')
-  found = checkpoint.find(str(folder / 'checkpoint'))
-  config = models.config.from_dict(checkpoint.read_meta(found)['model'])
+  leaves = slices.StoredLeaves(folder / 'checkpoint')
+  found = manager.find(str(folder / 'checkpoint'))
+  config = models.config.from_dict(manager.read_meta(found)['model'])
   size = mesh.fsdp * mesh.tensor * max(mesh.data, 1)
   built = sharding.make_mesh(mesh, jax.devices()[:size])
-  params = checkpoint.read_params(found, state.abstract_params(config, built))
-  for path, leaf in stored.flat(params).items():
+  params = manager.read_params(found, state.abstract_params(config, built))
+  for path, leaf in slices.flat(params).items():
     assert leaf.dtype == jnp.float32
     np.testing.assert_array_equal(leaf, leaves.read(path, None).astype(np.float32))
 
@@ -365,7 +366,7 @@ def test_training_begins_at_the_imported_models_loss_and_it_falls(tmp_path):
   arrays, tensors = arrays_of('chatglm2')
   write_safetensors(tmp_path / 'source', tensors, config_json('chatglm2', arrays))
   _convert(tmp_path / 'source', tmp_path / 'checkpoint')
-  meta = checkpoint.read_meta(checkpoint.find(str(tmp_path / 'checkpoint')))
+  meta = manager.read_meta(manager.find(str(tmp_path / 'checkpoint')))
   config = models.config.from_dict(meta['model'])
   mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
   optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=1), 100)

@@ -5,9 +5,9 @@ import pathlib
 
 import numpy as np
 
+from glm_jax.checkpoints.slices import flat
 from glm_jax.interop import files, leaves, recognise
 from glm_jax.training import state
-from glm_jax.training.stored import flat
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 

@@ -84,7 +84,7 @@ def test_importing_the_package_is_quick_and_light():
 def test_training_code_and_generation_do_not_load_tensorflow():
   loaded = _loaded(
     'import glm_jax.train, glm_jax.generate, glm_jax.inference.decode, '
-    'glm_jax.training.checkpoint, glm_jax.convert'
+    'glm_jax.checkpoints.manager, glm_jax.convert'
   )
   assert 'jax' in loaded and not loaded & {'tensorflow', 'seqio', 'tensorflow_datasets'}
 

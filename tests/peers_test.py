@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 from glm_jax import convert, models
 from glm_jax.batch import Visibility
+from glm_jax.checkpoints import slices
 from glm_jax.inference.decode import Filler
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import ChatGLM3Vocabulary
-from glm_jax.training import stored
 
 pytestmark = pytest.mark.slow
 
@@ -157,7 +157,7 @@ def test_bin_files_are_read_as_safetensors_are(kind, tmp_path):
     )
   for name in ('safe', 'bin'):
     _convert(tmp_path / name, tmp_path / f'{name}-checkpoint')
-  a, b = (stored.StoredLeaves(tmp_path / f'{name}-checkpoint') for name in ('safe', 'bin'))
+  a, b = (slices.StoredLeaves(tmp_path / f'{name}-checkpoint') for name in ('safe', 'bin'))
   assert a.specs == b.specs
   for path in a.specs:
     np.testing.assert_array_equal(a.read(path, None), b.read(path, None))

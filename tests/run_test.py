@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from glm_jax.checkpoints import folder
 from glm_jax.data.examples.objective_config import ObjectiveConfig
-from glm_jax.training import run
 from glm_jax.training.optimizer import OptimizerConfig
 
 IDENTITY = {'seed': 0, 'model': {'num_layers': 2}}
@@ -14,17 +14,19 @@ SETTINGS = {'optimizer': {'learning_rate': 1e-3}}
 
 
 def test_a_new_or_empty_folder_is_fine(tmp_path):
-  assert run.check_same(str(tmp_path / 'new'), IDENTITY, SETTINGS) == []
-  assert run.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+  assert folder.check_same(str(tmp_path / 'new'), IDENTITY, SETTINGS) == []
+  assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
 
 
 def test_the_same_run_is_recognised_and_changed_settings_are_said(tmp_path):
-  run.write(str(tmp_path), IDENTITY, SETTINGS, 'text')
-  assert run.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
-  changed = run.check_same(str(tmp_path), IDENTITY, {'optimizer': {'learning_rate': 2e-3}})
+  folder.write(str(tmp_path), IDENTITY, SETTINGS, 'text')
+  assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+  changed = folder.check_same(
+    str(tmp_path), IDENTITY, {'optimizer': {'learning_rate': 2e-3}}
+  )
   assert changed == ['optimizer.learning_rate was 0.001 and is now 0.002']
   with pytest.raises(ValueError, match='model.num_layers was 2 and is now 3'):
-    run.check_same(str(tmp_path), {**IDENTITY, 'model': {'num_layers': 3}}, SETTINGS)
+    folder.check_same(str(tmp_path), {**IDENTITY, 'model': {'num_layers': 3}}, SETTINGS)
 
 
 def test_every_configuration_is_recognised_after_json(tmp_path):
@@ -32,28 +34,28 @@ def test_every_configuration_is_recognised_after_json(tmp_path):
     task='glm_mixture', feature_lengths={'tokens': 64}, batch_size=8, seed=0, data='x'
   )
   steps = ObjectiveConfig(schedule=((0, 5, 1, 0, 0), (5, -1, 2, 1, 1)))
-  wanted = run.identity({'betas': (0.9,)}, 'x', objectives=steps, **fields)
+  wanted = folder.identity({'betas': (0.9,)}, 'x', objectives=steps, **fields)
   settings = {'optimizer': dataclasses.asdict(OptimizerConfig())}
-  run.write(str(tmp_path), wanted, settings, 'text')
-  assert run.check_same(str(tmp_path), wanted, settings) == []
-  other = run.identity({'betas': (0.9,)}, 'x', objectives=ObjectiveConfig(), **fields)
+  folder.write(str(tmp_path), wanted, settings, 'text')
+  assert folder.check_same(str(tmp_path), wanted, settings) == []
+  other = folder.identity({'betas': (0.9,)}, 'x', objectives=ObjectiveConfig(), **fields)
   with pytest.raises(ValueError, match='objectives.schedule was'):
-    run.check_same(str(tmp_path), other, settings)
+    folder.check_same(str(tmp_path), other, settings)
 
 
 def test_a_process_killed_while_it_wrote_the_folder_may_begin_again(tmp_path):
-  (tmp_path / f'.{run.FILE}.123').write_text('{"iden')
-  assert run.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
-  run.write(str(tmp_path), IDENTITY, SETTINGS, 'text')
+  (tmp_path / f'.{folder.FILE}.123').write_text('{"iden')
+  assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+  folder.write(str(tmp_path), IDENTITY, SETTINGS, 'text')
   (tmp_path / 'config.gin').unlink()  # killed between the two files
-  assert run.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
-  assert json.loads((tmp_path / run.FILE).read_text())['identity'] == IDENTITY
+  assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+  assert json.loads((tmp_path / folder.FILE).read_text())['identity'] == IDENTITY
 
 
 def test_folders_of_others_are_refused(tmp_path):
   (tmp_path / 'thesis.tex').write_text('')
   with pytest.raises(ValueError, match=r'thesis\.tex.*choose another folder'):
-    run.check_same(str(tmp_path), IDENTITY, SETTINGS)
-  (tmp_path / run.FILE).write_text('{')
+    folder.check_same(str(tmp_path), IDENTITY, SETTINGS)
+  (tmp_path / folder.FILE).write_text('{')
   with pytest.raises(ValueError, match='readable JSON'):
-    run.check_same(str(tmp_path), IDENTITY, SETTINGS)
+    folder.check_same(str(tmp_path), IDENTITY, SETTINGS)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from etils import epath
 
 from glm_jax.batch import DTYPES, Batch
+from glm_jax.checkpoints import place
 from glm_jax.data import pipeline, prepare, preprocessors, tasks
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
@@ -18,7 +19,6 @@ from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream.source import Corpus, Reading
 from glm_jax.text.vocabulary import ByteVocabulary
-from glm_jax.training import place
 
 VOCABULARY = ByteVocabulary()
 LENGTHS = {'tokens': 64}

@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from glm_jax import models, sharding
+from glm_jax.checkpoints import manager
+from glm_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from glm_jax.models import layers
 from glm_jax.sharding import MeshConfig
-from glm_jax.training import checkpoint, loss, metrics, state, step
-from glm_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from glm_jax.training import loss, metrics, state, step
 from glm_jax.training.loss import LossConfig
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -371,7 +372,7 @@ def test_a_checkpoint_is_read_on_any_mesh(config, batch, tmp_path):
   written = Checkpoints(str(tmp_path), CheckpointConfig())
   written.save(current, {'note': 'x'}, {'loss': 1.0})
   written.close()
-  assert checkpoint.latest_step(str(tmp_path)) == 2
+  assert manager.latest_step(str(tmp_path)) == 2
   for mesh_config in (
     MeshConfig(data=1),
     MeshConfig(data=1, fsdp=8),

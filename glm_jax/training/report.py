@@ -15,8 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from glm_jax import distributed, sharding
+from glm_jax.checkpoints import folder
 from glm_jax.inference.decode import Filler
-from glm_jax.training import evaluation, metrics, run
+from glm_jax.training import evaluation, metrics
 
 # Baselines are fitted on what the model saw; more would take longer than it is worth.
 _BASELINE_POSITIONS = 4_000_000
@@ -71,7 +72,7 @@ def report(
     if name in ('blank', 'causal')
   }
   picture = metrics.plot_losses(config.model_dir, lines)
-  run.write_atomically(
+  folder.write_atomically(
     Path(config.model_dir) / 'summary.json',
     json.dumps(summary, indent=2, ensure_ascii=False) + '\n',
   )

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 
 from glm_jax import configs
+from glm_jax.checkpoints import manager
 from glm_jax.models import config as model_config
 from glm_jax.models.config import COMPUTE_FIELDS, Compute
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
-from glm_jax.training import checkpoint, state
+from glm_jax.training import state
 
 # Fields that two models may differ in and still share their parameters' meaning.
 _FREE = {
@@ -53,8 +54,8 @@ def resolve(config: Any) -> tuple[Any, Vocabulary | None, dict[str, Any] | None]
   if not isinstance(config.model, CheckpointModel):
     return config, None, None
   wanted = config.model
-  folder = checkpoint.find(wanted.path)
-  meta = checkpoint.read_meta(folder)
+  folder = manager.find(wanted.path)
+  meta = manager.read_meta(folder)
   model = dataclasses.replace(
     model_config.from_dict(meta['model']),
     **{name: getattr(wanted, name) for name in COMPUTE_FIELDS},
@@ -93,8 +94,8 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
   Raises:
     ValueError: another vocabulary, or a model that is not the same function.
   """
-  folder = checkpoint.find(path)
-  meta = checkpoint.read_meta(folder)
+  folder = manager.find(path)
+  meta = manager.read_meta(folder)
   theirs = model_config.from_dict(meta['model'])
   carried = meta['vocabulary'] and loading.from_dict(meta['vocabulary']).fingerprint
   configs.check(
@@ -133,7 +134,7 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
     state.abstract_params(shared),
     fresh,
   )
-  params = checkpoint.read_params(folder, wanted)
+  params = manager.read_params(folder, wanted)
 
   def extend(old: jax.Array, new: jax.Array) -> jax.Array:
     if old.shape == new.shape:

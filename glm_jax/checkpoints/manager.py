@@ -2,7 +2,7 @@
 
 `MODEL_DIR/checkpoints/STEP/` holds `params` (alone), `optimizer`, and `meta`: format
 version, model configuration, the vocabulary itself, what identifies the run, the gin
-configuration; and `place`, of a stream that keeps one (`glm_jax.training.place`).
+configuration; and `place`, of a stream that keeps one (`glm_jax.checkpoints.place`).
 Arrays are restored onto whatever mesh asks for them.
 """
 
@@ -23,7 +23,7 @@ from flax import serialization
 from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs
-from glm_jax.training.place import ITEM, RestorePlace, SavePlace
+from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
 
 State = dict[str, Any]
 

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from glm_jax.training.checkpoint import FORMAT
+from glm_jax.checkpoints.manager import FORMAT
 
 Tree = tuple[str, ...]
 
@@ -45,7 +45,7 @@ class StoredLeaves:
   def __init__(self, folder: Any):
     """
     Args:
-      folder: a checkpoint, see `glm_jax.training.checkpoint.find`.
+      folder: a checkpoint, see `glm_jax.checkpoints.manager.find`.
     """
     self._params = Path(folder).absolute() / 'params'
     with ocp.StandardCheckpointer() as reader:
