@@ -28,7 +28,7 @@ from glm_jax.models import config as model_config
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import evaluation, metrics, optimizer, program, report, start, state
 from glm_jax.training.evaluation import EvaluationConfig
-from glm_jax.training.loss import LossConfig
+from glm_jax.training.losses import LossConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.start import CheckpointModel
 

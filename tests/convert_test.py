@@ -23,7 +23,7 @@ from glm_jax.interop import files
 from glm_jax.sharding import MeshConfig
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import ChatGLM3Vocabulary
-from glm_jax.training import loss, start, state, step
+from glm_jax.training import losses, start, state, step
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -387,7 +387,7 @@ def test_training_begins_at_the_imported_models_loss_and_it_falls(tmp_path):
   )
   train_step = jax.jit(
     step.make_train_step(
-      loss.pretraining_loss(models.build(config)), optimizer, microbatches=1, seed=0
+      losses.pretraining_loss(models.build(config)), optimizer, microbatches=1, seed=0
     )
   )
   current, losses = state.with_params(fresh, params), []

@@ -14,7 +14,7 @@ from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference import decode
 from glm_jax.models import GLMConfig, stack
 from glm_jax.models.config import REMAT_POLICIES
-from glm_jax.training import loss, optimizer, state
+from glm_jax.training import losses, optimizer, state
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +42,7 @@ def test_logits_loss_and_gradients_equal_the_original(golden):
   def value_and_gradients(params):
     def mean_loss(params):
       logits, _ = model.apply({'params': params}, *inputs)
-      ce = loss.cross_entropy(logits, jnp.asarray(arrays['in/targets'], jnp.int32))
+      ce = losses.cross_entropy(logits, jnp.asarray(arrays['in/targets'], jnp.int32))
       return (ce * weights).sum() / weights.sum(), (logits, ce)
 
     return jax.value_and_grad(mean_loss, has_aux=True)(params)

@@ -13,7 +13,7 @@ from glm_jax.batch import Visibility
 from glm_jax.inference import decode
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, chatglm, chatglm2
-from glm_jax.training import loss
+from glm_jax.training import losses
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +64,7 @@ def _check_step(arrays, found, params, inputs, at, grads_at):
   def value_and_gradients(params):
     def mean(params):
       logits, _ = model.apply({'params': params}, *inputs)
-      ce = loss.cross_entropy(logits[:, :-1], jnp.asarray(targets, jnp.int32))
+      ce = losses.cross_entropy(logits[:, :-1], jnp.asarray(targets, jnp.int32))
       return (ce * weights).sum() / weights.sum(), logits
 
     return jax.value_and_grad(mean, has_aux=True)(params)

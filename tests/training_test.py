@@ -14,8 +14,8 @@ from glm_jax.checkpoints import manager
 from glm_jax.checkpoints.manager import CheckpointConfig, Checkpoints
 from glm_jax.models import layers
 from glm_jax.sharding import MeshConfig
-from glm_jax.training import loss, metrics, state, step
-from glm_jax.training.loss import LossConfig
+from glm_jax.training import losses, metrics, state, step
+from glm_jax.training.losses import LossConfig
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=2), 100)
@@ -39,7 +39,7 @@ def _run(
   mesh = sharding.make_mesh(mesh_config, _devices(mesh_config))
   current = state.init_state(config, optimizer, mesh, 0)
   train_step = step.make_train_step(
-    loss.pretraining_loss(models.build(config), loss_config),
+    losses.pretraining_loss(models.build(config), loss_config),
     optimizer,
     microbatches=microbatches,
     seed=0,
@@ -132,8 +132,8 @@ def test_the_loss_in_chunks_holds_no_logits():
     gradient = jax.jit(jax.grad(f, argnums=(0, 1)))
     return gradient.lower(x, weight).compile().memory_analysis().temp_size_in_bytes
 
-  whole = peak(lambda x, w: loss.cross_entropy(x @ w.T, targets).sum())
-  chunked = peak(lambda x, w: loss.chunked_cross_entropy(x, w, targets, 16)[0].sum())
+  whole = peak(lambda x, w: losses.cross_entropy(x @ w.T, targets).sum())
+  chunked = peak(lambda x, w: losses.chunked_cross_entropy(x, w, targets, 16)[0].sum())
   assert chunked <= 0.25 * 4 * T * V <= whole
 
 
@@ -146,7 +146,7 @@ def test_z_loss_is_the_square_of_the_logsumexp(config, batch):
   wanted = 0.01 * (square * batch.loss_weights).sum()
   totals = []
   for chunks in (0, 4):
-    made = loss.pretraining_loss(model, LossConfig(z_loss=0.01, vocab_chunks=chunks))
+    made = losses.pretraining_loss(model, LossConfig(z_loss=0.01, vocab_chunks=chunks))
     total, found = made(params, rows, None)
     assert float(found['z_loss'][0]) == pytest.approx(wanted, rel=1e-5)
     assert float(total) == pytest.approx(float(found['loss'][0]) + wanted, rel=1e-5)
@@ -220,7 +220,7 @@ def test_the_loss_is_the_weighted_mean_over_the_batch(config, batch):
   )
   log_probs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
   ce = -np.take_along_axis(log_probs, batch.targets[..., None], -1)[..., 0]
-  _, found = loss.pretraining_loss(model)(params, batch._replace(index=None), None)
+  _, found = losses.pretraining_loss(model)(params, batch._replace(index=None), None)
   found = metrics.averages(found)
   w = batch.loss_weights
   assert found['loss'] == pytest.approx((ce * w).sum() / w.sum(), rel=1e-5)
@@ -278,7 +278,7 @@ def test_dropout_differs_by_step_and_repeats_by_seed(config, batch):
   )
   train_step = jax.jit(
     step.make_train_step(
-      loss.pretraining_loss(models.build(config)), OPTIMIZER, microbatches=2, seed=0
+      losses.pretraining_loss(models.build(config)), OPTIMIZER, microbatches=2, seed=0
     )
   )
   mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -292,7 +292,7 @@ def test_dropout_differs_by_step_and_repeats_by_seed(config, batch):
   assert at_step[0] == at_step[3] and len({*at_step}) == 3
   # Two equal micro-batches get masks of their own, from the key of the step.
   half = jax.tree.map(lambda x: np.repeat(x[:8], 2, axis=0), rows)
-  loss_fn = jax.jit(loss.pretraining_loss(models.build(config)))
+  loss_fn = jax.jit(losses.pretraining_loss(models.build(config)))
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 0)
   parts = [
     float(loss_fn(fresh['params'], jax.tree.map(lambda x: x[:8], rows), part)[0])
@@ -312,7 +312,7 @@ def test_gradients_in_bfloat16_are_those_of_float32(config, batch):
   for dtype in ('float32', 'bfloat16'):
     model = models.build(dataclasses.replace(config, dtype=dtype))
     train_step = step.make_train_step(
-      loss.pretraining_loss(model), sgd, microbatches=4, seed=0, dtype=dtype
+      losses.pretraining_loss(model), sgd, microbatches=4, seed=0, dtype=dtype
     )
     stepped, _ = jax.jit(train_step)(fresh, batch._replace(index=None))
     found[dtype] = jax.tree.map(lambda a, b: a - b, fresh['params'], stepped['params'])
@@ -350,7 +350,7 @@ def test_the_step_with_chunked_attention_holds_no_square_array(config):
   ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
   rows = _batch_of(ids)
   train_step = step.make_train_step(
-    loss.pretraining_loss(models.build(config)), OPTIMIZER, microbatches=1, seed=0
+    losses.pretraining_loss(models.build(config)), OPTIMIZER, microbatches=1, seed=0
   )
   mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
   abstract = state.abstract_state(config, OPTIMIZER, mesh)

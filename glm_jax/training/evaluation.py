@@ -12,7 +12,7 @@ from glm_jax import configs, sharding
 from glm_jax.batch import Batch
 from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.training import metrics
-from glm_jax.training.loss import LossFn
+from glm_jax.training.losses import LossFn
 from glm_jax.training.step import make_eval_step
 
 # One set of masks for every run, whatever its seed, so that runs can be compared.

@@ -10,7 +10,7 @@ import optax
 
 from glm_jax import attention, batch, models, sharding
 from glm_jax.performance import flags
-from glm_jax.training import loss, optimizer, state, step
+from glm_jax.training import losses, optimizer, state, step
 
 
 class Program(NamedTuple):
@@ -18,7 +18,7 @@ class Program(NamedTuple):
 
   Attributes:
     train_step: jitted, (state, batch) -> (state, metrics); the state is donated.
-    loss: see `loss.LossFn`.
+    loss: see `losses.LossFn`.
     optimizer: of optax.
     state: shapes, dtypes and shardings of the training state.
     batch: likewise, of a batch.
@@ -26,7 +26,7 @@ class Program(NamedTuple):
   """
 
   train_step: Any
-  loss: loss.LossFn
+  loss: losses.LossFn
   optimizer: optax.GradientTransformation
   state: state.State
   batch: batch.Batch
@@ -48,7 +48,7 @@ def build(config: Any, layout: sharding.Layout) -> Program:
   device = layout.devices.flat[0]
   backend, why = attention.choose(config.model, device, length)
   model = dataclasses.replace(config.model, attention=backend)
-  loss_fn = loss.pretraining_loss(models.build(model), config.loss)
+  loss_fn = losses.pretraining_loss(models.build(model), config.loss)
   update = optimizer.make_optimizer(config.optimizer, config.train_steps)
   train_step = step.make_train_step(
     loss_fn,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glm_jax.training.loss import LossFn, Metrics
+from glm_jax.training.losses import LossFn, Metrics
 from glm_jax.training.state import State
 
 
