@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import readme
-from glm_jax.performance import chips, topologies
+from glm_jax.performance import chips
+from glm_jax.performance.planning import topologies
 
 RESULTS = Path(__file__).parent / 'topologies' / 'results.json'
 
@@ -138,7 +139,7 @@ def configure(row: Row) -> tuple[Any, Any]:
 
 def lowered_fingerprint(config: Any, layout: Any) -> str:
   """Of the step as it is handed to the compiler."""
-  from glm_jax.performance import prediction
+  from glm_jax.performance.planning import prediction
 
   lowered = prediction.lower(config, layout)[1]
   return prediction.fingerprint(lowered, layout.device_kind)
@@ -148,7 +149,7 @@ def predict(config: Any, layout: Any) -> dict[str, Any]:
   """The prediction as JSON, and what made it."""
   import jax
 
-  from glm_jax.performance import prediction
+  from glm_jax.performance.planning import prediction
 
   found = prediction.predict(config, layout)
   values = found.to_dict()

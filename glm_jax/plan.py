@@ -28,7 +28,7 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
   import jax
 
   from glm_jax import sharding
-  from glm_jax.performance import prediction, suggest, table, topologies
+  from glm_jax.performance.planning import prediction, suggest, table, topologies
   from glm_jax.training import start
 
   config, _, _ = start.resolve(config)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     repr(flags.json),
     'correct the path',
   )
-  from glm_jax.performance import topologies
+  from glm_jax.performance.planning import topologies
 
   topologies.prepare_environment()
   cli.import_modules(flags.imports)

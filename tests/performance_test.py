@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 from hlo_test import _chain, _cycles, _gather, _kernel, _loop, _module
 
-from glm_jax.performance import chips, estimate, hlo
+from glm_jax.performance import chips
 from glm_jax.performance.chips import CHIPS
-from glm_jax.performance.estimate import Attention
+from glm_jax.performance.planning import estimate, hlo
+from glm_jax.performance.planning.estimate import Attention
 
 CLOCKED = chips.Chip(
   device_kinds=('a chip',),

@@ -56,7 +56,7 @@ def flash(
   """Attention by the kernels of JAX's default device.
 
   To compile for a GPU that is not here, trace under `jax.default_device` of one that
-  `glm_jax.performance.topologies` describes.
+  `glm_jax.performance.planning.topologies` describes.
 
   Args:
     q_BTKGH: queries, grouped by key head.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from glm_jax.performance import prediction
 from glm_jax.performance.chips import calibrations
-from glm_jax.performance.prediction import GIB, Prediction
+from glm_jax.performance.planning import prediction
+from glm_jax.performance.planning.prediction import GIB, Prediction
 
 
 def render(found: Prediction, config: Any, where: str) -> str:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from glm_jax import configs, sharding
-from glm_jax.performance import flops, prediction
+from glm_jax.performance import flops
 from glm_jax.performance.chips import Chip, of_device_kind
-from glm_jax.performance.prediction import GIB, Prediction
+from glm_jax.performance.planning import prediction
+from glm_jax.performance.planning.prediction import GIB, Prediction
 
 _LONG_ROW = 16384  # from here on, a row's tokens may be spread over devices
 

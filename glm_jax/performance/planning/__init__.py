@@ -1,0 +1,1 @@
+"""What only `plan` needs: reading compiled programs, estimates, tables."""
