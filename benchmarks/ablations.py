@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.readme import write_section
-from glm_jax import cli
+from glm_jax import cli, startup
 
 FOLDER = Path(__file__).parent / 'ablations_results'
 RESULTS = FOLDER / 'results.json'
@@ -92,8 +92,8 @@ class Bench:
 
   def __init__(self, steps: int):
     from glm_jax import sharding
-    from glm_jax.train import CONFIGURABLES, TrainConfig
     from glm_jax.training import program
+    from glm_jax.training.config import CONFIGURABLES, TrainConfig
     from glm_jax.training.step import make_eval_step
 
     config, _ = cli.load_config(
@@ -105,7 +105,7 @@ class Bench:
     )
     import jax
 
-    cli.find_devices()
+    startup.find_devices()
     self.config, self.layout = config, sharding.make_mesh(config.mesh)
     self.built = program.build(config, self.layout)
     self.evaluate = jax.jit(make_eval_step(self.built.loss))

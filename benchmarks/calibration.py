@@ -77,7 +77,7 @@ def main() -> None:
   from glm_jax import sharding
   from glm_jax.models import ChatGLM2Config
   from glm_jax.performance.planning import prediction
-  from glm_jax.train import TrainConfig
+  from glm_jax.training.config import TrainConfig
 
   results = {}
   for chip, run in RUNS.items():

@@ -28,9 +28,9 @@ import numpy as np
 
 from benchmarks.readme import ROOT, write_section
 from glm_jax import cli
-from glm_jax.interop import files, hub, layouts
+from glm_jax.interop import files, formats, hub
 from glm_jax.models import ChatGLM2Config
-from glm_jax.train import CONFIGURABLES
+from glm_jax.training.config import CONFIGURABLES
 
 RESULTS = ROOT / 'benchmarks' / 'convert' / 'results.json'
 GIN_FILE = 'gin_configs/models/chatglm2_6b.gin'
@@ -42,7 +42,7 @@ def write_source(folder: Path, config: ChatGLM2Config, shards: int = 7) -> None:
 
   folder.mkdir()
   rng = np.random.default_rng(0)
-  entries = layouts.chatglm2(config, 1)
+  entries = formats.chatglm2(config, 1)
   # 16 M random numbers, used again and again: drawing 6.2 G would take minutes.
   noise = rng.normal(0, 0.02, 2**24).astype(np.float16)
   where: dict[str, str] = {}

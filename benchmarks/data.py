@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.readme import ROOT, write_section
-from glm_jax import cli
+from glm_jax import startup
 
 RESULTS = Path(__file__).parent / 'data_results.json'
 _LENGTHS = (512, 2048)
@@ -48,8 +48,8 @@ def main() -> None:
   flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   flags.add_argument('--only', choices=parts, help='one part alone')
   only = flags.parse_args().only
-  cli.be_quiet()
-  cli.import_tensorflow()
+  startup.be_quiet()
+  startup.import_tensorflow()
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   for name, measure in parts.items():
     if only in (None, name):
@@ -203,7 +203,7 @@ def objective() -> dict[str, float]:
   def make(step: Any) -> Any:
     index = step * B + tf.range(B, dtype=tf.int64)
     keys = stateless.example_keys(0, index)
-    source = infilling.Source(tokens, lengths, scored, keys, index)
+    source = infilling.TextRows(tokens, lengths, scored, keys, index)
     return infilling.make_examples(source, 512, config, vocabulary)
 
   dataset = tf.data.Dataset.range(10**9).map(make, num_parallel_calls=2)

@@ -123,7 +123,7 @@ def configure(row: Row) -> tuple[Any, Any]:
   """The run's configuration and mesh."""
   topologies.prepare_environment()
   from glm_jax import cli, sharding
-  from glm_jax.train import CONFIGURABLES, TrainConfig
+  from glm_jax.training.config import CONFIGURABLES, TrainConfig
 
   config, _ = cli.load_config(
     TrainConfig,

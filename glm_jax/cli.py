@@ -1,4 +1,4 @@
-"""Flags, gin, exit codes and quiet logs: what all commands share.
+"""Flags, gin and exit codes: what all commands share.
 
 The one module that knows gin. gin binds configuration dataclasses and nothing else: the
 model is read in Python. A gin file is parsed without running code: imports and
@@ -8,35 +8,56 @@ registrations in it are refused.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
-import os
+import errno
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from glm_jax import startup
+from glm_jax.configs import ResourceError, UserError
 
 EXIT_DATA = 65  # bad input or configuration: trying again does not help
 EXIT_NUMERICS = 70  # the loss is no longer finite
 EXIT_IO = 74  # a file cannot be read or written
 
+# What the system says of its disks and permissions. A file that is missing is not among
+# them: either it is refused by name, or the program lost it.
+_OF_THE_DISK = frozenset(
+  getattr(errno, name)
+  for name in (
+    *('EACCES', 'EPERM', 'EROFS', 'ENOSPC', 'EDQUOT', 'EFBIG', 'EIO'),
+    *('EEXIST', 'ENOTDIR', 'EISDIR', 'ENAMETOOLONG', 'EMFILE', 'ENFILE'),
+  )
+)
 _BINDING = re.compile(r'--gin\.([^=]+)=(.*)', re.DOTALL)
 
 
 def main(run: Callable[[Sequence[str]], None]) -> None:
-  """Runs a command: one message and an exit code for what a user can mend."""
-  be_quiet()
+  """Runs a command and leaves with its exit code."""
+  startup.be_quiet()
+  sys.exit(exit_code(run, sys.argv[1:]))
+
+
+def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+  """Runs a command: one message and an exit code for what a user can mend.
+
+  Any other exception is a defect of the program, and passes.
+  """
   try:
-    run(sys.argv[1:])
+    run(argv)
+  except UserError as error:
+    return _stop(_message(error), EXIT_DATA)
   except FloatingPointError as error:
-    _stop(str(error), EXIT_NUMERICS)
-  except (ValueError, OSError) as error:
-    if isinstance(error, (UnicodeError, NotImplementedError)):
+    return _stop(str(error), EXIT_NUMERICS)
+  except OSError as error:
+    if not isinstance(error, ResourceError) and error.errno not in _OF_THE_DISK:
       raise
-    _stop(_message(error), EXIT_IO if isinstance(error, OSError) else EXIT_DATA)
+    return _stop(_message(error), EXIT_IO)
   except KeyboardInterrupt:
-    _stop('interrupted', 130)
+    return _stop('interrupted', 130)
+  return 0
 
 
 def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -127,53 +148,45 @@ def split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   return others, bindings
 
 
-def use_cpu_devices(count: int) -> None:
-  """Splits the CPU into virtual devices; must precede the first use of JAX."""
-  if count < 0:
-    raise ValueError(f'--cpu_devices must be 1 or more, got {count}; leave it out for one.')
-  if count:
-    # XLA's pool has a thread a core; devices that wait for each other need more.
-    os.environ.setdefault('NPROC', str(4 * count))
-    import jax
-
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', count)
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+  """The flags of a command that has `add_gin_flags`; `bindings` holds --gin.NAME=value."""
+  argv, bindings = split_bindings(argv)
+  flags = parser.parse_args(argv)
+  flags.bindings = bindings
+  return flags
 
 
-def find_devices() -> None:
-  """Starts JAX quietly: libtpu without a chip says so at length."""
-  import jax
+def configuration(
+  flags: argparse.Namespace,
+  *,
+  kind: type | None = None,
+  more: Sequence[type] = (),
+  bindings: Sequence[str] = (),
+  placeholders: bool = False,
+) -> tuple[Any, str]:
+  """The configuration that the flags of a command ask for, and its text.
 
-  with silenced_stderr():
-    jax.devices()
+  Modules of the user's are imported first: what they register may be named in gin.
 
-
-def import_tensorflow() -> None:
-  """Imports TensorFlow quietly, and so that it sees no accelerator: they belong to JAX."""
-  with silenced_stderr():
-    from glm_jax.data import pipeline as _  # noqa: F401 (which hides them)
-
-
-def import_modules(names: Sequence[str]) -> None:
-  """Imports modules of the user's by name, with the current folder on the path.
-
-  They may use TensorFlow as soon as they are imported, so it is made ready before.
+  Args:
+    flags: as `parse` gives them.
+    kind: a dataclass to build instead of a `TrainConfig`.
+    more: dataclasses that gin may bind besides those of a run.
+    bindings: that win over the flags'.
+    placeholders: see `load_config`.
   """
-  if not names:
-    return
-  import_tensorflow()
-  if '' not in sys.path and str(Path.cwd()) not in sys.path:
-    sys.path.insert(0, str(Path.cwd()))
-  for name in names:
-    try:
-      importlib.import_module(name)
-    except ModuleNotFoundError as error:
-      if error.name and (name == error.name or name.startswith(error.name + '.')):
-        raise ValueError(
-          f'--import must name a module on the Python path, got {name!r}; '
-          'run from its folder or set PYTHONPATH.'
-        ) from error
-      raise
+  # Not above: --help of a command must not wait for JAX.
+  from glm_jax.training.config import CONFIGURABLES, TrainConfig
+
+  startup.import_modules(flags.imports)
+  return load_config(
+    kind or TrainConfig,
+    (*CONFIGURABLES, *more),
+    flags.gin_file,
+    flags.gin_search_paths,
+    [*flags.bindings, *bindings],
+    placeholders=placeholders,
+  )
 
 
 def load_config(
@@ -201,7 +214,7 @@ def load_config(
     the same instance again.
 
   Raises:
-    ValueError: whatever is wrong in them, in one message.
+    UserError: whatever is wrong in them, in one message.
   """
   import gin
 
@@ -221,24 +234,31 @@ def load_config(
   seen: dict[str, str] = {}
   for file in files:
     _refuse_code(_find(file, folders), folders, seen)
-  try:
+  try:  # nothing of ours runs here: whatever is raised is about the text
     gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False)
     _refuse_unused_macros(gin)
     if placeholders:
       defined, used = _macros(gin)
       gin.parse_config([f"{name} = 'unset'" for name in sorted(used - defined)])
     gin.finalize()
+  except Exception as error:
+    raise UserError(_message(error)) from error
+  try:
     config = gin.get_configurable(kind.__name__)()
-    return config, gin.operative_config_str()
-  except (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    OSError,
-    SyntaxError,
-    AttributeError,
-  ) as error:
-    raise ValueError(_message(error)) from error
+  except (UserError, TypeError, RuntimeError) as error:
+    # gin's own are TypeErrors of a call and RuntimeErrors of what has no value.
+    if not isinstance(error, UserError) and not _is_of_gin(error):
+      raise
+    raise UserError(_message(error)) from error
+  return config, gin.operative_config_str()
+
+
+def _is_of_gin(error: BaseException) -> bool:
+  """Whether a call that gin made failed at once, so that no code of ours was reached."""
+  trace = error.__traceback__
+  while trace is not None and trace.tb_next is not None:
+    trace = trace.tb_next
+  return trace is None or trace.tb_frame.f_globals.get('__name__', '').startswith('gin.')
 
 
 _registered: set[str] = set()
@@ -249,14 +269,14 @@ def _find(file: str, folders: Sequence[str]) -> Path:
     path = Path(folder) / file
     if path.is_file():
       return path
-  raise ValueError(
+  raise UserError(
     f'--gin_file and include must name a gin file, got {file!r}, which is '
     f'in none of {[folder or "." for folder in folders]}; correct the path.'
   )
 
 
 def _refuse_code(path: Path, folders: Sequence[str], seen: dict[str, str]) -> None:
-  """Raises ValueError if a gin file, or one it includes, would run Python."""
+  """Raises UserError if a gin file, or one it includes, would run Python."""
   from gin import config_parser
 
   if str(path) in seen:
@@ -264,16 +284,16 @@ def _refuse_code(path: Path, folders: Sequence[str], seen: dict[str, str]) -> No
   try:
     seen[str(path)] = text = path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(
+    raise UserError(
       f'a gin file must be UTF-8 text, got {path} ({error}); correct it.'
     ) from error
   try:
     statements = list(config_parser.ConfigParser(text, _NoDelegate()))
   except SyntaxError as error:
-    raise ValueError(f'{path}: {error.msg} (line {error.lineno}).') from error
+    raise UserError(f'{path}: {error.msg} (line {error.lineno}).') from error
   for statement in statements:
     if isinstance(statement, config_parser.ImportStatement):
-      raise ValueError(
+      raise UserError(
         f'a gin file must not import modules, got {statement.module!r} in {path}; name '
         'modules of your own on the command line with --import.'
       )
@@ -299,7 +319,7 @@ def _refuse_unused_macros(gin: Any) -> None:
   for name in sorted(defined - used):
     near = difflib.get_close_matches(name, sorted(used), 1)
     hint = f'did you mean {near[0]}' if near else f'macros in use are {sorted(used)}'
-    raise ValueError(
+    raise UserError(
       f'a macro must be used by something, got {name}, which nothing refers to; {hint}?'
     )
 
@@ -322,41 +342,6 @@ def _message(error: BaseException) -> str:
   return re.sub(r'\s*\n\s*', ' ', text)
 
 
-def _stop(message: str, code: int) -> None:
+def _stop(message: str, code: int) -> int:
   print(f'error: {message}', file=sys.stderr, flush=True)
-  sys.exit(code)
-
-
-def be_quiet() -> None:
-  """Silences what TensorFlow and absl say to nobody; warnings of XLA remain."""
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-  import logging
-  import threading
-  import warnings
-
-  from absl import logging as absl_logging
-
-  # Errors, too: Orbax logs them with a trace before it raises them.
-  absl_logging.set_verbosity(absl_logging.FATAL)
-  absl_logging.set_stderrthreshold(absl_logging.FATAL)
-  for name in ('absl', 'asyncio', 'jax', 'orbax', 'tensorflow', 'etils'):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-  warnings.filterwarnings('ignore')
-  # Threads that write checkpoints print an error that is raised again in ours.
-  sys.unraisablehook = threading.excepthook = lambda _: None
-
-
-@contextlib.contextmanager
-def silenced_stderr() -> Iterator[None]:
-  """Hides file descriptor 2, where libraries write before their logging is set up."""
-  sys.stderr.flush()
-  saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-  try:
-    os.dup2(null, 2)
-    yield
-  finally:
-    sys.stderr.flush()
-    os.dup2(saved, 2)
-    os.close(saved)
-    os.close(null)
+  return code

@@ -1,4 +1,9 @@
-"""Types of configuration fields, checked: gin itself lets any value through."""
+"""Checks of configurations, and the error of whoever wrote one.
+
+gin lets any value through. A configuration says in the types of its fields what they may
+be, `Annotated[int, POSITIVE]`, and calls `check_fields` when it is made; only relations
+between fields are sentences of their own (`check`).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,79 @@ import json
 import math
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def check_types(config: Any) -> None:
-  """Raises ValueError if a field of a dataclass is not of its annotated type.
+class UserError(ValueError):
+  """Something that a user can mend: a command says it in one line, without a traceback.
+
+  The message states the rule, the value received and the remedy. Any other exception is
+  a defect of the program and keeps its traceback.
+  """
+
+
+class ResourceError(OSError):
+  """What the system has no more of, or does not allow: disk, memory, a bucket."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What the value of a field must be, beyond its type.
+
+  Attributes:
+    words: behind 'must be '.
+    holds: whether a value is so.
+    remedy: what to do about one that is not.
+  """
+
+  words: str
+  holds: Callable[[Any], bool]
+  remedy: str
+
+  def but(self, remedy: str) -> Rule:
+    """The same rule with a remedy of the field's own."""
+    return dataclasses.replace(self, remedy=remedy)
+
+
+def at_least(least: float) -> Rule:
+  """A finite number that is not smaller.
+
+  Example:
+    >>> at_least(1).words, at_least(1).holds(0)
+    ('1 or more', False)
+  """
+  return Rule(f'{least} or more', lambda x: least <= x < math.inf, f'give {least} or more')
+
+
+def within(interval: str) -> Rule:
+  """A number in an interval, written as in mathematics: '[' holds its bound, '(' does not.
+
+  Example:
+    >>> [within('(0, 1]').holds(x) for x in (0, 0.5, 1)]
+    [False, True, True]
+  """
+  low, high = (float(bound) for bound in interval[1:-1].split(','))
+
+  def holds(x: float) -> bool:
+    above = low <= x if interval[0] == '[' else low < x
+    return above and (x <= high if interval[-1] == ']' else x < high)
+
+  return Rule(f'in {interval}', holds, f'give a number in {interval}')
+
+
+def one_of(*choices: str) -> Rule:
+  """One of some words."""
+  return Rule(f'one of {choices}', lambda x: x in choices, 'choose one of these')
+
+
+POSITIVE = Rule('positive', lambda x: 0 < x < math.inf, 'give a number above 0')
+NOT_EMPTY = Rule('no empty text', bool, 'give one')
+
+
+def check_fields(config: Any) -> None:
+  """Raises UserError if a field of a dataclass breaks its type or a rule beside it.
 
   An int stands for a float; nothing else is converted. A bool is not an int.
 
@@ -22,43 +94,51 @@ def check_types(config: Any) -> None:
   Example:
     >>> @dataclasses.dataclass(frozen=True)
     ... class Config:
-    ...   batch_size: int = 8
-    >>> check_types(Config(batch_size=16))
-    >>> check_types(Config(batch_size='16'))
+    ...   batch_size: typing.Annotated[int, POSITIVE] = 8
+    >>> check_fields(Config(batch_size=16))
+    >>> check_fields(Config(batch_size='16'))
     Traceback (most recent call last):
     ...
-    ValueError: Config.batch_size must be int, got '16' (str); set it to an int.
+    glm_jax.configs.UserError: Config.rows must be int, got '16' (str); set it to an int.
+    >>> check_fields(Config(rows=0))
+    Traceback (most recent call last):
+    ...
+    glm_jax.configs.UserError: Config.rows must be positive, got 0; give a number above 0.
   """
-  hints = typing.get_type_hints(type(config))
+  hints = typing.get_type_hints(type(config), include_extras=True)
   for field in dataclasses.fields(config):
     value, hint = getattr(config, field.name), hints[field.name]
+    name, rules = f'{type(config).__name__}.{field.name}', ()
+    if typing.get_origin(hint) is typing.Annotated:
+      hint, *rules = typing.get_args(hint)
     if not _matches(value, hint):
-      name = f'{type(config).__name__}.{field.name}'
       kind = hint.__name__ if isinstance(hint, type) else str(hint)
-      raise ValueError(
+      raise UserError(
         f'{name} must be {kind}, got {value!r} ({type(value).__name__}); '
         f'set it to {"an" if kind[0] in "aeiou" else "a"} {kind}.'
       )
+    for rule in rules:
+      check(rule.holds(value), f'{name} must be {rule.words}', repr(value), rule.remedy)
 
 
 def check(condition: bool, rule: str, received: str, remedy: str) -> None:
-  """Raises ValueError saying the rule, the value received and the remedy."""
+  """Raises UserError saying the rule, the value received and the remedy."""
   if not condition:
-    raise ValueError(f'{rule}, got {received}; {remedy}.')
+    raise UserError(f'{rule}, got {received}; {remedy}.')
 
 
 def read_json(path: Path) -> dict[str, Any]:
   """A JSON object from a file.
 
   Raises:
-    ValueError: it is none, in one message with the file's name.
+    UserError: it is none, in one message with the file's name.
   """
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
-    raise ValueError(f'{path} must be JSON, got {error}; fetch it again.') from error
+    raise UserError(f'{path} must be JSON, got {error}; fetch it again.') from error
   if not isinstance(content, dict):
-    raise ValueError(
+    raise UserError(
       f'{path} must be a JSON object, got {type(content).__name__}; fetch it again.'
     )
   return content

@@ -22,8 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from glm_jax import cli, configs
+from glm_jax.configs import ResourceError
 from glm_jax.interop import files, hub, leaves, recognise
-from glm_jax.interop.layouts import LAYOUTS
+from glm_jax.interop.formats import FORMATS
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
@@ -65,8 +66,8 @@ def convert(flags: argparse.Namespace) -> None:
     flags: src, dst, to, set, dtype, vocabulary, parts, shard_size.
 
   Raises:
-    ValueError: anything about the files that a user can mend.
-    OSError: no room, or no permission.
+    UserError: anything about the files that a user can mend.
+    ResourceError: no room.
   """
   began = time.perf_counter()
   src, dst = Path(flags.src), Path(flags.dst)
@@ -105,16 +106,16 @@ def convert(flags: argparse.Namespace) -> None:
   name = model_config.to_dict(model.config)['family']
   if target != _CHECKPOINT:
     configs.check(
-      LAYOUTS[target].config is type(model.config),
+      FORMATS[target].config is type(model.config),
       f'a model of the family {name!r} can be exported to one of '
-      f'{[k for k, v in LAYOUTS.items() if v.config is type(model.config)]}',
+      f'{[k for k, v in FORMATS.items() if v.config is type(model.config)]}',
       repr(target),
       'choose one of these',
     )
-    if LAYOUTS[target].container == 'huggingface':
+    if FORMATS[target].container == 'huggingface':
       hub.check(target, model.config, model.vocabulary)
   # mp_rank_* files; each is put together from a copy of what goes into it.
-  in_parts = target != _CHECKPOINT and LAYOUTS[target].container == 'megatron'
+  in_parts = target != _CHECKPOINT and FORMATS[target].container == 'megatron'
   parts = flags.parts or (model.source.get('parts', 1) if in_parts else 1)
   configs.check(
     parts >= 1 and (parts == 1 or in_parts),
@@ -128,7 +129,7 @@ def convert(flags: argparse.Namespace) -> None:
     for spec in model.leaves.specs.values()
   )
   if target != _CHECKPOINT:
-    LAYOUTS[target].entries(model.config, parts)  # or it says what does not divide
+    FORMATS[target].entries(model.config, parts)  # or it says what does not divide
 
   # Writing, beside DST.
   partial = dst.with_name(f'.{dst.name}.partial')
@@ -165,11 +166,11 @@ def convert(flags: argparse.Namespace) -> None:
 
 
 def _read_checkpoint(src: Path) -> Model:
-  from glm_jax.checkpoints import manager
+  from glm_jax import checkpoints
   from glm_jax.checkpoints.slices import StoredLeaves
 
-  folder = manager.find(str(src))
-  meta = manager.read_meta(folder)
+  folder = checkpoints.find(str(src))
+  meta = checkpoints.read_meta(folder)
   stored = meta['vocabulary']
   return Model(
     model_config.from_dict(meta['model']),
@@ -190,7 +191,7 @@ def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
   vocabulary = None
   if not flags.vocabulary:
     vocabulary = loading.find(src, found.format, found.config.vocab_size)
-  print(f'{src}: {LAYOUTS[found.format].describes}; {len(source.parts)} part(s)')
+  print(f'{src}: {FORMATS[found.format].describes}; {len(source.parts)} part(s)')
   for line in found.assumed:
     print(f'  {line}')
   foreign = leaves.ForeignLeaves(source, found, shapes)
@@ -250,7 +251,7 @@ def _write_foreign(
       )
     )
 
-  if LAYOUTS[target].container == 'megatron':
+  if FORMATS[target].container == 'megatron':
     leaves.write_megatron(
       folder, str(model.step), [tensors(i) for i in range(parts)], progress
     )
@@ -288,7 +289,7 @@ def _check_room(dst: Path, size: int) -> None:
     parent = parent.parent
   free = shutil.disk_usage(parent).free
   if size > free:
-    raise OSError(
+    raise ResourceError(
       f'DST needs {size / 1e9:.1f} GB, got {free / 1e9:.1f} GB free in {parent}; nothing '
       'was written. Make room or choose another disk.'
     )
@@ -332,13 +333,13 @@ def _flags() -> argparse.ArgumentParser:
     'Converts the weights of released models into a checkpoint, and back.',
     'python -m glm_jax.convert chatglm3-6b/ runs/chatglm3\n'
     '  python -m glm_jax.convert runs/mine exported/ --to=glm --dtype=bfloat16\n\n'
-    'formats:\n' + '\n'.join(f'  {k:<10} {v.describes}' for k, v in LAYOUTS.items()),
+    'formats:\n' + '\n'.join(f'  {k:<10} {v.describes}' for k, v in FORMATS.items()),
   )
   flags.add_argument('src', metavar='SRC', help='a released model, or a MODEL_DIR')
   flags.add_argument('dst', metavar='DST', help='a folder that does not exist yet')
   flags.add_argument(
     '--to',
-    choices=(_CHECKPOINT, *LAYOUTS),
+    choices=(_CHECKPOINT, *FORMATS),
     metavar='FORMAT',
     help='by default a checkpoint from released weights; from a checkpoint, the format '
     "that it came from, else 'glm'",

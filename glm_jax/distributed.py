@@ -35,7 +35,7 @@ def initialize(processes: Processes) -> None:
   """Joins the other processes; does nothing for a run of one.
 
   Raises:
-    ValueError: some but not all of the three explicit flags, or an index out of range.
+    UserError: some but not all of the three explicit flags, or an index out of range.
   """
   explicit = (
     processes.coordinator_address,
@@ -84,7 +84,7 @@ def leader_first() -> Iterator[None]:
 
 
 def check_equal(name: str, value: str) -> None:
-  """Raises ValueError if the processes do not have the same value."""
+  """Raises UserError if the processes do not have the same value."""
   if jax.process_count() == 1:
     return
   number = int(hashlib.sha256(value.encode()).hexdigest()[:7], 16)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from glm_jax import cli
+from glm_jax import cli, startup
 
 
 def main(argv: Sequence[str]) -> None:
@@ -16,24 +16,25 @@ def main(argv: Sequence[str]) -> None:
   # JAX only after the flags are known to be good.
   import jax
 
-  from glm_jax import sharding
-  from glm_jax.checkpoints import manager
+  from glm_jax import checkpoints, sharding
   from glm_jax.inference.decode import Filler
   from glm_jax.inference.sampling import Sampling
   from glm_jax.models import config as model_config
   from glm_jax.training import start, state
 
-  cli.find_devices()
+  startup.find_devices()
   sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
-  folder = manager.find(flags.checkpoint)
-  meta = manager.read_meta(folder)
+  folder = checkpoints.find(flags.checkpoint)
+  meta = checkpoints.read_meta(folder)
   config = model_config.from_dict(meta['model'])
   if flags.dtype:
     config = dataclasses.replace(config, dtype=flags.dtype)
   vocabulary = start.vocabulary_of(folder, meta)
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   # Weights stay as they are stored: each is cast where it is used.
-  params = manager.read_params(folder, state.abstract_params(config, mesh), as_stored=True)
+  params = checkpoints.read_params(
+    folder, state.abstract_params(config, mesh), as_stored=True
+  )
 
   with sharding.active(mesh):
     filler = Filler(config, params, vocabulary)

@@ -13,35 +13,25 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from glm_jax import cli, configs
-from glm_jax.train import CONFIGURABLES, TrainConfig
+from glm_jax import cli, configs, startup
 from glm_jax.training import start
 
 
 def main(argv: Sequence[str]) -> None:
   """The command."""
-  argv, bindings = cli.split_bindings(argv)
-  flags = _flags().parse_args(argv)
+  flags = cli.parse(_flags(), argv)
   for name in ('shards', 'processes', 'part_mb'):
     value = getattr(flags, name)
     configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'correct it')
-  config, _ = cli.load_config(
-    TrainConfig,
-    CONFIGURABLES,
-    flags.gin_file,
-    flags.gin_search_paths,
-    bindings,
-    placeholders=True,
-  )
+  config, _ = cli.configuration(flags, placeholders=True)
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   began = time.perf_counter()
-  with cli.silenced_stderr():
+  with startup.silenced_stderr():
     from glm_jax.data import prepare
     from glm_jax.data.corpora import corpus, parts
     from glm_jax.data.making import shard_job
     from glm_jax.data.rows import shards
   shard_job.check_folder(folder)
-  cli.import_modules(flags.imports)
   configs.check(
     not config.corpus.corpus.startswith(corpus.SHARDS),
     'make_shards reads text',
@@ -53,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     vocabulary = corpus.load_or_train_vocabulary(config.vocabulary, [config.corpus])
   plan = prepare.row_plan(
     config.task,
-    config.feature_lengths['tokens'],
+    config.length,
     config.objectives,
     vocabulary,
     packed=config.corpus.packed,

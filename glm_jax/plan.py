@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_jax import cli, configs
+from glm_jax import cli, configs, startup
 
 
 def plan(config: Any, flags: argparse.Namespace) -> None:
@@ -23,7 +23,7 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
     flags: of the command.
 
   Raises:
-    ValueError: the topology is unknown, or the step does not divide over it or fit.
+    UserError: the topology is unknown, or the step does not divide over it or fit.
   """
   import jax
 
@@ -33,7 +33,7 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
 
   config, _, _ = start.resolve(config)
   if flags.topology:
-    with cli.silenced_stderr():  # libtpu says there what it does not find
+    with startup.silenced_stderr():  # libtpu says there what it does not find
       devices = topologies.devices(flags.topology, flags.slices)
   else:
     devices = jax.devices()
@@ -55,8 +55,7 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> None:
   """The command."""
-  argv, bindings = cli.split_bindings(argv)
-  flags = _flags().parse_args(argv)
+  flags = cli.parse(_flags(), argv)
   configs.check(
     bool(flags.topology) != (flags.platform == 'cpu'),
     'plan must be given --topology, or --platform=cpu',
@@ -73,22 +72,12 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.performance.planning import topologies
 
   topologies.prepare_environment()
-  cli.import_modules(flags.imports)
   if flags.platform == 'cpu':
     configs.check(
       flags.slices == 1, '--slices are of a TPU', str(flags.slices), 'give a --topology'
     )
-    cli.use_cpu_devices(flags.cpu_devices)
-  from glm_jax.train import CONFIGURABLES, TrainConfig
-
-  config, _ = cli.load_config(
-    TrainConfig,
-    CONFIGURABLES,
-    flags.gin_file,
-    flags.gin_search_paths,
-    bindings,
-    placeholders=True,
-  )
+    startup.use_cpu_devices(flags.cpu_devices)
+  config, _ = cli.configuration(flags, placeholders=True)
   plan(config, flags)
 
 

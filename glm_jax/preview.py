@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glm_jax import cli, configs
-from glm_jax.train import CONFIGURABLES, TrainConfig
+from glm_jax import cli, configs, startup
 from glm_jax.training import start
 
 _COUNTED = 512  # examples that the statistics are over
@@ -18,21 +17,18 @@ _COUNTED = 512  # examples that the statistics are over
 
 def main(argv: Sequence[str]) -> None:
   """The command."""
-  argv, bindings = cli.split_bindings(argv)
-  flags = _flags().parse_args(argv)
+  flags = cli.parse(_flags(), argv)
   configs.check(
     1 <= flags.examples <= _COUNTED,
     f'--examples must be in 1 .. {_COUNTED}',
     str(flags.examples),
     'ask for fewer',
   )
-  with cli.silenced_stderr():
-    from glm_jax.data import pipeline, prepare
-    from glm_jax.data.examples import render
-  cli.import_modules(flags.imports)
-  config, _ = cli.load_config(
-    TrainConfig, CONFIGURABLES, flags.gin_file, flags.gin_search_paths, bindings
-  )
+  startup.import_tensorflow()
+  from glm_jax.data import pipeline, prepare
+  from glm_jax.data.examples import render
+
+  config, _ = cli.configuration(flags)
   config, vocabulary, _ = start.resolve(config)
   data = prepare.prepare(
     config.task,

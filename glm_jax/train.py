@@ -17,107 +17,13 @@ from typing import Any
 
 import jax
 
-from glm_jax import cli, configs, distributed, sharding
-from glm_jax.checkpoints import folder, manager
-from glm_jax.checkpoints.manager import CheckpointConfig
-from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.examples.objective_config import ObjectiveConfig
-from glm_jax.data.stream.mixing import MixtureConfig
-from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
+from glm_jax import checkpoints, cli, configs, distributed, sharding, startup
+from glm_jax.checkpoints import Checkpoints, folder
 from glm_jax.models import config as model_config
-from glm_jax.sharding import MeshConfig
 from glm_jax.training import evaluation, metrics, optimizer, program, report, start, state
-from glm_jax.training.evaluation import EvaluationConfig
-from glm_jax.training.losses import LossConfig
-from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.start import CheckpointModel
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-  """A training run.
-
-  Attributes:
-    model: sizes and computation of the model, or `CheckpointModel`: those of a checkpoint.
-    corpus: the text.
-    mixture: several corpora, by rate.
-    vocabulary: how it becomes tokens.
-    objectives: how tokens become examples.
-    optimizer: and its schedule.
-    loss: how it is computed.
-    mesh: of the devices.
-    checkpoint: when to save.
-    evaluation: when to validate.
-    task: a registered seqio task or mixture (MIXTURE_OR_TASK_NAME).
-    feature_lengths: {'tokens': positions of a row} (TASK_FEATURE_LENGTHS).
-    batch_size: rows of the global batch (BATCH_SIZE).
-    microbatches: parts of it worked on one after the other.
-    train_steps: of the whole run, resumed or not (TRAIN_STEPS).
-    model_dir: where everything is written (MODEL_DIR).
-    seed: of data, initialisation and dropout.
-    log_every: steps between progress lines.
-    init_from: a checkpoint whose parameters, and nothing else, a new run begins with;
-      '' for fresh ones.
-  """
-
-  model: GLMConfig | ChatGLMConfig | ChatGLM2Config | CheckpointModel
-  corpus: CorpusConfig = CorpusConfig()
-  mixture: MixtureConfig = MixtureConfig()
-  vocabulary: VocabularyConfig = VocabularyConfig()
-  objectives: ObjectiveConfig = ObjectiveConfig()
-  optimizer: OptimizerConfig = OptimizerConfig()
-  loss: LossConfig = LossConfig()
-  mesh: MeshConfig = MeshConfig()
-  checkpoint: CheckpointConfig = CheckpointConfig()
-  evaluation: EvaluationConfig = EvaluationConfig()
-  task: str
-  feature_lengths: dict[str, int]
-  batch_size: int
-  microbatches: int = 1
-  train_steps: int
-  model_dir: str
-  seed: int = 0
-  log_every: int = 100
-  init_from: str = ''
-
-  def __post_init__(self):
-    configs.check_types(self)
-    for name in ('batch_size', 'microbatches', 'train_steps', 'log_every'):
-      value = getattr(self, name)
-      configs.check(
-        value >= 1, f'TrainConfig.{name} must be positive', str(value), 'give 1 or more'
-      )
-    configs.check(
-      set(self.feature_lengths) == {'tokens'},
-      "TASK_FEATURE_LENGTHS must have the one key 'tokens'",
-      str(self.feature_lengths),
-      "write {'tokens': 512}",
-    )
-    configs.check(
-      bool(self.model_dir),
-      'MODEL_DIR must name a folder',
-      "''",
-      'set it, such as --gin.MODEL_DIR="\'runs/mine\'"',
-    )
-    self.objectives.check_steps(self.train_steps)
-
-
-CONFIGURABLES = (
-  TrainConfig,
-  GLMConfig,
-  ChatGLMConfig,
-  ChatGLM2Config,
-  CheckpointModel,
-  CorpusConfig,
-  MixtureConfig,
-  VocabularyConfig,
-  ObjectiveConfig,
-  OptimizerConfig,
-  LossConfig,
-  MeshConfig,
-  CheckpointConfig,
-  EvaluationConfig,
-)
+from glm_jax.training.config import TrainConfig
+from glm_jax.training.meter import Meter, progress_line, step_flops
+from glm_jax.training.writer import Writer
 
 
 def train(config: TrainConfig, config_text: str) -> None:
@@ -128,7 +34,7 @@ def train(config: TrainConfig, config_text: str) -> None:
     config_text: its operative gin configuration, kept beside the checkpoints.
 
   Raises:
-    ValueError: something in the configuration or the data that a user can mend.
+    UserError: something in the configuration or the data that a user can mend.
     FloatingPointError: the loss is no longer finite; nothing is saved after it was.
   """
   began = time.perf_counter()
@@ -143,7 +49,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   rate = optimizer.schedule(config.optimizer, config.train_steps)
 
   # Data. The leader goes first, so that the others find its caches.
-  with cli.silenced_stderr():
+  with startup.silenced_stderr():
     from glm_jax.data import pipeline, prepare, shares
   index, count = sharding.row_share(layout)
   process = pipeline.Process(index=index, count=count)
@@ -161,7 +67,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   distributed.check_equal(
     'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
   )
-  length = config.feature_lengths['tokens']
+  length = config.length
   _check_sizes(config, data.vocabulary)
   prepare.check_batch(data, config.batch_size)
   prepare.verify(data, config.corpus, jax.process_index(), jax.process_count())
@@ -183,7 +89,7 @@ def train(config: TrainConfig, config_text: str) -> None:
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
-  found = manager.latest_step(config.model_dir)
+  found = checkpoints.latest_step(config.model_dir)
   if found is None:
     current = state.init_state(config.model, built.optimizer, layout, config.seed)
     if config.init_from:
@@ -195,7 +101,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   distributed.barrier('checked')
   if distributed.is_leader():
     folder.write(config.model_dir, identity, settings, config_text)
-  checkpoints = manager.Checkpoints(config.model_dir, config.checkpoint)
+  manager = Checkpoints(config.model_dir, config.checkpoint)
   stream = pipeline.Stream(
     config.task,
     config.feature_lengths,
@@ -207,7 +113,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   # A task of the user's keeps a place in its stream.
   keeps_place = {} if data.indexed else {'stream': stream}
   if found is not None:
-    current = checkpoints.restore(found, built.state, **keeps_place)
+    current = manager.restore(found, built.state, **keeps_place)
     say(f'resumed {config.model_dir} at step {found}')
   first = int(current['step'])
   backend, why = built.attention
@@ -236,18 +142,18 @@ def train(config: TrainConfig, config_text: str) -> None:
     'config': config_text,
     'source': source,
   }
-  writer = metrics.Writer(config.model_dir, distributed.is_leader())
+  writer = Writer(config.model_dir, distributed.is_leader())
   with sharding.active(layout):
     validate = evaluation.Validation(
       config, data.evaluation_tasks, built.loss, layout, process
     )
-    meter = metrics.Meter(first, config.train_steps)
+    meter = Meter(first, config.train_steps)
     waiting: list[Any] = []  # metrics of the latest step, not looked at yet
     since: dict[str, Any] = {}
     validated: dict[str, float] = {}
     for number in range(first + 1, config.train_steps + 1):
       batch = meter.wait_for(stream, waiting)
-      tokens, flops = _tokens(batch), metrics.step_flops(config.model, batch)
+      tokens, flops = _tokens(batch), step_flops(config.model, batch)
       meter.count(process.count * tokens, process.count * flops)
       current, found_metrics = built.train_step(
         current, sharding.place(batch._replace(index=None), layout)
@@ -269,7 +175,7 @@ def train(config: TrainConfig, config_text: str) -> None:
         if number == first + 1:  # its time is that of the compiler
           values = {k: v for k, v in values.items() if k in metrics.averages(since)}
           say(f'first step after {time.perf_counter() - began:.0f} s')
-        say(metrics.progress_line(number, config.train_steps, values), flush=True)
+        say(progress_line(number, config.train_steps, values), flush=True)
         writer.write(number, 'train', values)
         since = {}
       meter.stop()
@@ -279,9 +185,9 @@ def train(config: TrainConfig, config_text: str) -> None:
         say(evaluation.line(validated), flush=True)
       if saves:
         scores = validated if validates else {}
-        checkpoints.save(current, {**meta, 'step': number}, scores, **keeps_place)
+        manager.save(current, {**meta, 'step': number}, scores, **keeps_place)
       meter.restart()
-    checkpoints.close()
+    manager.close()
 
     # Reports.
     if first < config.train_steps or not (Path(config.model_dir) / 'summary.json').exists():
@@ -296,13 +202,9 @@ def train(config: TrainConfig, config_text: str) -> None:
 
 def main(argv: Sequence[str]) -> None:
   """The command."""
-  argv, bindings = cli.split_bindings(argv)
-  flags = _flags().parse_args(argv)
-  cli.use_cpu_devices(flags.cpu_devices)
-  cli.import_modules(flags.imports)
-  config, text = cli.load_config(
-    TrainConfig, CONFIGURABLES, flags.gin_file, flags.gin_search_paths, bindings
-  )
+  flags = cli.parse(_flags(), argv)
+  startup.use_cpu_devices(flags.cpu_devices)
+  config, text = cli.configuration(flags)
   distributed.initialize(
     distributed.Processes(
       multiprocess=flags.multiprocess,
@@ -311,7 +213,7 @@ def main(argv: Sequence[str]) -> None:
       process_index=flags.process_index,
     )
   )
-  cli.find_devices()
+  startup.find_devices()
   train(config, text)
 
 
@@ -337,7 +239,7 @@ def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
     f'vocab_size={c.vocab_size}, vocabulary of {vocabulary.size}',
     f'set {name}.vocab_size to {math.ceil(vocabulary.size / 128) * 128}',
   )
-  longest = config.feature_lengths['tokens']
+  longest = config.length
   configs.check(
     longest <= c.max_positions + 1 or _row_length(config) <= c.max_positions + 1,
     "rows must fit the model's position table",
@@ -348,7 +250,7 @@ def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
 
 def _row_length(config: TrainConfig) -> int:
   """Tokens of text in a row: no position is larger."""
-  length = config.feature_lengths['tokens']
+  length = config.length
   # A packed row may hold one document alone.
   if config.corpus.packed or config.objectives.one_dimensional:
     return length

@@ -20,11 +20,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from glm_jax import cli, configs
+from glm_jax.configs import UserError, at_least
 from glm_jax.data.examples.objective_config import ObjectiveConfig
-from glm_jax.train import CONFIGURABLES, TrainConfig
+from glm_jax.training import writer
+from glm_jax.training.config import TrainConfig
 
 _POLL_SECONDS = 0.5
 _KINDS = {'float': 2, 'log': 2, 'int': 2, 'choice': None, 'share': 0}
@@ -49,12 +51,12 @@ class TuneConfig:
   study_dir: str
   search: dict[str, tuple[Any, ...]]
   metric: str = 'loss'
-  startup_trials: int = 5
+  startup_trials: Annotated[int, at_least(1)] = 5
   prune: bool = True
   seed: int = 0
 
   def __post_init__(self):
-    configs.check_types(self)
+    configs.check_fields(self)
     name = 'TuneConfig'
     configs.check(
       bool(self.search), f'{name}.search must name a binding', '{}', 'give what to search'
@@ -73,38 +75,28 @@ class TuneConfig:
         f"{name}.search must hold ('float', low, high), ('log', low, high), ('int', low, "
         "high), ('choice', a, b, ...) or ('share',)",
         f'{dimension!r} for {binding}',
-        'correct it',
+        'write it as one of these',
       )
-    configs.check(
-      self.startup_trials >= 1,
-      f'{name}.startup_trials must be 1 or more',
-      str(self.startup_trials),
-      'use 5',
-    )
 
 
 def main(argv: Sequence[str]) -> None:
   """The command."""
-  argv, bindings = cli.split_bindings(argv)
-  flags = _flags().parse_args(argv)
+  flags = cli.parse(_flags(), argv)
   for name in ('trials', 'workers'):
     value = getattr(flags, name)
     configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'correct it')
-  both = (*CONFIGURABLES, TuneConfig)
-  load = functools.partial(
-    cli.load_config, configurables=both, search_paths=flags.gin_search_paths
-  )
+  load = functools.partial(cli.configuration, flags, more=(TuneConfig,))
   # Every trial has a MODEL_DIR of its own.
-  bindings = [*bindings, "MODEL_DIR='trial'"]
-  config, _ = load(TuneConfig, files=flags.gin_file, bindings=bindings)
-  run, base = load(TrainConfig, files=flags.gin_file, bindings=bindings)
+  bindings = ["MODEL_DIR='trial'"]
+  config, _ = load(kind=TuneConfig, bindings=bindings)
+  run, base = load(bindings=bindings)
   fixed = _fixed_validation(run)
   try:
     # A binding that does not exist is said before anything runs.
     example = _bindings(config, lambda name, dimension: _first(dimension))
-    load(TrainConfig, files=flags.gin_file, bindings=[*bindings, *fixed, *example])
-  except ValueError as error:
-    raise ValueError(f'TuneConfig.search must be bindings of the run: {error}') from error
+    load(bindings=[*bindings, *fixed, *example])
+  except UserError as error:
+    raise UserError(f'TuneConfig.search must be bindings of the run: {error}') from error
   folder = Path(config.study_dir)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'base.gin').write_text(base, encoding='utf-8')
@@ -171,7 +163,7 @@ def _search(study: Any, objective: Any, trials: int, workers: int) -> None:
     n_trials=2 * (trials - ended) + 2,
     n_jobs=workers,
     callbacks=[enough, say, hopeless],
-    catch=(FloatingPointError, ValueError),
+    catch=(UserError,),
   )
   configs.check(
     bool(study.get_trials(states=states[:1])),
@@ -219,7 +211,7 @@ def _trial(trial: Any, config: TuneConfig, fixed: list[str], imports: list[str])
     message = f'a run must validate {config.metric!r}, got no such number; see {log}'
   if message:
     trial.set_user_attr('error', message)
-    raise ValueError(message)
+    raise UserError(message)
   return value
 
 
@@ -227,13 +219,11 @@ def _watch(process: Any, trial: Any, folder: Path, metric: str) -> float:
   """The last value of the metric; stops a trial that does worse than others did."""
   import optuna
 
-  from glm_jax.training import metrics
-
   value, seen = math.nan, 0
   while True:
     running = process.poll() is None
     if (folder / 'metrics.jsonl').exists():
-      for record in metrics.read(str(folder), 'validation')[seen:]:
+      for record in writer.read(str(folder), 'validation')[seen:]:
         seen, value = seen + 1, record.get(metric, math.nan)
         if math.isnan(value):
           return value

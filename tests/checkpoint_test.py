@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from glm_jax import sharding
-from glm_jax.checkpoints import manager
-from glm_jax.checkpoints.manager import CheckpointConfig, Checkpoints
+from glm_jax import checkpoints, sharding
+from glm_jax.checkpoints import CheckpointConfig, Checkpoints
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import state
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -45,10 +44,10 @@ def test_checkpoints_keep_the_newest_and_the_best(config, tmp_path):
   kept = sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
   assert kept == [2, 4, 5]
   (tmp_path / 'checkpoints' / '99').mkdir()  # a stray folder is no checkpoint
-  assert manager.latest_step(str(tmp_path)) == 5
-  assert manager.find(str(tmp_path)).name == '5'
+  assert checkpoints.latest_step(str(tmp_path)) == 5
+  assert checkpoints.find(str(tmp_path)).name == '5'
   with pytest.raises(ValueError, match='must be a folder with params and meta'):
-    manager.find(str(tmp_path / 'nowhere'))
+    checkpoints.find(str(tmp_path / 'nowhere'))
 
 
 def test_parameters_of_another_model_are_refused(config, tmp_path):
@@ -58,4 +57,6 @@ def test_parameters_of_another_model_are_refused(config, tmp_path):
   written.close()
   other = dataclasses.replace(config, hidden_size=32)
   with pytest.raises(ValueError, match='must have the shapes of the model'):
-    manager.read_params(manager.find(str(tmp_path)), state.abstract_params(other, mesh))
+    checkpoints.read_params(
+      checkpoints.find(str(tmp_path)), state.abstract_params(other, mesh)
+    )

@@ -16,9 +16,9 @@ from commands import environment, refused
 from foreign import arrays_of, config_json, exported, imported, write_safetensors
 from safetensors.numpy import load_file, save_file
 
-from glm_jax import convert, models, sharding
+from glm_jax import checkpoints, convert, models, sharding
 from glm_jax.batch import Batch
-from glm_jax.checkpoints import manager, slices
+from glm_jax.checkpoints import slices
 from glm_jax.interop import files
 from glm_jax.sharding import MeshConfig
 from glm_jax.text import vocabulary as vocabularies
@@ -252,7 +252,7 @@ def released(tmp_path_factory, vocabulary):
 
 def test_a_released_model_becomes_a_checkpoint_and_comes_back(released, tmp_path):
   folder, tensors = released
-  meta = manager.read_meta(manager.find(str(folder / 'checkpoint')))
+  meta = checkpoints.read_meta(checkpoints.find(str(folder / 'checkpoint')))
   assert meta['vocabulary']['kind'] == 'chatglm3'
   leaves = slices.StoredLeaves(folder / 'checkpoint')
   assert {spec.dtype for spec in leaves.specs.values()} == {np.dtype(np.float16)}
@@ -267,7 +267,7 @@ def test_a_released_model_becomes_a_checkpoint_and_comes_back(released, tmp_path
   ).read_bytes()
   # And from there once more: what is written is what is read.
   _convert(tmp_path / 'again', tmp_path / 'twice')
-  twice = manager.read_meta(manager.find(str(tmp_path / 'twice')))
+  twice = checkpoints.read_meta(checkpoints.find(str(tmp_path / 'twice')))
   assert twice['vocabulary'] == meta['vocabulary'] and twice['model'] == meta['model']
   again = slices.StoredLeaves(tmp_path / 'twice')
   for path, spec in leaves.specs.items():
@@ -298,8 +298,8 @@ def test_the_export_for_transformers_is_complete(released, tmp_path, vocabulary)
   assert read('tokenizer.json')['model']['type'] == 'BPE'
   assert '<|assistant|>' in read('tokenizer_config.json')['chat_template']
   _convert(tmp_path / 'glm', tmp_path / 'checkpoint')
-  meta = manager.read_meta(manager.find(str(tmp_path / 'checkpoint')))
-  theirs = manager.read_meta(manager.find(str(folder / 'checkpoint')))
+  meta = checkpoints.read_meta(checkpoints.find(str(tmp_path / 'checkpoint')))
+  theirs = checkpoints.read_meta(checkpoints.find(str(folder / 'checkpoint')))
   assert meta['model'] == theirs['model'] and meta['vocabulary'] == theirs['vocabulary']
 
 
@@ -351,11 +351,11 @@ def test_every_fused_tensor_is_read_once(released, tmp_path, monkeypatch):
 def test_a_converted_checkpoint_is_read_on_any_mesh(released, mesh):
   folder, _ = released
   leaves = slices.StoredLeaves(folder / 'checkpoint')
-  found = manager.find(str(folder / 'checkpoint'))
-  config = models.config.from_dict(manager.read_meta(found)['model'])
+  found = checkpoints.find(str(folder / 'checkpoint'))
+  config = models.config.from_dict(checkpoints.read_meta(found)['model'])
   size = mesh.fsdp * mesh.tensor * max(mesh.data, 1)
   built = sharding.make_mesh(mesh, jax.devices()[:size])
-  params = manager.read_params(found, state.abstract_params(config, built))
+  params = checkpoints.read_params(found, state.abstract_params(config, built))
   for path, leaf in slices.flat(params).items():
     assert leaf.dtype == jnp.float32
     np.testing.assert_array_equal(leaf, leaves.read(path, None).astype(np.float32))
@@ -366,7 +366,7 @@ def test_training_begins_at_the_imported_models_loss_and_it_falls(tmp_path):
   arrays, tensors = arrays_of('chatglm2')
   write_safetensors(tmp_path / 'source', tensors, config_json('chatglm2', arrays))
   _convert(tmp_path / 'source', tmp_path / 'checkpoint')
-  meta = manager.read_meta(manager.find(str(tmp_path / 'checkpoint')))
+  meta = checkpoints.read_meta(checkpoints.find(str(tmp_path / 'checkpoint')))
   config = models.config.from_dict(meta['model'])
   mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
   optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=1), 100)
@@ -390,12 +390,12 @@ def test_training_begins_at_the_imported_models_loss_and_it_falls(tmp_path):
       losses.pretraining_loss(models.build(config)), optimizer, microbatches=1, seed=0
     )
   )
-  current, losses = state.with_params(fresh, params), []
+  current, values = state.with_params(fresh, params), []
   for _ in range(12):
     current, found = train_step(current, batch)
-    losses.append(float(found['loss'][0] / found['loss'][1]))
-  np.testing.assert_allclose(losses[0], arrays['out/loss'], rtol=1e-5)
-  assert losses[-1] < losses[0] - 0.2
+    values.append(float(found['loss'][0] / found['loss'][1]))
+  np.testing.assert_allclose(values[0], arrays['out/loss'], rtol=1e-5)
+  assert values[-1] < values[0] - 0.2
 
 
 # Bad input, as a user meets it.

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from glm_jax.data.corpora import corpus, documentation, overlap
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.corpora.corpus import Document
-from glm_jax.data.corpora.docstrings import Found
+from glm_jax.data.corpora.docstrings import SourceDocs
 from glm_jax.data.making import tokenized
 from glm_jax.data.rows.table import RowPlan, stream_rows
 from glm_jax.text.vocabulary import ByteVocabulary
@@ -197,7 +197,7 @@ def test_a_damaged_cache_is_named(tmp_path):
 
 
 def _package(name, sentences):
-  return [Found(name, f'{name}/{i}.py', text) for i, text in enumerate(sentences)]
+  return [SourceDocs(name, f'{name}/{i}.py', text) for i, text in enumerate(sentences)]
 
 
 def test_validation_shares_no_packages_and_almost_no_text_with_training(capsys):
@@ -207,7 +207,7 @@ def test_validation_shares_no_packages_and_almost_no_text_with_training(capsys):
   shared = text()
   documents = [d for i in range(80) for d in _package(f'p{i:02}', [text(), text()])]
   documents += _package('copies', [documents[0].text + ' more', shared])
-  documents += [Found(f'q{i}', 'x.py', shared + ' ' + text()) for i in range(30)]
+  documents += [SourceDocs(f'q{i}', 'x.py', shared + ' ' + text()) for i in range(30)]
   train, held_out = documentation.split_by_package(documents)
   assert not {d.package for d in train} & {d.package for d in held_out}
   assert documents[0].text + ' more' not in {d.text for d in train + held_out}

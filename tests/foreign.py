@@ -79,7 +79,8 @@ class InMemory:
   def __init__(self, tensors):
     self._tensors = tensors
     self.specs = {
-      k: files.Spec(v.shape, v.dtype, pathlib.Path('memory')) for k, v in tensors.items()
+      k: files.TensorSpec(v.shape, v.dtype, pathlib.Path('memory'))
+      for k, v in tensors.items()
     }
 
   def read(self, name):
@@ -91,7 +92,7 @@ class TreeLeaves:
 
   def __init__(self, tree):
     self._leaves = {k: np.asarray(v) for k, v in flat(tree).items()}
-    self.specs = {k: leaves.Spec(v.shape, v.dtype) for k, v in self._leaves.items()}
+    self.specs = {k: leaves.LeafSpec(v.shape, v.dtype) for k, v in self._leaves.items()}
 
   def read(self, path, layer):
     array = self._leaves[path]

@@ -7,8 +7,8 @@ import pytest
 
 from glm_jax import cli
 from glm_jax.models import ChatGLMConfig
-from glm_jax.train import CONFIGURABLES, TrainConfig
 from glm_jax.training import state
+from glm_jax.training.config import CONFIGURABLES, TrainConfig
 from glm_jax.tune import TuneConfig
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -1,6 +1,8 @@
 """Who imports whom: the direction of the rooms, and what a command does not load."""
 
 import ast
+import graphlib
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -9,21 +11,28 @@ import time
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'glm_jax'
-ROOMS = ('text', 'data', 'attention', 'models', 'training', 'inference', 'interop')
+COMMANDS = {p.stem for p in PACKAGE.glob('*.py') if "__name__ == '__main__'" in p.read_text()}
 
-# Nothing on the left imports anything on the right.
-FORBIDDEN = {
-  'text': ('tensorflow', 'seqio', 'jax', 'glm_jax.data', 'glm_jax.models'),
-  'data': ('glm_jax.models', 'glm_jax.training', 'glm_jax.inference', 'jax', 'flax'),
-  'attention': ('tensorflow', 'seqio', 'glm_jax.data', 'glm_jax.models'),
-  'models': ('tensorflow', 'seqio', 'gin', 'glm_jax.data', 'glm_jax.training'),
-  'interop': ('tensorflow', 'seqio', 'gin', 'glm_jax.data', 'glm_jax.training'),
-  'inference': ('tensorflow', 'seqio', 'gin', 'glm_jax.data', 'glm_jax.training'),
-  'training': ('tensorflow', 'seqio', 'gin'),
+# Libraries that a room does without, whoever it imports.
+WITHOUT = {
+  'text': ('tensorflow', 'seqio', 'jax', 'flax', 'gin'),
+  'data': ('jax', 'flax', 'gin'),
 }
+WITHOUT |= dict.fromkeys(
+  ('attention', 'models', 'sharding', 'training', 'checkpoints'),
+  ('tensorflow', 'seqio', 'gin'),
+)
+WITHOUT |= dict.fromkeys(
+  ('inference', 'interop', 'performance'), ('tensorflow', 'seqio', 'gin')
+)
+# Rooms that know nothing of each other; they meet in batch.py.
+APART = [('data', 'models'), ('data', 'training'), ('data', 'inference'), ('text', 'models')]
+APART += [('attention', 'models'), ('models', 'training'), ('interop', 'training')]
+APART += [('inference', 'training'), ('text', 'data'), ('attention', 'data')]
 
 
 def _imports(path):
+  """Names that a module imports, at the top or inside of functions."""
   for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -31,33 +40,104 @@ def _imports(path):
       yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 
+def _module(name):
+  """The file of the package that an imported name is, or is in; None for a library's."""
+  parts = name.split('.')
+  while parts and parts[0] == 'glm_jax':
+    path = PACKAGE.parent.joinpath(*parts)
+    if path.with_suffix('.py').exists():
+      return path.with_suffix('.py')
+    if (path / '__init__.py').exists():
+      return path / '__init__.py'
+    parts.pop()
+  return None
+
+
+def _room(path):
+  """The folder of a module, from the package on; a module beside the rooms is its own."""
+  parts = path.relative_to(PACKAGE).with_suffix('').parts
+  return '/'.join(parts[:-1]) or parts[0]
+
+
+MODULES = sorted(PACKAGE.rglob('*.py'))
+ROOMS = sorted({_room(path).split('/')[0] for path in MODULES if path.parent != PACKAGE})
+
+
+def test_every_room_has_its_rules():
+  assert {*WITHOUT} == {*ROOMS}
+
+
 @pytest.mark.parametrize('room', ROOMS)
-def test_rooms_import_in_one_direction(room):
-  for path in (PACKAGE / room).glob('*.py'):
-    for name in _imports(path):
-      for forbidden in FORBIDDEN[room]:
-        assert name != forbidden and not name.startswith(f'{forbidden}.'), (path.name, name)
+def test_a_room_does_without_the_libraries_of_others(room):
+  for path in (PACKAGE / room).rglob('*.py'):
+    libraries = {name.split('.')[0] for name in _imports(path)}
+    assert not libraries & {*WITHOUT[room]}, path
+
+
+@pytest.mark.parametrize('one,other', APART)
+def test_rooms_that_know_nothing_of_each_other(one, other):
+  for path in (PACKAGE / one).rglob('*.py'):
+    rooms = {_room(m).split('/')[0] for name in _imports(path) if (m := _module(name))}
+    assert other not in rooms, path
+
+
+def test_no_folder_imports_another_in_a_circle():
+  """Through imports inside of functions neither; a sorter raises for a circle."""
+  graph = {}
+  for path in MODULES:
+    found = {_room(m) for name in _imports(path) if (m := _module(name))}
+    graph.setdefault(_room(path), set()).update(found - {_room(path)})
+  # The package's own __init__ imports nothing, and everything is below it.
+  assert not graph.pop('__init__')
+  for found in graph.values():
+    found.discard('__init__')
+  assert [*graphlib.TopologicalSorter(graph).static_order()]
+
+
+def test_nothing_imports_a_command():
+  assert {'train', 'plan', 'generate', 'convert', 'tune', 'preview'} <= COMMANDS
+  for path in MODULES:
+    rooms = {_room(m) for name in _imports(path) if (m := _module(name))}
+    assert not rooms & COMMANDS, path
 
 
 def test_only_the_command_line_knows_gin():
   users = {
     path.name
-    for path in PACKAGE.rglob('*.py')
+    for path in MODULES
     if any(name.split('.')[0] == 'gin' for name in _imports(path))
   }
   assert users == {'cli.py'}
 
 
+def test_tensorflow_is_loaded_by_the_data_and_by_who_makes_it_ready():
+  users = {
+    _room(path).split('/')[0]
+    for path in MODULES
+    if any(
+      name.split('.')[0] in ('tensorflow', 'seqio', 'tensorflow_datasets')
+      for name in _imports(path)
+    )
+  }
+  assert users == {'data', 'startup'}
+
+
 def test_no_module_is_named_as_a_standard_one():
-  assert not {path.stem for path in PACKAGE.rglob('*.py')} & (
-    sys.stdlib_module_names - {'__init__'}
-  )
+  assert not {path.stem for path in MODULES} & (sys.stdlib_module_names - {'__init__'})
+
+
+def test_one_class_name_has_one_meaning():
+  names = [
+    node.name
+    for path in MODULES
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+    if isinstance(node, ast.ClassDef)
+  ]
+  assert not [name for name, group in itertools.groupby(sorted(names)) if len([*group]) > 1]
 
 
 def test_files_stay_short():
-  lengths = {
-    str(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob('*.py')
-  }
+  lengths = {str(path): len(path.read_text().splitlines()) for path in MODULES}
   assert max(lengths.values()) <= 450, max(lengths, key=lengths.get)
 
 
@@ -84,7 +164,7 @@ def test_importing_the_package_is_quick_and_light():
 def test_training_code_and_generation_do_not_load_tensorflow():
   loaded = _loaded(
     'import glm_jax.train, glm_jax.generate, glm_jax.inference.decode, '
-    'glm_jax.checkpoints.manager, glm_jax.convert'
+    'glm_jax.checkpoints, glm_jax.convert'
   )
   assert 'jax' in loaded and not loaded & {'tensorflow', 'seqio', 'tensorflow_datasets'}
 
@@ -97,8 +177,8 @@ def test_making_shards_of_text_does_not_load_tensorflow(tmp_path):
 import glm_jax.make_shards
 from etils import epath
 from glm_jax.data.corpora import parts
-from glm_jax.data.making import shard_job, shard_runner
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.making import shard_job, shard_runner
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.text.vocabulary import ByteVocabulary
 corpus = CorpusConfig(corpus={str(tmp_path / 'a.txt')!r})

@@ -198,7 +198,7 @@ def test_a_packed_example_is_the_one_it_is_alone(mixed):
     for slot, example in enumerate(examples):
       assert (places.row[number], places.number[number]) == (row, slot)
       alone = infilling.make_examples(
-        infilling.Source(*(field[number : number + 1] for field in taken)),
+        infilling.TextRows(*(field[number : number + 1] for field in taken)),
         size,
         OBJECTIVE,
         VOCABULARY,

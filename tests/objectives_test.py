@@ -39,7 +39,7 @@ def _documents(count, lengths, seed=0, sentence=20):
 def _op(length, config):
   def make(tokens, lengths, scored, index, seed):
     keys = stateless.example_keys(seed, index)
-    source = infilling.Source(tokens, lengths, scored, keys, tf.zeros_like(index))
+    source = infilling.TextRows(tokens, lengths, scored, keys, tf.zeros_like(index))
     return infilling.make_examples(source, length, config, VOCABULARY)
 
   return tf.function(make, autograph=False, reduce_retracing=False)

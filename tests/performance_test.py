@@ -8,7 +8,7 @@ from hlo_test import _chain, _cycles, _gather, _kernel, _loop, _module
 from glm_jax.performance import chips
 from glm_jax.performance.chips import CHIPS
 from glm_jax.performance.planning import estimate, hlo
-from glm_jax.performance.planning.estimate import Attention
+from glm_jax.performance.planning.estimate import AttentionCost
 
 CLOCKED = chips.Chip(
   device_kinds=('a chip',),
@@ -60,7 +60,7 @@ def _calls(part, trips):
 
 
 def test_attention_is_priced_by_its_calls():
-  attention = Attention(forward_flops=2e9, backward_flops=5e9, efficiency=0.5)
+  attention = AttentionCost(forward_flops=2e9, backward_flops=5e9, efficiency=0.5)
   fused = _step(kernels=[_calls('fwd', 4), _calls('fwd', 4), _calls('dkv', 4)])
   result = estimate.estimate(fused, CLOCKED, attention)
   assert result.attention_calls == {'fwd': 8, 'dkv': 4}
@@ -140,7 +140,7 @@ def test_a_scanned_step_end_to_end():
     *forward,
     *backward,
   )
-  result = estimate.estimate(hlo.read(text), CLOCKED, Attention(1e6, 2.5e6, 0.5))
+  result = estimate.estimate(hlo.read(text), CLOCKED, AttentionCost(1e6, 2.5e6, 0.5))
   assert result.tensorcore_seconds == pytest.approx((2 * 28 * (900 + 100) + 5000) / 1e6)
   assert result.attention_seconds == pytest.approx(28 * 3.5e6 / 0.5e12)
   assert result.traffic['all-gather'].count == 2 * 28 + 1

@@ -12,8 +12,8 @@ from commands import ROOT, command, refused
 from glm_jax import models, sharding
 from glm_jax.performance.planning import hlo, prediction, suggest, table, topologies
 from glm_jax.sharding import MeshConfig
-from glm_jax.train import TrainConfig
 from glm_jax.training import program, state
+from glm_jax.training.config import TrainConfig
 
 
 def _run(*arguments, cwd):

@@ -15,7 +15,7 @@ import pytest
 from commands import ROOT, command, environment, gin, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from glm_jax.checkpoints import manager
+from glm_jax import checkpoints
 from glm_jax.data import pipeline, prepare
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
@@ -81,7 +81,7 @@ def _finish(process, seconds=300):
 
 def _params(run):
   """Parameters and optimizer of the last checkpoint, whoever wrote it."""
-  folder = manager.find(str(run))
+  folder = checkpoints.find(str(run))
   assert folder.name == str(STEPS)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   with ocp.StandardCheckpointer() as reader:
@@ -117,11 +117,11 @@ def test_killed_anywhere_a_run_continues_to_the_same_bits(text, straight, tmp_pa
   kills = inside = 0
   for attempt in range(30):
     process = _start(text, run)
-    before = manager.latest_step(str(run)) or 0
+    before = checkpoints.latest_step(str(run)) or 0
     while process.poll() is None and not (kills >= 4 and inside):
       folders = [path.name for path in (run / 'checkpoints').glob('*')]
       saving = any('tmp' in name for name in folders)
-      done = manager.latest_step(str(run)) or 0
+      done = checkpoints.latest_step(str(run)) or 0
       # Odd attempts aim inside a save, even ones after one.
       if (done > before and (attempt % 2 == 0 or saving)) or (saving and attempt % 2):
         time.sleep(0.003 * attempt)
@@ -227,11 +227,11 @@ pipeline.Stream.__init__, pipeline.Stream.__next__ = noted, note
     return _start(text, run, *places, flags=['--import=spy', *flags], SEEN=seen)
 
   process = spied(0)
-  while process.poll() is None and not manager.latest_step(str(run)):
+  while process.poll() is None and not checkpoints.latest_step(str(run)):
     time.sleep(0.01)
   process.kill()
   process.communicate()
-  step = manager.latest_step(str(run))
+  step = checkpoints.latest_step(str(run))
   assert 0 < step < STEPS
   with socket.socket() as free:
     free.bind(('localhost', 0))
@@ -314,7 +314,7 @@ def test_a_new_run_begins_from_anothers_parameters(text, straight, tmp_path):
   )
   assert 'parameters from' in output
   with ocp.StandardCheckpointer() as reader:
-    new = reader.restore(manager.find(str(run)) / 'params')
+    new = reader.restore(checkpoints.find(str(run)) / 'params')
   old = _params(straight)[0]
   assert new['positions']['weight'].shape[0] == 101
   np.testing.assert_allclose(
@@ -383,7 +383,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(text, tmp_path):
   )
   assert done.returncode == 74, done.stdout + done.stderr
   assert 'error: ' in done.stderr and 'Traceback' not in done.stderr
-  assert manager.latest_step(str(run)) == 2
+  assert checkpoints.latest_step(str(run)) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
@@ -397,4 +397,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
   )
   output, _ = process.communicate(timeout=300)
   assert process.returncode == 70 and 'must stay finite' in output
-  assert manager.latest_step(str(tmp_path / 'run')) is None
+  assert checkpoints.latest_step(str(tmp_path / 'run')) is None

@@ -244,7 +244,7 @@ def _name(folder, name):
 def test_records_come_back_in_numpy_and_tensorflow(token_bytes):
   rng = np.random.default_rng(0)
   for N in (8, 13, 64):
-    layout = shards.Layout(N, token_bytes)
+    layout = shards.RecordLayout(N, token_bytes)
     table = RowTable(
       tokens=rng.integers(0, 2**16 if token_bytes == 2 else 2**31 - 1, (20, N)).astype(
         'i4'

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from glm_jax import models, sharding
-from glm_jax.checkpoints import manager
-from glm_jax.checkpoints.manager import CheckpointConfig, Checkpoints
-from glm_jax.models import layers
+from glm_jax import checkpoints, models, sharding
+from glm_jax.checkpoints import CheckpointConfig, Checkpoints
+from glm_jax.models import layers, products
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import losses, metrics, state, step
+from glm_jax.training import meter as meters
 from glm_jax.training.losses import LossConfig
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -330,7 +330,7 @@ def test_sums_over_many_tokens_do_not_saturate():
   """In bfloat16, 256 + 1 is 256: a frequent piece, and a bias, are in every token."""
   T = 4096
   table = layers.Table(8, 4, 'vocab', 1.0, jnp.bfloat16)
-  dense = layers.Einsum('BTD,DF->BTF', (4, 4), ('embed', 'mlp'), 1, 1.0, jnp.bfloat16)
+  dense = products.Einsum('BTD,DF->BTF', (4, 4), ('embed', 'mlp'), 1, 1.0, jnp.bfloat16)
   for module, x in [
     (table, jnp.zeros((1, T), jnp.int32)),
     (dense, jnp.ones((1, T, 4), jnp.bfloat16)),
@@ -372,7 +372,7 @@ def test_a_checkpoint_is_read_on_any_mesh(config, batch, tmp_path):
   written = Checkpoints(str(tmp_path), CheckpointConfig())
   written.save(current, {'note': 'x'}, {'loss': 1.0})
   written.close()
-  assert manager.latest_step(str(tmp_path)) == 2
+  assert checkpoints.latest_step(str(tmp_path)) == 2
   for mesh_config in (
     MeshConfig(data=1),
     MeshConfig(data=1, fsdp=8),
@@ -439,14 +439,14 @@ class _Result:
 
 def test_waiting_for_data_is_a_share_of_the_time_that_steps_took(monkeypatch):
   clock = [0.0]
-  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: clock[0])
+  monkeypatch.setattr(meters.time, 'perf_counter', lambda: clock[0])
 
   def stream():
     while True:
       clock[0] += 0.25  # the pipeline is late
       yield 'batch'
 
-  meter, batches = metrics.Meter(0, 10), stream()
+  meter, batches = meters.Meter(0, 10), stream()
   for _ in range(4):
     assert meter.wait_for(batches) == 'batch'
     meter.count(100, 0)

@@ -12,7 +12,7 @@ import pytest
 from commands import TINY, command, gin, refused, snapshot, start
 
 from glm_jax import cli, tune
-from glm_jax.train import CONFIGURABLES, TrainConfig
+from glm_jax.training.config import CONFIGURABLES, TrainConfig
 from glm_jax.tune import TuneConfig
 
 NAMES = ('blank', 'document', 'sentence')

@@ -67,7 +67,7 @@ def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
     length: positions of a row.
 
   Raises:
-    ValueError: the backend that the configuration asks for lacks something.
+    UserError: the backend that the configuration asks for lacks something.
   """
   platform = 'gpu' if device.platform in ('gpu', 'cuda', 'rocm') else device.platform
   plain = _plain(length)
@@ -168,7 +168,7 @@ def attend(
     [B, T, N, H] in the dtype of `q_BTNH`.
 
   Raises:
-    ValueError: a backend that there is not, or one that cannot do what is asked.
+    UserError: a backend that there is not, or one that cannot do what is asked.
   """
   B, T, _, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]

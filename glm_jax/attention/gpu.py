@@ -68,7 +68,7 @@ def flash(
     [B, T, K, G, H] in the dtype of `q_BTKGH`; zeros where an interval is empty.
 
   Raises:
-    ValueError: no kernel for the head size, the dtype or the device; no tokamax.
+    UserError: no kernel for the head size, the dtype or the device; no tokamax.
   """
   B, T, K, G, H = q_BTKGH.shape
   lacking = lacks(H, q_BTKGH.dtype, backend.get_default_device())

@@ -25,7 +25,7 @@ INTERPRET: Any = False
 """Tests set it, to run the kernel without a TPU."""
 
 
-class Metadata(NamedTuple):
+class SplashMetadata(NamedTuple):
   """What the kernel is told of each row; built once a step.
 
   Attributes:
@@ -45,8 +45,8 @@ class Metadata(NamedTuple):
   backward: jax.Array
 
 
-def prepare(visibility: Visibility, documents_BS: jax.Array) -> Metadata:
-  """Metadata of rows of queries.
+def prepare(visibility: Visibility, documents_BS: jax.Array) -> SplashMetadata:
+  """SplashMetadata of rows of queries.
 
   Args:
     visibility: [B, T] intervals into S keys.
@@ -67,7 +67,7 @@ def prepare(visibility: Visibility, documents_BS: jax.Array) -> Metadata:
     )
 
   forward, backward = jax.vmap(row)(start, end)
-  return Metadata(
+  return SplashMetadata(
     code=(start << 16) | end if packed else end,
     sees=visibility.key_end > visibility.key_start,
     q_segments=None if packed else start,
@@ -80,7 +80,7 @@ def prepare(visibility: Visibility, documents_BS: jax.Array) -> Metadata:
 
 
 def attend(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, metadata: Metadata
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, metadata: SplashMetadata
 ) -> jax.Array:
   """See `glm_jax.attention.attend`; metadata as `prepare` gives it, of the same rows."""
   B, T, N, H = q_BTNH.shape
@@ -106,7 +106,7 @@ def attend(
   return jnp.where(metadata.sees[..., None, None], jnp.stack(rows), 0)
 
 
-def _kernel(row: Metadata, q: Tiles, k: Tiles) -> tuple[Any, Any]:
+def _kernel(row: SplashMetadata, q: Tiles, k: Tiles) -> tuple[Any, Any]:
   # Hidden names of jax: their tests are in tests/attention_test.py.
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,

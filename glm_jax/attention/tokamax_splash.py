@@ -24,7 +24,7 @@ INTERPRET: Any = False
 since it does not emulate that outputs share memory with inputs."""
 
 
-class Metadata(NamedTuple):
+class TokamaxMetadata(NamedTuple):
   """What the kernel is told of each row; built once a step.
 
   Attributes:
@@ -43,8 +43,8 @@ class Metadata(NamedTuple):
   counts: jax.Array
 
 
-def prepare(visibility: Visibility, documents_BS: jax.Array) -> Metadata:
-  """Metadata of rows of queries; arguments as `splash.prepare`."""
+def prepare(visibility: Visibility, documents_BS: jax.Array) -> TokamaxMetadata:
+  """TokamaxMetadata of rows of queries; arguments as `splash.prepare`."""
   T, S = visibility.key_start.shape[1], documents_BS.shape[1]
   configs.check(  # their intervals would not fit into an int32
     S <= splash.LONGEST_PACKED,
@@ -66,7 +66,7 @@ def prepare(visibility: Visibility, documents_BS: jax.Array) -> Metadata:
     return forward, backward, jnp.stack([rows.sum(), columns.sum()])
 
   forward, backward, counts = jax.vmap(row)(start, end)
-  return Metadata(
+  return TokamaxMetadata(
     code=(start << 16) | end,
     sees=visibility.key_end > visibility.key_start,
     forward=forward,
@@ -76,7 +76,7 @@ def prepare(visibility: Visibility, documents_BS: jax.Array) -> Metadata:
 
 
 def attend(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, metadata: Metadata
+  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, metadata: TokamaxMetadata
 ) -> jax.Array:
   """See `glm_jax.attention.attend`; metadata as `prepare` gives it, of the same rows."""
   B, T, _, H = q_BTNH.shape
@@ -102,7 +102,7 @@ def _walk(visited: jax.Array, kinds: jax.Array) -> jax.Array:
   return jnp.stack([rows, columns, found]).astype(jnp.int32)
 
 
-def _kernel(row: Metadata, q: Tiles, k: Tiles) -> Any:
+def _kernel(row: TokamaxMetadata, q: Tiles, k: Tiles) -> Any:
   # Hidden names of tokamax: their tests are in tests/attention_test.py.
   from tokamax._src.ops.experimental.tpu.splash_attention import (
     base,

@@ -1,1 +1,19 @@
 """Checkpoints and the folder of a run."""
+
+from glm_jax.checkpoints.manager import (
+  CheckpointConfig,
+  Checkpoints,
+  find,
+  latest_step,
+  read_meta,
+  read_params,
+)
+
+__all__ = [
+  'CheckpointConfig',
+  'Checkpoints',
+  'find',
+  'latest_step',
+  'read_meta',
+  'read_params',
+]

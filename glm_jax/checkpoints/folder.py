@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
+from glm_jax.configs import UserError
 from glm_jax.models.config import COMPUTE_FIELDS
 
 FILE = 'run.json'
@@ -66,7 +67,7 @@ def check_same(
     A line for each setting that differs.
 
   Raises:
-    ValueError: it belongs to another run, or to something else.
+    UserError: it belongs to another run, or to something else.
   """
   path = Path(model_dir) / FILE
   if not path.exists():
@@ -83,7 +84,7 @@ def check_same(
   try:
     found = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
-    raise ValueError(
+    raise UserError(
       f'{path} must be readable JSON, got {error}; restore it or choose another MODEL_DIR.'
     ) from error
   # As it was written: JSON knows no tuples.

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -24,8 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs
 from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
-
-State = dict[str, Any]
+from glm_jax.configs import ResourceError, UserError, at_least
 
 FORMAT = 1
 FOLDER = 'checkpoints'
@@ -44,21 +43,13 @@ class CheckpointConfig:
     best_metric: a validation metric, such as 'loss' or 'loss/blank'.
   """
 
-  every: int = 1000
-  keep: int = 3
-  keep_best: int = 1
+  every: Annotated[int, at_least(1)] = 1000
+  keep: Annotated[int, at_least(1)] = 3
+  keep_best: Annotated[int, at_least(0)] = 1
   best_metric: str = 'loss'
 
   def __post_init__(self):
-    configs.check_types(self)
-    for name, least in (('every', 1), ('keep', 1), ('keep_best', 0)):
-      value = getattr(self, name)
-      configs.check(
-        value >= least,
-        f'CheckpointConfig.{name} must be {least} or more',
-        str(value),
-        'correct it',
-      )
+    configs.check_fields(self)
 
 
 class Checkpoints:
@@ -94,7 +85,7 @@ class Checkpoints:
 
   def save(
     self,
-    state: State,
+    state: dict[str, Any],
     meta: dict[str, Any],
     metrics: dict[str, float],
     stream: Any = None,
@@ -108,7 +99,7 @@ class Checkpoints:
       stream: a stream that keeps its place; None for one that needs none.
 
     Raises:
-      OSError: an earlier save failed, such as on a full disk.
+      ResourceError: an earlier save failed, such as on a full disk.
     """
     with _storage_errors():
       self._manager.save(
@@ -123,7 +114,9 @@ class Checkpoints:
         force=True,
       )
 
-  def restore(self, step: int, abstract: State, stream: Any = None) -> State:
+  def restore(
+    self, step: int, abstract: dict[str, Any], stream: Any = None
+  ) -> dict[str, Any]:
     """The state of a step, on the shardings of `abstract`; `stream` goes to its place."""
     optimizer = _optimizer_dict(abstract)
     with _unreadable(self.folder / str(step)):
@@ -165,7 +158,7 @@ def find(path: str) -> epath.Path:
   """The checkpoint folder meant by a path: itself, or the newest of a run's.
 
   Raises:
-    ValueError: there is none.
+    UserError: there is none.
   """
   path = epath.Path(path)
   for folder in (path / FOLDER, path):
@@ -185,7 +178,7 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
   """The description that a checkpoint carries.
 
   Raises:
-    ValueError: unreadable, or of another format version.
+    UserError: unreadable, or of another format version.
   """
   with _unreadable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
     meta = reader.restore(folder.absolute() / 'meta')
@@ -207,14 +200,14 @@ def read_params(folder: epath.Path, abstract: Any, *, as_stored: bool = False) -
     as_stored: keep the dtypes of the files, which may be half as large, instead.
 
   Raises:
-    ValueError: they do not have the shapes of `abstract`, or are damaged.
+    UserError: they do not have the shapes of `abstract`, or are damaged.
   """
   wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
   with _unreadable(folder), ocp.StandardCheckpointer() as reader:
     stored = reader.metadata(folder.absolute() / 'params').item_metadata.tree
     found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
     if found != wanted:
-      raise ValueError(
+      raise UserError(
         f'the parameters in {folder} must have the shapes of the model, but differ in '
         f'{_first_difference(found, wanted)}; use the model configuration it was '
         'trained with.'
@@ -234,7 +227,7 @@ def _save_args(tree: Any) -> ocp.args.StandardSave:
   return ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: args, tree))
 
 
-def _optimizer_dict(state: State) -> dict[str, Any]:
+def _optimizer_dict(state: dict[str, Any]) -> dict[str, Any]:
   return {
     'step': state['step'],
     'opt_state': serialization.to_state_dict(state['opt_state']),
@@ -278,9 +271,9 @@ def _unreadable(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if isinstance(error, ValueError) and str(folder) in str(error):
+    if isinstance(error, UserError) and str(folder) in str(error):
       raise
-    raise ValueError(
+    raise UserError(
       f'a checkpoint must be complete and undamaged, got {folder} '
       f'({type(error).__name__}); use another one.'
     ) from error
@@ -288,14 +281,14 @@ def _unreadable(folder: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _storage_errors() -> Iterator[None]:
-  """Storage failures of TensorStore as OSError, which commands report in one line."""
+  """Storage failures of TensorStore as ResourceError, which commands report in one line."""
   try:
     yield
   except Exception as error:  # TensorStore has no kind of its own
     number = re.search(r"\[os_error_code='?(\d+)", str(error))
     if number is None:
       raise
-    raise OSError(
+    raise ResourceError(
       f'writing a checkpoint failed ({os.strerror(int(number[1]))}); the one before it '
       'is intact; make room and run the same command again.'
     ) from error

@@ -45,7 +45,7 @@ class StoredLeaves:
   def __init__(self, folder: Any):
     """
     Args:
-      folder: a checkpoint, see `glm_jax.checkpoints.manager.find`.
+      folder: a checkpoint, see `glm_jax.checkpoints.find`.
     """
     self._params = Path(folder).absolute() / 'params'
     with ocp.StandardCheckpointer() as reader:

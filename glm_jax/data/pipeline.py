@@ -10,12 +10,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from glm_jax import startup
 from glm_jax.batch import DTYPES, Batch
+from glm_jax.configs import ResourceError, UserError
 from glm_jax.data.stream.source import IndexedRows, Reading
 
-# The accelerator belongs to JAX.
-for _kind in ('GPU', 'TPU'):
-  tf.config.set_visible_devices([], _kind)
+startup.import_tensorflow()  # the accelerator belongs to JAX, whoever came first
 
 _FIELDS = [name for name in Batch._fields if name != 'index']
 _OF_STORAGE = (
@@ -56,12 +56,12 @@ class Stream(Iterator[Batch]):
     try:
       example = next(self._iterator)
     except tf.errors.DataLossError as error:
-      raise ValueError(
+      raise UserError(
         f'shards must be whole, got {error.message.splitlines()[0]!r}; copy them again, or '
         'make them again.'
       ) from error
     except _OF_STORAGE as error:
-      raise OSError(error.message.splitlines()[0]) from error
+      raise ResourceError(error.message.splitlines()[0]) from error
     return Batch(
       **{
         name: np.asarray(example[name], dtype)
@@ -74,12 +74,12 @@ class Stream(Iterator[Batch]):
     """Writes where the iterator stands, its shuffle buffer included, to files.
 
     Raises:
-      ValueError: a pipeline whose place cannot be written, as one with Python in it.
+      UserError: a pipeline whose place cannot be written, as one with Python in it.
     """
     try:
       tf.train.Checkpoint(iterator=self._iterator).write(prefix)
     except tf.errors.FailedPreconditionError as error:
-      raise ValueError(
+      raise UserError(
         'a task must be made of TensorFlow operations alone for its place to be saved, got '
         f'{str(error).splitlines()[0][:120]}; make shards of it (make_shards, '
         "CorpusConfig.corpus='task:NAME')."
@@ -89,13 +89,13 @@ class Stream(Iterator[Batch]):
     """Goes on where `save` was called.
 
     Raises:
-      ValueError: files that are damaged, or of another task.
+      UserError: files that are damaged, or of another task.
     """
     try:
       checkpoint = tf.train.Checkpoint(iterator=self._iterator)
       checkpoint.read(prefix).assert_consumed()
     except (tf.errors.OpError, AssertionError, ValueError) as error:
-      raise ValueError(
+      raise UserError(
         f'the place in the data must be readable, got {prefix} ({type(error).__name__}); '
         'restore the files, or begin a run from the checkpoint with init_from.'
       ) from error
@@ -136,21 +136,21 @@ def dataset(
     process: this one.
 
   Raises:
-    ValueError: a task whose features are not the batch contract, or are longer than
+    UserError: a task whose features are not the batch contract, or are longer than
       `feature_lengths` says (nothing is trimmed).
   """
   provider = seqio.get_mixture_or_task(task)
   features = provider.output_features
   missing = sorted(set(_FIELDS) - set(features))
   if missing:
-    raise ValueError(
+    raise UserError(
       f'the task {task!r} must yield {_FIELDS}, but lacks {missing}; end it with one of '
       'glm_jax.data.preprocessors and use its output_features().'
     )
   whole_batches = features['tokens'].rank == 2
   if whole_batches:
     if not _is_indexed(provider):
-      raise ValueError(
+      raise UserError(
         f'a task of whole batches must read indexed rows, got {task!r}; give its features '
         'rank 1, or mix corpora by MixtureConfig.'
       )
@@ -172,7 +172,7 @@ def dataset(
   )
   if not whole_batches:
     if start_step:
-      raise ValueError(
+      raise UserError(
         f'a task that is not indexed begins at step 0, got start_step={start_step} for '
         f'{task!r}; restore its place with Stream.restore.'
       )

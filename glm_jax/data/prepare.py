@@ -71,7 +71,7 @@ def prepare(
     evaluation: what is validated, if not what is trained on.
 
   Raises:
-    ValueError: a task that is not registered; bad text or shards (see `corpus`,
+    UserError: a task that is not registered; bad text or shards (see `corpus`,
       `shards`), or shards that are made for something else.
   """
   if task not in tasks.NAMES:
@@ -141,7 +141,7 @@ def row_plan(
 
 
 def check_batch(data: Prepared, batch_size: int) -> None:
-  """Raises ValueError for a corpus with fewer rows than a global batch takes from it."""
+  """Raises UserError for a corpus with fewer rows than a global batch takes from it."""
   for corpus in data.corpora:
     n, needed = len(corpus.rows['train']), batch_size * corpus.share
     configs.check(
@@ -190,7 +190,7 @@ def _of_own_task(task: str) -> Prepared:
 
 def _rows_of(
   config: CorpusConfig, vocabulary: Vocabulary, plans: dict[str, RowPlan]
-) -> dict[str, shards.Rows]:
+) -> dict[str, shards.StoredRows]:
   if not config.corpus.startswith(corpora_module.SHARDS):
     return {
       split: tokenized.cached_rows(config, vocabulary, split, plan)

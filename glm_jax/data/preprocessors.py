@@ -59,7 +59,7 @@ def glm_mixture(
       made = packed.put_together(made, places, x['tokens'].shape[0], length)
     else:
       names = ('tokens', 'lengths', 'scored', 'keys', 'step')
-      source = infilling.Source(*(x[name] for name in names))
+      source = infilling.TextRows(*(x[name] for name in names))
       made = infilling.make_examples(source, length, config, vocabulary)
     return {**made, **{k: x[k] for k in ('index', 'corpus') if k in x}}
 
@@ -117,7 +117,7 @@ def tokenize(
   """{key: text}, or bare text, to {tokens: prefix text <eos>}, for sources of your own.
 
   Raises:
-    ValueError: TensorFlow cannot compute the vocabulary.
+    UserError: TensorFlow cannot compute the vocabulary.
   """
   prefix, eos = list(vocabulary.prefix), vocabulary.specials.eos
   encode = _encoder(vocabulary)

@@ -202,7 +202,7 @@ class Filler:
     and a mask is text to it.
 
     Raises:
-      ValueError: nothing to fill, or an empty text.
+      UserError: nothing to fill, or an empty text.
     """
     v, s = self._vocabulary, self._vocabulary.specials
     masks = {'[MASK]': s.mask, '[sMASK]': s.smask, '[gMASK]': s.gmask}
@@ -249,7 +249,7 @@ class Filler:
       For each prompt, the token ids of each of its blanks.
 
     Raises:
-      ValueError: a prompt or span longer than the model's positions.
+      UserError: a prompt or span longer than the model's positions.
     """
     s, c = self._vocabulary.specials, self._config
     places = [self._blanks(p) for p in prompts]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from glm_jax import configs
+from glm_jax.configs import at_least, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,24 +22,12 @@ class Sampling:
     top_p: only among the most probable that together reach this probability.
   """
 
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
+  temperature: Annotated[float, at_least(0).but('use 0 for greedy decoding')] = 0.0
+  top_k: Annotated[int, at_least(0).but('use 0 for no limit')] = 0
+  top_p: Annotated[float, within('(0, 1]').but('use 1 for no limit')] = 1.0
 
   def __post_init__(self):
-    configs.check_types(self)
-    configs.check(
-      self.temperature >= 0,
-      'temperature must be 0 or more',
-      str(self.temperature),
-      'use 0 for greedy decoding',
-    )
-    configs.check(
-      self.top_k >= 0, 'top_k must be 0 or more', str(self.top_k), 'use 0 for no limit'
-    )
-    configs.check(
-      0 < self.top_p <= 1, 'top_p must be in (0, 1]', str(self.top_p), 'use 1 for no limit'
-    )
+    configs.check_fields(self)
 
 
 def sample(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:

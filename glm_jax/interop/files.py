@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from glm_jax import configs
+from glm_jax.configs import UserError
 
 # Names of dtypes in safetensors headers; those that a weight of this family may have.
 DTYPES = {
@@ -39,7 +40,7 @@ _TAGS = ('latest_checkpointed_iteration.txt', 'latest')
 _LOCK = threading.Lock()
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
   """What a file says of a tensor.
 
   Attributes:
@@ -56,7 +57,7 @@ class Spec(NamedTuple):
 class Tensors:
   """The tensors of one or more files, by name; nothing is read until asked for."""
 
-  def __init__(self, specs: dict[str, Spec]):
+  def __init__(self, specs: dict[str, TensorSpec]):
     """
     Args:
       specs: by name.
@@ -93,10 +94,10 @@ def open_source(folder: Path) -> Source:
   """Finds out what a folder holds, without reading a tensor.
 
   Raises:
-    ValueError: no checkpoint, a damaged file, an index that does not fit its files.
+    UserError: no checkpoint, a damaged file, an index that does not fit its files.
   """
   if not folder.is_dir():
-    raise ValueError(
+    raise UserError(
       f'SRC must be a folder with a checkpoint, got {str(folder)!r}; correct the path.'
     )
   for name in FILES:
@@ -109,7 +110,7 @@ def open_source(folder: Path) -> Source:
     return Source(folder, 'huggingface', (Tensors(specs),), _config(folder))
   files = _parts(folder)
   if not files:
-    raise ValueError(
+    raise UserError(
       'SRC must hold model.safetensors, pytorch_model.bin, an index of their shards, or '
       f'mp_rank_* files, got {str(folder)!r} with {sorted(_names(folder))[:8]}; give the '
       'folder of a checkpoint.'
@@ -127,30 +128,30 @@ def _config(folder: Path) -> dict[str, Any]:
   return configs.read_json(path) if path.exists() else {}
 
 
-def _indexed(path: Path, index: dict[str, Any]) -> dict[str, Spec]:
+def _indexed(path: Path, index: dict[str, Any]) -> dict[str, TensorSpec]:
   """The shards that an index names, checked against it."""
   where = index.get('weight_map')
   if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
-    raise ValueError(
+    raise UserError(
       f"{path} must have a 'weight_map' of names to files, got {str(where)[:80]}; fetch it "
       'again.'
     )
-  specs: dict[str, Spec] = {}
+  specs: dict[str, TensorSpec] = {}
   for file in sorted(set(where.values())):
     if Path(file).name != file or file in ('.', '..'):
-      raise ValueError(
+      raise UserError(
         f'an index must name files of its own folder, got {file!r} in {path}; do not use '
         'this checkpoint.'
       )
     if not (path.parent / file).is_file():
-      raise ValueError(
+      raise UserError(
         f'an index must name files that exist, got {file!r} in {path}; fetch the shard.'
       )
     found = _specs(path.parent / file)
     missing = [name for name, at in where.items() if at == file and name not in found]
     extra = [name for name in found if where.get(name) != file]
     if missing or extra:
-      raise ValueError(
+      raise UserError(
         f'{path.parent / file} must hold what {path.name} says; it lacks {missing[:5]} and '
         f'has {extra[:5]} besides; fetch both again.'
       )
@@ -164,7 +165,7 @@ def _parts(folder: Path) -> list[Path]:
     if (folder / tag).exists():
       name = (folder / tag).read_text(encoding='utf-8', errors='replace').strip()
       if not name or Path(name).name != name or not (folder / name).is_dir():
-        raise ValueError(
+        raise UserError(
           f'{folder / tag} must name a folder beside it, got {name!r}; correct it.'
         )
       folder = folder / name
@@ -175,27 +176,27 @@ def _parts(folder: Path) -> list[Path]:
     if match:
       ranks[int(match[1])] = path
   if sorted(ranks) != list(range(len(ranks))):
-    raise ValueError(
+    raise UserError(
       f'the parts of a checkpoint must be mp_rank_00, mp_rank_01, ..., got '
       f'{sorted(path.name for path in ranks.values())} in {folder}; fetch the others.'
     )
   return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _specs(path: Path) -> dict[str, Spec]:
+def _specs(path: Path) -> dict[str, TensorSpec]:
   with path.open('rb') as file:
     if file.read(24) == b'version https://git-lfs.':
-      raise ValueError(
+      raise UserError(
         f'{path} must be the weights, got a pointer of git-lfs to them; run git lfs pull.'
       )
   if path.suffix == '.safetensors':
     return {
-      name: Spec(shape, dtype, path)
+      name: TensorSpec(shape, dtype, path)
       for name, (shape, dtype, _, _) in read_header(path).items()
     }
   with _pickled(path) as tensors:
     return {
-      name: Spec(tuple(tensor.shape), _torch_dtype(path, name, tensor), path)
+      name: TensorSpec(tuple(tensor.shape), _torch_dtype(path, name, tensor), path)
       for name, tensor in tensors.items()
     }
 
@@ -207,13 +208,13 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int, i
   safetensors package says of a truncated file only that it is one; this names the tensor.
 
   Raises:
-    ValueError: no such file, or a truncated one.
+    UserError: no such file, or a truncated one.
   """
   size = path.stat().st_size
   with path.open('rb') as file:
     length = int.from_bytes(file.read(8), 'little')
     if size < 8 or not 0 < length <= min(_LARGEST_HEADER, size - 8):
-      raise ValueError(
+      raise UserError(
         f'{path} must be a safetensors file, got {size} bytes whose header does not fit; '
         'fetch it again.'
       )
@@ -226,38 +227,38 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int, i
         shape = tuple(int(n) for n in entry['shape'])
         found[name] = (shape, entry['dtype'], first, last)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(
+      raise UserError(
         f'{path} must be a safetensors file, got a header that is none '
         f'({type(error).__name__}); fetch it again.'
       ) from error
   for name, (shape, dtype, first, last) in found.items():
     if dtype not in DTYPES:
-      raise ValueError(
+      raise UserError(
         f'{name!r} in {path} must be of {tuple(DTYPES)}, got {dtype}; convert the '
         'checkpoint before it was quantised.'
       )
     bytes_needed = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
     if not 8 + length <= first <= last or last - first != bytes_needed:
-      raise ValueError(
+      raise UserError(
         f'{name!r} in {path} must have {bytes_needed} bytes for its shape {shape}, got '
         f'{last - first}; fetch the file again.'
       )
     if last > size:
-      raise ValueError(
+      raise UserError(
         f'{path} must hold all of its tensors, got a file of {size} bytes that ends '
         f'before the end of {name!r} ({last}); fetch it again.'
       )
   return {k: (shape, DTYPES[d], a, b) for k, (shape, d, a, b) in found.items()}
 
 
-def _read(name: str, spec: Spec) -> np.ndarray:
+def _read(name: str, spec: TensorSpec) -> np.ndarray:
   if spec.file.suffix == '.safetensors':
     # Read, not mapped: mapped pages would count as memory until the file is closed.
     shape, dtype, first, _ = read_header(spec.file)[name]
     count = int(np.prod(shape, dtype=np.int64))
     found = np.fromfile(spec.file, dtype, count, offset=first)
     if found.size != count:
-      raise ValueError(
+      raise UserError(
         f'{spec.file} must hold all of {name!r}, got {found.size} of {count} values; '
         'fetch it again.'
       )
@@ -270,12 +271,12 @@ def require_torch(path: Path) -> Any:
   """The torch package, for a file that only PyTorch reads or writes.
 
   Raises:
-    ValueError: it is not installed.
+    UserError: it is not installed.
   """
   try:
     import torch
   except ImportError as error:
-    raise ValueError(
+    raise UserError(
       f'PyTorch must be installed for .bin and .pt files, got {path.name} and no torch; '
       'pip install torch, or use a checkpoint in .safetensors.'
     ) from error
@@ -306,23 +307,23 @@ def _pickled(path: Path) -> Iterator[dict[str, Any]]:
         content = torch.load(path, map_location='cpu', weights_only=True)
   except Exception as error:  # PyTorch raises many kinds
     if re.search('Unsupported (global|operand|class)', str(error), re.IGNORECASE):
-      raise ValueError(
+      raise UserError(
         f'{path} must hold plain tensors, got a pickle that would run code '
         f'({_first_line(error)}); nothing of it was run. Do not use this file.'
       ) from error
-    raise ValueError(
+    raise UserError(
       f'{path} must be a complete PyTorch file, got one that cannot be read '
       f'({_first_line(error)}); fetch it again.'
     ) from error
   content = content.get('module', content) if isinstance(content, dict) else content
   if not isinstance(content, dict):
-    raise ValueError(
+    raise UserError(
       f'{path} must hold tensors by name, got {type(content).__name__}; give the weights.'
     )
   tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
   others = sorted(set(content) - set(tensors), key=str)
   if others:
-    raise ValueError(
+    raise UserError(
       f'{path} must hold tensors by name, got {others[:5]} besides; give the weights alone.'
     )
   yield tensors
@@ -339,7 +340,7 @@ def _torch_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
   known['torch.bfloat16'] = 'BF16'
   kind = str(tensor.dtype)
   if kind not in known:
-    raise ValueError(
+    raise UserError(
       f'{name!r} in {path} must be of {tuple(known)}, got {kind}; convert the checkpoint '
       'before it was quantised.'
     )

@@ -46,7 +46,7 @@ OWN_CODE = ('glm-10b', 'chatglm', 'chatglm2')
 
 
 def check(format: str, config: Any, vocabulary: Vocabulary | None) -> None:
-  """Raises ValueError for what a format cannot say, before anything is written."""
+  """Raises UserError for what a format cannot say, before anything is written."""
   config_json(format, config, {})
   if format == 'glm' and vocabulary is not None:
     configs.check(
@@ -69,7 +69,7 @@ def write_config(
 
   Args:
     folder: of the export.
-    format: a key of `glm_jax.interop.layouts.LAYOUTS`.
+    format: a key of `glm_jax.interop.formats.FORMATS`.
     config: of the model.
     source: what the model was imported from: 'format' and 'config', its config.json.
     dtype: of the weights.
@@ -129,13 +129,13 @@ def config_json(format: str, config: Any, raw: Mapping[str, Any]) -> dict[str, A
   """config.json of an export.
 
   Args:
-    format: a key of `LAYOUTS`.
+    format: a key of `FORMATS`.
     config: the model.
     raw: config.json of the checkpoint that the model came from, where that was of the
       same format; fields that are nothing of ours are kept.
 
   Raises:
-    ValueError: the format has no way to say what the model computes.
+    UserError: the format has no way to say what the model computes.
   """
   ours, defaults = _WRITERS[format](config)
   theirs = {k: v for k, v in raw.items() if k != 'dtype'}  # another name of torch_dtype

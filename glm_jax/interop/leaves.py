@@ -1,6 +1,6 @@
 """Foreign tensors as our leaves, and our leaves as foreign tensors.
 
-Both directions go layer by layer through the views of `layouts`, so that no more than a
+Both directions go layer by layer through the views of `formats`, so that no more than a
 few layers are ever in memory.
 """
 
@@ -16,20 +16,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from glm_jax.checkpoints.slices import LeafSpec
+from glm_jax.configs import UserError
 from glm_jax.interop import files
 from glm_jax.interop.files import Source
-from glm_jax.interop.layouts import HEADS, LAYOUTS, WORDS, Entry
-from glm_jax.interop.layouts import Path as Tree
-from glm_jax.interop.recognise import Found
+from glm_jax.interop.formats import FORMATS, HEADS, WORDS, Entry
+from glm_jax.interop.formats import Path as Tree
+from glm_jax.interop.recognise import Recognised
 
 _WORKERS = 4
-
-
-class Spec(NamedTuple):
-  """Shape and dtype of a leaf, all layers of it."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
 
 
 class Leaves(Protocol):
@@ -52,7 +47,9 @@ class ForeignLeaves:
     specs: see `Leaves`; dtypes are those of the files.
   """
 
-  def __init__(self, source: Source, found: Found, shapes: Mapping[Tree, tuple[int, ...]]):
+  def __init__(
+    self, source: Source, found: Recognised, shapes: Mapping[Tree, tuple[int, ...]]
+  ):
     """
     Args:
       source: the files.
@@ -60,10 +57,10 @@ class ForeignLeaves:
       shapes: of every leaf of the model.
 
     Raises:
-      ValueError: missing or unknown tensors, shapes that do not fit the config.
+      UserError: missing or unknown tensors, shapes that do not fit the config.
     """
     self._source, self._found = source, found
-    entries = LAYOUTS[found.format].entries(found.config, len(source.parts))
+    entries = FORMATS[found.format].entries(found.config, len(source.parts))
     self._where: dict[tuple[Tree, int | None], tuple[Entry, Any]] = {}
     for entry in entries:
       for part in entry.parts:
@@ -74,13 +71,13 @@ class ForeignLeaves:
         _check_shape(entry, tensors.specs[found.prefix + entry.name])
     # In the order of the files: what shares a tensor is read while that is at hand.
     ordered = dict.fromkeys(path for path, _ in self._where)
-    self.specs = {path: Spec(shapes[path], self._dtype(path)) for path in ordered}
+    self.specs = {path: LeafSpec(shapes[path], self._dtype(path)) for path in ordered}
 
   def read(self, path: Tree, layer: int | None) -> np.ndarray:
     """See `Leaves`.
 
     Raises:
-      ValueError: parts of a checkpoint that should hold the same do not.
+      UserError: parts of a checkpoint that should hold the same do not.
     """
     entry, part = self._where[path, layer]
     name = self._found.prefix + entry.name
@@ -89,7 +86,7 @@ class ForeignLeaves:
       return np.concatenate(views, axis=part.axis) if len(views) > 1 else views[0]
     for rank, view in enumerate(views):
       if not np.array_equal(view, views[0], equal_nan=True):
-        raise ValueError(
+        raise UserError(
           f'{name!r} must be the same in every part of the checkpoint, but differs '
           f'between mp_rank_00 and mp_rank_{rank:02}; fetch both again.'
         )
@@ -112,7 +109,7 @@ class ForeignLeaves:
       for tensors in self._source.parts
     }
     if len(found) != 1:
-      raise ValueError(
+      raise UserError(
         f'{".".join(path)} must have one dtype in all layers, got '
         f'{sorted(map(str, found))}; convert the checkpoint to one first.'
       )
@@ -130,7 +127,7 @@ def _check_names(source, found, entries, names: set[str], rank: int) -> None:
   where = f' (mp_rank_{rank:02})' if len(source.parts) > 1 else ''
   said = [f'lacks {_some(missing)}'] if missing else []
   said += [f'has {_some(unknown)} besides'] if unknown else []
-  raise ValueError(
+  raise UserError(
     f"a checkpoint of format '{found.format}' with num_layers={found.config.num_layers} "
     f'must hold {len(wanted)} tensors{where}, got one that {" and ".join(said)}; fetch the '
     'missing ones, or give the checkpoint of the plain model.'
@@ -142,7 +139,7 @@ def _some(names: list[str]) -> str:
   return ', '.join(names[:8]) + rest
 
 
-def _check_shape(entry: Entry, spec: files.Spec) -> None:
+def _check_shape(entry: Entry, spec: files.TensorSpec) -> None:
   if spec.shape == entry.shape:
     return
   if len(spec.shape) != len(entry.shape):
@@ -154,7 +151,7 @@ def _check_shape(entry: Entry, spec: files.Spec) -> None:
       if a != b
     ]
     fields = f'{" and ".join(wrong)} of the config disagrees'
-  raise ValueError(
+  raise UserError(
     f'{entry.name!r} in {spec.file} must have shape {entry.shape} by the config, got '
     f'{spec.shape}: {fields}; correct config.json, or use --set FIELD=VALUE.'
   )
@@ -196,7 +193,7 @@ def foreign_tensors(
 
   Args:
     leaves: the parameters.
-    format: a key of `LAYOUTS`.
+    format: a key of `FORMATS`.
     config: the model.
     rank: which part.
     parts: of how many.
@@ -206,7 +203,7 @@ def foreign_tensors(
     buffers: those of the files that the model came from (`ForeignLeaves.buffers`); None
       computes those of the format.
   """
-  entries = LAYOUTS[format].entries(config, parts)
+  entries = FORMATS[format].entries(config, parts)
   for entry in entries:
     kinds = {np.dtype(leaves.specs[part.path].dtype) for part in entry.parts}
     kind = dtype or np.result_type(*kinds)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from glm_jax import configs
-from glm_jax.interop.files import Source, Spec
-from glm_jax.interop.layouts import HEADS, LAYOUTS, WORDS
+from glm_jax.configs import UserError
+from glm_jax.interop.files import Source, TensorSpec
+from glm_jax.interop.formats import FORMATS, HEADS, WORDS
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 
 # ChatGLM-6B's code has this depth in its scale, whatever the depth (modeling_chatglm.py,
@@ -23,11 +24,11 @@ _SAYS_ALL = ('megatron', 'glm-130b', 'glm-10b')
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Recognised:
   """What a foreign checkpoint is.
 
   Attributes:
-    format: a key of `LAYOUTS`.
+    format: a key of `FORMATS`.
     config: its model.
     prefix: before every tensor's name ('glm.' or nothing).
     repeats_head: the head is stored although it is the embedding table.
@@ -43,7 +44,7 @@ class Found:
   assumed: tuple[str, ...]
 
 
-def recognise(source: Source, overrides: Mapping[str, Any]) -> Found:
+def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
   """Tells the format from the names, and the model from config.json and the shapes.
 
   Args:
@@ -51,7 +52,7 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Found:
     overrides: config fields that win over what the files say.
 
   Raises:
-    ValueError: an unknown format, or a model that this package does not compute.
+    UserError: an unknown format, or a model that this package does not compute.
   """
   names = list(source.parts[0].specs)
   prefix = 'glm.' if names and all(name.startswith('glm.') for name in names) else ''
@@ -70,8 +71,8 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Found:
   elif holds('transformer.layers.'):
     kind = 'glm-130b' if source.container == 'megatron' else 'chatglm'
   else:
-    raise ValueError(
-      f'the tensors must be named as one of {tuple(LAYOUTS)} names them, got '
+    raise UserError(
+      f'the tensors must be named as one of {tuple(FORMATS)} names them, got '
       f'{names[:5]}; give a checkpoint of the GLM family.'
     )
   configs.check(
@@ -94,7 +95,7 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Found:
   reader |= {'chatglm': _read_chatglm, 'chatglm2': _read_chatglm2, 'glm': _read_hf_glm}
   config = reader[kind](kind, source, specs, tied, dict(overrides))
   assumed = _assumed(config, source, overrides)
-  return Found(kind, config, prefix, repeats, buffers, assumed)
+  return Recognised(kind, config, prefix, repeats, buffers, assumed)
 
 
 def _assumed(config: Any, source: Source, overrides: Mapping[str, Any]) -> tuple[str, ...]:
@@ -135,7 +136,7 @@ class _Fields:
     """The first of the fields that is there, as a number of a kind.
 
     Raises:
-      ValueError: it is missing without a default, or of another kind.
+      UserError: it is missing without a default, or of another kind.
     """
     for name in names:
       value = self._raw.get(name)
@@ -143,22 +144,22 @@ class _Fields:
         continue
       right = isinstance(value, bool) == (kind is bool)
       if not right or not isinstance(value, (int, float) if kind is float else kind):
-        raise ValueError(
+        raise UserError(
           f'{name} in {self._where} must be {kind.__name__}, got {value!r}; correct it.'
         )
       return kind(value)
     if default is None:
-      raise ValueError(
+      raise UserError(
         f'{self._where} must have {" or ".join(names)}, got {sorted(self._raw)[:8]}; fetch '
         'the config.json of this checkpoint.'
       )
     return default
 
   def expect(self, **wanted: Any) -> None:
-    """Raises ValueError for a field with a value that is not what is computed here."""
+    """Raises UserError for a field with a value that is not what is computed here."""
     for name, value in wanted.items():
       if name in self._raw and self._raw[name] not in (value, None):
-        raise ValueError(
+        raise UserError(
           f'{name} in {self._where} must be {value!r}, which every released model has, got '
           f'{self._raw[name]!r}; such a model is not supported.'
         )
@@ -176,16 +177,16 @@ def _build(kind: type, values: dict[str, Any], overrides: dict[str, Any]) -> Any
   return kind(**{**values, **overrides})
 
 
-def _shape(specs: Mapping[str, Spec], name: str) -> tuple[int, ...]:
+def _shape(specs: Mapping[str, TensorSpec], name: str) -> tuple[int, ...]:
   if name not in specs:
-    raise ValueError(
+    raise UserError(
       f'the checkpoint must hold {name!r}, got {len(specs)} other tensors; fetch the '
       'missing shard.'
     )
   return specs[name].shape
 
 
-def _layers(specs: Mapping[str, Spec], start: str) -> int:
+def _layers(specs: Mapping[str, TensorSpec], start: str) -> int:
   numbers = {name.split('.')[start.count('.')] for name in specs if name.startswith(start)}
   return 1 + max(int(number) for number in numbers if number.isdigit())
 

@@ -25,7 +25,7 @@ from glm_jax.models.config import ChatGLMConfig
 from glm_jax.models.stack import stack
 
 
-class Block(nn.Module):
+class ChatGLMBlock(nn.Module):
   """`x = alpha norm(x) + attention(norm(x))`, then the same with the MLP.
 
   DeepNorm (Wang et al., 2022) is `norm(alpha x + f(x))`; the released code has each
@@ -129,7 +129,7 @@ class ChatGLM(nn.Module):
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
       phases = rotary_phases(c, positions, block_positions)
     x_BTD, cache = stack(
-      Block, c, deterministic, x_BTD, cache, visibility, cache_start, phases
+      ChatGLMBlock, c, deterministic, x_BTD, cache, visibility, cache_start, phases
     )
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, c.norm_epsilon, name='final_norm')(x_BTD)

@@ -21,7 +21,7 @@ from glm_jax.models.config import ChatGLM2Config
 from glm_jax.models.stack import stack
 
 
-class Block(nn.Module):
+class ChatGLM2Block(nn.Module):
   """`x + attention(norm(x))`, then `x + mlp(norm(x))`; biases on q, k and v alone."""
 
   config: ChatGLM2Config
@@ -104,7 +104,7 @@ class ChatGLM2(nn.Module):
       x_BTD = layers.constrain(words(tokens), 'act_length', 'act_embed')
       phases = rotary_phases(c, positions)
     x_BTD, cache = stack(
-      Block, c, deterministic, x_BTD, cache, visibility, cache_start, phases
+      ChatGLM2Block, c, deterministic, x_BTD, cache, visibility, cache_start, phases
     )
     with jax.named_scope('head'):
       x_BTD = layers.RMSNorm(dtype, c.norm_epsilon, name='final_norm')(x_BTD)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 from glm_jax import configs
 from glm_jax.attention import BACKENDS
+from glm_jax.configs import POSITIVE, at_least, one_of, within
 from glm_jax.models.positions import PHASE_DTYPES
 
 REMAT_POLICIES = (
@@ -19,6 +20,9 @@ REMAT_POLICIES = (
   'dots',
   'dots_no_batch',
 )
+
+
+_DROPOUT = within('[0, 1)').but('use 0.1 as the original, or 0 for none')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,15 +40,12 @@ class Compute:
     attention: of `glm_jax.attention.BACKENDS`; 'auto' is the best for the device.
   """
 
-  dtype: str = 'float32'
-  remat: str = 'none'
-  attention: str = 'auto'
+  dtype: Annotated[str, one_of('float32', 'bfloat16')] = 'float32'
+  remat: Annotated[str, one_of(*REMAT_POLICIES)] = 'none'
+  attention: Annotated[str, one_of(*BACKENDS)] = 'auto'
 
   def __post_init__(self):
-    configs.check_types(self)
-    _check_choice(self, 'dtype', ('float32', 'bfloat16'))
-    _check_choice(self, 'remat', REMAT_POLICIES)
-    _check_choice(self, 'attention', BACKENDS)
+    configs.check_fields(self)
 
 
 COMPUTE_FIELDS = tuple(field.name for field in dataclasses.fields(Compute))
@@ -70,31 +71,21 @@ class GLMConfig(Compute):
     init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
   """
 
-  num_layers: int
-  hidden_size: int
-  num_heads: int
-  mlp_size: int = 0
-  vocab_size: int
-  max_positions: int
-  activation: str = 'gelu'
-  embedding_dropout: float = 0.1
-  attention_dropout: float = 0.1
-  output_dropout: float = 0.1
-  init_std: float = 0.02
+  num_layers: Annotated[int, POSITIVE]
+  hidden_size: Annotated[int, POSITIVE]
+  num_heads: Annotated[int, POSITIVE]
+  mlp_size: Annotated[int, at_least(0).but('use 0 for 4 x hidden_size')] = 0
+  vocab_size: Annotated[int, POSITIVE]
+  max_positions: Annotated[int, POSITIVE]
+  activation: Annotated[str, one_of('gelu', 'gelu_erf')] = 'gelu'
+  embedding_dropout: Annotated[float, _DROPOUT] = 0.1
+  attention_dropout: Annotated[float, _DROPOUT] = 0.1
+  output_dropout: Annotated[float, _DROPOUT] = 0.1
+  init_std: Annotated[float, POSITIVE] = 0.02
 
   def __post_init__(self):
     super().__post_init__()
-    _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'vocab_size')
-    _check_sizes(self, 'max_positions')
     _check_divides(self, 'hidden_size', 'num_heads')
-    configs.check(
-      self.mlp_size >= 0,
-      'GLMConfig.mlp_size must not be negative',
-      str(self.mlp_size),
-      'give a size, or 0 for 4 x hidden_size',
-    )
-    _check_choice(self, 'activation', ('gelu', 'gelu_erf'))
-    _check_dropouts(self)
 
   causal = False
   two_positions = True
@@ -144,30 +135,30 @@ class ChatGLMConfig(Compute):
     init_std: of the embedding table; the other weights have DeepNorm's initialisation.
   """
 
-  num_layers: int
-  hidden_size: int
-  num_heads: int
-  mlp_size: int
-  vocab_size: int
-  max_positions: int
+  num_layers: Annotated[int, POSITIVE]
+  hidden_size: Annotated[int, POSITIVE]
+  num_heads: Annotated[int, POSITIVE]
+  mlp_size: Annotated[int, POSITIVE]
+  vocab_size: Annotated[int, POSITIVE]
+  max_positions: Annotated[int, POSITIVE]
   gated: bool = False
   two_positions: bool = True
-  deepnorm_layers: int
+  deepnorm_layers: Annotated[int, POSITIVE]
   tied_head: bool = True
-  norm_epsilon: float = 1e-5
-  rope_theta: float = 10000.0
-  rope_frequency_dtype: str = 'float16'
-  rope_phase_dtype: str = 'float32'
-  embedding_gradient: float = 1.0
-  embedding_dropout: float = 0.0
-  attention_dropout: float = 0.0
-  output_dropout: float = 0.0
-  init_std: float = 0.02
+  norm_epsilon: Annotated[float, POSITIVE] = 1e-5
+  rope_theta: Annotated[float, POSITIVE] = 10000.0
+  rope_frequency_dtype: Annotated[str, one_of(*PHASE_DTYPES)] = 'float16'
+  rope_phase_dtype: Annotated[str, one_of(*PHASE_DTYPES)] = 'float32'
+  embedding_gradient: Annotated[
+    float, within('(0, 1]').but('use 1 for all of the gradient, 0.1 as GLM-130B')
+  ] = 1.0
+  embedding_dropout: Annotated[float, _DROPOUT] = 0.0
+  attention_dropout: Annotated[float, _DROPOUT] = 0.0
+  output_dropout: Annotated[float, _DROPOUT] = 0.0
+  init_std: Annotated[float, POSITIVE] = 0.02
 
   def __post_init__(self):
     super().__post_init__()
-    _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'mlp_size')
-    _check_sizes(self, 'vocab_size', 'max_positions', 'deepnorm_layers')
     _check_divides(self, 'hidden_size', 'num_heads')
     parts = 4 if self.two_positions else 2
     configs.check(
@@ -176,16 +167,6 @@ class ChatGLMConfig(Compute):
       f'hidden_size={self.hidden_size}, num_heads={self.num_heads}',
       'choose another number of heads',
     )
-    configs.check(
-      0 < self.embedding_gradient <= 1,
-      'ChatGLMConfig.embedding_gradient must be in (0, 1]',
-      str(self.embedding_gradient),
-      'use 1 for all of the gradient, 0.1 as GLM-130B',
-    )
-    for name in ('rope_phase_dtype', 'rope_frequency_dtype'):
-      _check_choice(self, name, PHASE_DTYPES)
-    _check_positive(self, 'norm_epsilon', 'rope_theta')
-    _check_dropouts(self)
 
   causal = False
 
@@ -228,28 +209,26 @@ class ChatGLM2Config(Compute):
     init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
   """
 
-  num_layers: int
-  hidden_size: int
-  num_heads: int
-  num_kv_heads: int
-  head_size: int
-  mlp_size: int
-  vocab_size: int
-  max_positions: int
-  norm_epsilon: float = 1e-5
+  num_layers: Annotated[int, POSITIVE]
+  hidden_size: Annotated[int, POSITIVE]
+  num_heads: Annotated[int, POSITIVE]
+  num_kv_heads: Annotated[int, POSITIVE]
+  head_size: Annotated[int, POSITIVE]
+  mlp_size: Annotated[int, POSITIVE]
+  vocab_size: Annotated[int, POSITIVE]
+  max_positions: Annotated[int, POSITIVE]
+  norm_epsilon: Annotated[float, POSITIVE] = 1e-5
   qkv_bias: bool = True
   tied_head: bool = False
-  rotated_size: int = 0
-  rope_theta: float = 10000.0
-  rope_ratio: float = 1.0
-  rope_scaling: str = 'theta'
-  rope_phase_dtype: str = 'float32'
-  init_std: float = 0.02
+  rotated_size: Annotated[int, at_least(0)] = 0
+  rope_theta: Annotated[float, POSITIVE] = 10000.0
+  rope_ratio: Annotated[float, POSITIVE] = 1.0
+  rope_scaling: Annotated[str, one_of('theta', 'positions')] = 'theta'
+  rope_phase_dtype: Annotated[str, one_of(*PHASE_DTYPES)] = 'float32'
+  init_std: Annotated[float, POSITIVE] = 0.02
 
   def __post_init__(self):
     super().__post_init__()
-    _check_sizes(self, 'num_layers', 'hidden_size', 'num_heads', 'num_kv_heads')
-    _check_sizes(self, 'head_size', 'mlp_size', 'vocab_size', 'max_positions')
     _check_divides(self, 'num_heads', 'num_kv_heads')
     if not self.rotated_size:  # one number from here on, whoever compares
       object.__setattr__(self, 'rotated_size', self.head_size // 2)
@@ -259,9 +238,6 @@ class ChatGLM2Config(Compute):
       f'rotated_size={self.rotated_size}, head_size={self.head_size}',
       'use 0 for half of the head',
     )
-    _check_choice(self, 'rope_scaling', ('theta', 'positions'))
-    _check_choice(self, 'rope_phase_dtype', PHASE_DTYPES)
-    _check_positive(self, 'norm_epsilon', 'rope_theta', 'rope_ratio')
 
   causal = True
   two_positions = False
@@ -281,7 +257,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(fields: dict[str, Any]) -> Any:
-  """The inverse of `to_dict`; raises ValueError for an unknown family or field."""
+  """The inverse of `to_dict`; raises UserError for an unknown family or field."""
   from glm_jax.models import FAMILIES
 
   fields = dict(fields)
@@ -307,25 +283,6 @@ def _name(config: Any, field: str) -> str:
   return f'{type(config).__name__}.{field}'
 
 
-def _check_sizes(config: Any, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    configs.check(
-      value >= 1, f'{_name(config, name)} must be positive', str(value), 'give 1 or more'
-    )
-
-
-def _check_positive(config: Any, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    configs.check(
-      0 < value < float('inf'),
-      f'{_name(config, name)} must be positive',
-      str(value),
-      'correct it',
-    )
-
-
 def _check_divides(config: Any, whole: str, part: str) -> None:
   values = {name: getattr(config, name) for name in (whole, part)}
   configs.check(
@@ -334,24 +291,3 @@ def _check_divides(config: Any, whole: str, part: str) -> None:
     ', '.join(f'{name}={value}' for name, value in values.items()),
     'choose a number that divides it',
   )
-
-
-def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
-  value = getattr(config, name)
-  configs.check(
-    value in choices,
-    f'{_name(config, name)} must be one of {choices}',
-    repr(value),
-    'choose one of these',
-  )
-
-
-def _check_dropouts(config: Any) -> None:
-  for name in ('embedding_dropout', 'attention_dropout', 'output_dropout'):
-    value = getattr(config, name)
-    configs.check(
-      0 <= value < 1,
-      f'{_name(config, name)} must be in [0, 1)',
-      str(value),
-      'use 0.1 as the original, or 0 for none',
-    )

@@ -20,7 +20,7 @@ from glm_jax.models.config import GLMConfig
 from glm_jax.models.stack import stack
 
 
-class Block(nn.Module):
+class GLMBlock(nn.Module):
   """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
   config: GLMConfig
@@ -114,7 +114,7 @@ class GLM(nn.Module):
       x_BTD = nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x_BTD)
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
 
-    x_BTD, cache = stack(Block, c, deterministic, x_BTD, cache, visibility, cache_start)
+    x_BTD, cache = stack(GLMBlock, c, deterministic, x_BTD, cache, visibility, cache_start)
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, name='final_norm')(x_BTD)
       return head(x_BTD, words.cast()), cache

@@ -16,6 +16,7 @@ from tokenizers import (
   processors,
 )
 
+from glm_jax.configs import UserError
 from glm_jax.text.vocabulary import SentencePieceVocabulary, Vocabulary
 
 
@@ -23,7 +24,7 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
   """A tokenizer.json of the same ids; None where `files` has one already.
 
   Raises:
-    ValueError: a sentencepiece model that is neither byte pairs nor unigram.
+    UserError: a sentencepiece model that is neither byte pairs nor unigram.
   """
   if not isinstance(vocabulary, SentencePieceVocabulary):
     return None
@@ -46,7 +47,7 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
       pieces, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback
     )
   else:
-    raise ValueError(
+    raise UserError(
       'a sentencepiece model must be byte pairs or unigram to be exported, got another '
       'kind; export it without --to=glm.'
     )
@@ -74,7 +75,7 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
   )
   wrong = [name for token, name in added if fast.token_to_id(name) != token]
   if wrong:
-    raise ValueError(
+    raise UserError(
       f'the control pieces of a vocabulary must not be pieces of its model, got {wrong} '
       'twice; export it without --to=glm.'
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
+from glm_jax.configs import UserError
 from glm_jax.text import released
 from glm_jax.text.released import SENTENCEPIECE, TOKENIZERS
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
@@ -51,7 +52,7 @@ def from_dict(fields: Mapping[str, Any]) -> Vocabulary:
     return SENTENCEPIECE[kind](model, **images)
   if kind in TOKENIZERS:
     return TOKENIZERS[kind](fields['tokenizer'])
-  raise ValueError(
+  raise UserError(
     f'a stored vocabulary must be of a kind in {KINDS}, got {kind!r}; use the version that '
     'wrote it.'
   )
@@ -66,7 +67,7 @@ def load(spec: str) -> Vocabulary:
       'gpt2:FOLDER' with vocab.json and merges.txt.
 
   Raises:
-    ValueError: the file is missing or no such vocabulary.
+    UserError: the file is missing or no such vocabulary.
   """
   if spec == 'bytes':
     return ByteVocabulary()
@@ -81,12 +82,12 @@ def load(spec: str) -> Vocabulary:
       return TOKENIZERS[kind].from_files(*texts)
     content = path.read_bytes()
   except OSError as error:
-    raise ValueError(
+    raise UserError(
       "a vocabulary must be 'bytes', a readable .model file or KIND:PATH with KIND in "
       f'{KINDS[1:]}, got {spec!r} ({error.strerror or error}); correct the path.'
     ) from error
   except UnicodeDecodeError as error:
-    raise ValueError(f'{spec}: must be UTF-8 text ({error}); correct the path.') from error
+    raise UserError(f'{spec}: must be UTF-8 text ({error}); correct the path.') from error
   try:
     if kind == 'bert':
       return released.BertVocabulary.from_files(content.decode('utf-8'))
@@ -96,7 +97,7 @@ def load(spec: str) -> Vocabulary:
       return released.IceVocabulary(content, _IMAGES)
     return SENTENCEPIECE[kind](content)
   except ValueError as error:
-    raise ValueError(f'{spec}: {error}') from error
+    raise UserError(f'{spec}: {error}') from error
 
 
 def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
@@ -104,11 +105,11 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
 
   Args:
     folder: of the model.
-    format: of the weights, see `glm_jax.interop.layouts.LAYOUTS`.
+    format: of the weights, see `glm_jax.interop.formats.FORMATS`.
     table_rows: of the embedding table.
 
   Raises:
-    ValueError: a file that is no vocabulary.
+    UserError: a file that is no vocabulary.
   """
   has = {path.name for path in folder.iterdir()}
 
@@ -127,7 +128,7 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
     if 'tokenizer.model' in has and not of_tiktoken:
       return load_kind('chatglm3' if _has_roles(folder) else 'chatglm2')
     if 'tokenizer.json' not in has:
-      raise ValueError(
+      raise UserError(
         f"GLM-4's vocabulary must be a tokenizer.json, got {folder / 'tokenizer.model'} of "
         'tiktoken; fetch the tokenizer.json of glm-4-9b-chat-hf and give '
         '--vocabulary=glm4:PATH.'

@@ -17,6 +17,7 @@ import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from glm_jax.configs import UserError
 from glm_jax.text.vocabulary import CONTROL, SentencePieceVocabulary, Specials, Vocabulary
 
 _SOP, _EOP, _END = '<|startofpiece|>', '<|endofpiece|>', '<|endoftext|>'
@@ -34,7 +35,7 @@ class TokenizersVocabulary(Vocabulary):
     try:
       self._tokenizer = Tokenizer.from_str(tokenizer)
     except Exception as error:  # the package raises bare Exceptions
-      raise ValueError(
+      raise UserError(
         f'a vocabulary must be a tokenizer.json, got one that cannot be read ({error}); '
         'fetch it again.'
       ) from error
@@ -84,7 +85,7 @@ class BertVocabulary(TokenizersVocabulary):
     control = {name: self._tokenizer.token_to_id(name) for name in pieces}
     missing = [name for name, token in control.items() if token is None]
     if missing:
-      raise ValueError(
+      raise UserError(
         f'a BERT vocabulary must have the pieces {pieces}, got one without {missing}; give '
         'the vocab.txt of bert-base-uncased.'
       )
@@ -127,7 +128,7 @@ class BytePairVocabulary(TokenizersVocabulary):
     super().__init__(tokenizer)
     control = self._control(self._tokenizer.get_vocab_size())
     if None in control.values():
-      raise ValueError(
+      raise UserError(
         f'a vocab.json must have the piece {_END}, got one without; fetch it again.'
       )
     self._set_glm_control(control)
@@ -148,7 +149,7 @@ class BytePairVocabulary(TokenizersVocabulary):
     try:
       tokenizer = Tokenizer(models.BPE(json.loads(vocab_json), merges))
     except Exception as error:  # the package raises bare Exceptions
-      raise ValueError(
+      raise UserError(
         f'vocab.json and merges.txt must be of one vocabulary, got {error}; fetch both '
         'again.'
       ) from error
@@ -294,7 +295,7 @@ class ChatGLM2Vocabulary(SentencePieceVocabulary):
     at = {name: first + i for i, name in enumerate(names)}
     pieces = {'<s>': self._processor.bos_id(), '</s>': self._processor.eos_id()}
     if min(pieces.values()) < 0:
-      raise ValueError(
+      raise UserError(
         'a ChatGLM2 vocabulary must have the pieces <s> and </s>, got a model without; '
         'give the tokenizer.model of ChatGLM2-6B or ChatGLM3-6B.'
       )
@@ -335,7 +336,7 @@ class GLM4Vocabulary(TokenizersVocabulary):
     wanted = ('[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>', _END, *ROLES)
     missing = [name for name in wanted if name not in self.control]
     if missing:
-      raise ValueError(
+      raise UserError(
         f'a GLM-4 tokenizer.json must have the added tokens {wanted}, got one without '
         f'{missing}; give that of GLM-4-9B.'
       )

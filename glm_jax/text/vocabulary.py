@@ -21,6 +21,8 @@ import numpy as np
 import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
+from glm_jax.configs import UserError
+
 NAMES = (
   '[MASK]',
   '[gMASK]',
@@ -245,7 +247,7 @@ class SentencePieceVocabulary(Vocabulary):
       model: content of a `.model` file.
 
     Raises:
-      ValueError: it is none.
+      UserError: it is none.
     """
     self._add_own_control(self._load(model, NAMES))
 
@@ -263,12 +265,12 @@ class SentencePieceVocabulary(Vocabulary):
       self.serialized = proto.SerializeToString()
       self._processor = spm.SentencePieceProcessor(model_proto=self.serialized)
     except Exception as error:  # protobuf and sentencepiece have no common error
-      raise ValueError(
+      raise UserError(
         f'a vocabulary must be a sentencepiece model, got {len(model)} '
         f'bytes that are none ({type(error).__name__}); give a .model file.'
       ) from error
     if not base:
-      raise ValueError(
+      raise UserError(
         'a sentencepiece model must have pieces, got none; give another .model file.'
       )
     self.model = model
@@ -345,16 +347,16 @@ def train_sentencepiece(
     Content of a `.model` file.
 
   Raises:
-    ValueError: no text, or a size that leaves no room beside the bytes.
+    UserError: no text, or a size that leaves no room beside the bytes.
   """
   if size < 512:
-    raise ValueError(
+    raise UserError(
       'VocabularyConfig.size must be 512 or more (256 bytes and 9 control '
       f"pieces are in it), got {size}; raise it, or use path='bytes'."
     )
   lines = [line for text in texts for line in _lines(text)]
   if not lines:
-    raise ValueError(
+    raise UserError(
       'a vocabulary must be trained on some text, got none; give a corpus '
       "with text, or use VocabularyConfig.path='bytes'."
     )

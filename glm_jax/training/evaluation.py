@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from glm_jax import configs, sharding
+from glm_jax import sharding
 from glm_jax.batch import Batch
-from glm_jax.data.examples.objective_config import ObjectiveConfig
+from glm_jax.sharding import Layout
 from glm_jax.training import metrics
+from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossFn
 from glm_jax.training.step import make_eval_step
 
@@ -19,40 +19,11 @@ from glm_jax.training.step import make_eval_step
 SEED = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-  """Validation of each objective that is trained on.
-
-  Attributes:
-    every: steps between validations; the last step always has one.
-    examples: rows of the validation split, for each objective; 0 for all.
-    objectives: what is validated, on masks of its own; None for what is trained on. Runs
-      that train on different objectives are compared on one.
-    fill: held-out sentences whose blanks are filled at the end; 0 for none.
-  """
-
-  every: int = 1000
-  examples: int = 1024
-  objectives: ObjectiveConfig | None = None
-  fill: int = 5
-
-  def __post_init__(self):
-    configs.check_types(self)
-    for name, least in (('every', 1), ('examples', 0), ('fill', 0)):
-      value = getattr(self, name)
-      configs.check(
-        value >= least,
-        f'EvaluationConfig.{name} must be {least} or more',
-        str(value),
-        'correct it',
-      )
-
-
-def validation_batches(config: Any, task: str, process: Any) -> Iterator[Batch]:
+def validation_batches(config: TrainConfig, task: str, process: Any) -> Iterator[Batch]:
   """The validation split of a task, once.
 
   Args:
-    config: a `TrainConfig`.
+    config: of the run.
     task: a registered task.
     process: a `glm_jax.data.pipeline.Process`.
   """
@@ -74,11 +45,16 @@ class Validation:
   """Losses of each task's validation split."""
 
   def __init__(
-    self, config: Any, tasks: Mapping[str, str], loss: LossFn, layout: Any, process: Any
+    self,
+    config: TrainConfig,
+    tasks: Mapping[str, str],
+    loss: LossFn,
+    layout: Layout,
+    process: Any,
   ):
     """
     Args:
-      config: a `TrainConfig`.
+      config: of the run.
       tasks: registered tasks to validate, by objective.
       loss: of a batch.
       layout: of the devices.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,16 @@ import jax.numpy as jnp
 from glm_jax import configs, sharding
 from glm_jax.attention.dense import MASKED
 from glm_jax.batch import OBJECTIVES, Batch
+from glm_jax.configs import at_least
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, count): they add up over micro-batches, devices and batches."""
 
 LossFn = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, Metrics]]
 """(params, batch, dropout key or None) -> (sum to differentiate, metrics with 'loss')."""
+
+
+_OFF_OR_MORE = at_least(0).but('use 0 to switch it off')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,19 +37,11 @@ class LossConfig:
       section 5; 1e-4 there); reported apart from the loss.
   """
 
-  vocab_chunks: int = 0
-  z_loss: float = 0.0
+  vocab_chunks: Annotated[int, _OFF_OR_MORE] = 0
+  z_loss: Annotated[float, _OFF_OR_MORE] = 0.0
 
   def __post_init__(self):
-    configs.check_types(self)
-    for name in ('vocab_chunks', 'z_loss'):
-      value = getattr(self, name)
-      configs.check(
-        0 <= value < math.inf,
-        f'LossConfig.{name} must not be negative',
-        str(value),
-        'use 0 to switch it off',
-      )
+    configs.check_fields(self)
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:

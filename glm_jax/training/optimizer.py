@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from glm_jax import configs
+from glm_jax.configs import POSITIVE, at_least, one_of, within
 
 SCHEDULES = ('cosine', 'linear', 'rsqrt', 'wsd', 'constant')
 
@@ -37,61 +37,23 @@ class OptimizerConfig:
     clip_norm: largest global norm of a gradient.
   """
 
-  learning_rate: float = 4e-4
-  schedule: str = 'cosine'
-  warmup_steps: int = 0
-  decay_steps: int = 0
-  final_ratio: float = 0.1
-  wsd_decay_share: float = 0.2
-  beta1: float = 0.9
-  beta2: float = 0.98
-  epsilon: float = 1e-6
-  first_moment_dtype: str = 'float32'
-  weight_decay: float = 0.1
-  clip_norm: float = 1.0
+  learning_rate: Annotated[float, POSITIVE] = 4e-4
+  schedule: Annotated[str, one_of(*SCHEDULES)] = 'cosine'
+  warmup_steps: Annotated[int, at_least(0)] = 0
+  decay_steps: Annotated[int, at_least(0)] = 0
+  final_ratio: Annotated[
+    float, within('[0, 1]').but('give the last rate as a share of the peak')
+  ] = 0.1
+  wsd_decay_share: Annotated[float, within('(0, 1]')] = 0.2
+  beta1: Annotated[float, within('[0, 1)')] = 0.9
+  beta2: Annotated[float, within('[0, 1)')] = 0.98
+  epsilon: Annotated[float, POSITIVE] = 1e-6
+  first_moment_dtype: Annotated[str, one_of('float32', 'bfloat16')] = 'float32'
+  weight_decay: Annotated[float, at_least(0)] = 0.1
+  clip_norm: Annotated[float, POSITIVE] = 1.0
 
   def __post_init__(self):
-    configs.check_types(self)
-    name = 'OptimizerConfig'
-    configs.check(
-      self.schedule in SCHEDULES,
-      f'{name}.schedule must be one of {SCHEDULES}',
-      repr(self.schedule),
-      'choose one of these',
-    )
-    configs.check(
-      self.first_moment_dtype in ('float32', 'bfloat16'),
-      f"{name}.first_moment_dtype must be 'float32' or 'bfloat16'",
-      repr(self.first_moment_dtype),
-      'choose one of these',
-    )
-    for field in ('learning_rate', 'epsilon', 'clip_norm'):
-      value = getattr(self, field)
-      configs.check(
-        0 < value < math.inf, f'{name}.{field} must be positive', str(value), 'correct it'
-      )
-    for field in ('beta1', 'beta2'):
-      value = getattr(self, field)
-      configs.check(
-        0 <= value < 1, f'{name}.{field} must be in [0, 1)', str(value), 'correct it'
-      )
-    configs.check(
-      0 <= self.final_ratio <= 1,
-      f'{name}.final_ratio must be in [0, 1]',
-      str(self.final_ratio),
-      'give the last rate as a share of the peak',
-    )
-    configs.check(
-      0 < self.wsd_decay_share <= 1,
-      f'{name}.wsd_decay_share must be in (0, 1]',
-      str(self.wsd_decay_share),
-      'correct it',
-    )
-    for field in ('warmup_steps', 'decay_steps', 'weight_decay'):
-      value = getattr(self, field)
-      configs.check(
-        value >= 0, f'{name}.{field} must not be negative', str(value), 'correct it'
-      )
+    configs.check_fields(self)
 
 
 def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.Array]:
@@ -107,7 +69,7 @@ def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.A
   - constant: the peak.
 
   Raises:
-    ValueError: the warm-up is not shorter than the decay.
+    UserError: the warm-up is not shorter than the decay.
 
   Example:
     >>> rate = schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 110)

@@ -11,6 +11,7 @@ import optax
 from glm_jax import attention, batch, models, sharding
 from glm_jax.performance import flags
 from glm_jax.training import losses, optimizer, state, step
+from glm_jax.training.config import TrainConfig
 
 
 class Program(NamedTuple):
@@ -33,17 +34,17 @@ class Program(NamedTuple):
   attention: tuple[str, str]
 
 
-def build(config: Any, layout: sharding.Layout) -> Program:
+def build(config: TrainConfig, layout: sharding.Layout) -> Program:
   """Builds it; nothing is computed or allocated.
 
   Args:
-    config: a `TrainConfig`, whose model is resolved.
+    config: of a run, its model resolved.
     layout: the mesh, of devices that are here or only described.
 
   Raises:
-    ValueError: the configuration does not fit the mesh or the device.
+    UserError: the configuration does not fit the mesh or the device.
   """
-  rows, length = config.batch_size, config.feature_lengths['tokens']
+  rows, length = config.batch_size, config.length
   sharding.check_fits(config.model, rows, config.microbatches, length, layout)
   device = layout.devices.flat[0]
   backend, why = attention.choose(config.model, device, length)

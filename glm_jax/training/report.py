@@ -17,26 +17,27 @@ from jax.experimental import multihost_utils
 from glm_jax import distributed, sharding
 from glm_jax.checkpoints import folder
 from glm_jax.inference.decode import Filler
-from glm_jax.training import evaluation, metrics
+from glm_jax.training import evaluation, writer
+from glm_jax.training.config import TrainConfig
 
 # Baselines are fitted on what the model saw; more would take longer than it is worth.
 _BASELINE_POSITIONS = 4_000_000
 
 
 def report(
-  config: Any, data: Any, params: Any, process: Any, say: Callable[..., None]
+  config: TrainConfig, data: Any, params: Any, process: Any, say: Callable[..., None]
 ) -> None:
   """Prints the tables and writes summary.json and loss.png.
 
   Args:
-    config: a `TrainConfig`.
+    config: of the run.
     data: a `glm_jax.data.prepare.Prepared`.
     params: the trained parameters; all processes must take part.
     process: this process's share of each batch.
     say: prints, on the leader.
   """
   validation = (
-    metrics.read(config.model_dir, 'validation') if distributed.is_leader() else []
+    writer.read(config.model_dir, 'validation') if distributed.is_leader() else []
   )
   params = _on_every_process(params)
   if not distributed.is_leader():
@@ -71,7 +72,7 @@ def report(
     for k, v in scores.items()
     if name in ('blank', 'causal')
   }
-  picture = metrics.plot_losses(config.model_dir, lines)
+  picture = writer.plot_losses(config.model_dir, lines)
   folder.write_atomically(
     Path(config.model_dir) / 'summary.json',
     json.dumps(summary, indent=2, ensure_ascii=False) + '\n',
@@ -86,7 +87,7 @@ def _on_every_process(params: Any) -> Any:
   return multihost_utils.process_allgather(params, tiled=True)
 
 
-def _baselines(config: Any, data: Any, name: str, task: str) -> dict[str, float]:
+def _baselines(config: TrainConfig, data: Any, name: str, task: str) -> dict[str, float]:
   from glm_jax.data import baselines, pipeline
 
   train = pipeline.batches(
@@ -104,7 +105,7 @@ def _baselines(config: Any, data: Any, name: str, task: str) -> dict[str, float]
   )
 
 
-def _filled(config: Any, data: Any, params: Any) -> Iterator[dict[str, str]]:
+def _filled(config: TrainConfig, data: Any, params: Any) -> Iterator[dict[str, str]]:
   """Sentences of held-out documents with a few words hidden, or their ends."""
   filler = Filler(config.model, params, data.vocabulary)
   rng = np.random.default_rng(0)
@@ -121,7 +122,7 @@ def _filled(config: Any, data: Any, params: Any) -> Iterator[dict[str, str]]:
     yield {'filled': filler.text(prompt, spans, ('[', ']')), 'was': sentence[start:end]}
 
 
-def _sentences(config: Any) -> Iterator[str]:
+def _sentences(config: TrainConfig) -> Iterator[str]:
   """One plain sentence a held-out document, of 8 words or more."""
   from glm_jax.data.corpora import corpus
 

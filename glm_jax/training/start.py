@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from glm_jax import configs
-from glm_jax.checkpoints import manager
+from glm_jax import checkpoints, configs
 from glm_jax.models import config as model_config
-from glm_jax.models.config import COMPUTE_FIELDS, Compute
+from glm_jax.models.config import COMPUTE_FIELDS
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import state
+from glm_jax.training.config import CheckpointModel, TrainConfig
 
 # Fields that two models may differ in and still share their parameters' meaning.
 _FREE = {
@@ -27,35 +27,26 @@ _FREE = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointModel(Compute):
-  """The model that a checkpoint holds: its family and sizes stand there.
-
-  Attributes:
-    path: of a converted checkpoint, or the MODEL_DIR of a run.
-  """
-
-  path: str
-
-
-def resolve(config: Any) -> tuple[Any, Vocabulary | None, dict[str, Any] | None]:
+def resolve(
+  config: TrainConfig,
+) -> tuple[TrainConfig, Vocabulary | None, dict[str, Any] | None]:
   """A run's configuration with the model itself in place of a `CheckpointModel`.
 
   Args:
-    config: a `TrainConfig`.
+    config: of a run.
 
   Returns:
     The configuration, the vocabulary of the checkpoint where the run takes it from
     there, and what the checkpoint says of the files it was converted from.
 
   Raises:
-    ValueError: no such checkpoint, or one without the vocabulary that is needed.
+    UserError: no such checkpoint, or one without the vocabulary that is needed.
   """
   if not isinstance(config.model, CheckpointModel):
     return config, None, None
   wanted = config.model
-  folder = manager.find(wanted.path)
-  meta = manager.read_meta(folder)
+  folder = checkpoints.find(wanted.path)
+  meta = checkpoints.read_meta(folder)
   model = dataclasses.replace(
     model_config.from_dict(meta['model']),
     **{name: getattr(wanted, name) for name in COMPUTE_FIELDS},
@@ -68,7 +59,7 @@ def vocabulary_of(folder: Any, meta: dict[str, Any]) -> Vocabulary:
   """The vocabulary that a checkpoint carries.
 
   Raises:
-    ValueError: it was converted without one.
+    UserError: it was converted without one.
   """
   configs.check(
     meta['vocabulary'] is not None,
@@ -92,10 +83,10 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
     fresh: the new run's parameters, on their shardings.
 
   Raises:
-    ValueError: another vocabulary, or a model that is not the same function.
+    UserError: another vocabulary, or a model that is not the same function.
   """
-  folder = manager.find(path)
-  meta = manager.read_meta(folder)
+  folder = checkpoints.find(path)
+  meta = checkpoints.read_meta(folder)
   theirs = model_config.from_dict(meta['model'])
   carried = meta['vocabulary'] and loading.from_dict(meta['vocabulary']).fingerprint
   configs.check(
@@ -134,7 +125,7 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
     state.abstract_params(shared),
     fresh,
   )
-  params = manager.read_params(folder, wanted)
+  params = checkpoints.read_params(folder, wanted)
 
   def extend(old: jax.Array, new: jax.Array) -> jax.Array:
     if old.shape == new.shape:

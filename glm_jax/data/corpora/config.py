@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from glm_jax import configs
+from glm_jax.configs import NOT_EMPTY, at_least, one_of, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,37 +31,20 @@ class CorpusConfig:
     cache_dir: where vocabularies and rows are kept between runs.
   """
 
-  corpus: str = 'documentation'
+  corpus: Annotated[
+    str, NOT_EMPTY.but("use 'documentation', a glob of files, or 'tfds:NAME'")
+  ] = 'documentation'
   packed: bool = False
   verify: bool = True
   validation: str = ''
-  validation_fraction: float = 0.05
-  errors: str = 'strict'
+  validation_fraction: Annotated[float, within('(0, 1)')] = 0.05
+  errors: Annotated[str, one_of('strict', 'replace', 'ignore')] = 'strict'
   text_key: str = 'text'
   tfds_data_dir: str = ''
   cache_dir: str = '~/.cache/glm_jax'
 
   def __post_init__(self):
-    configs.check_types(self)
-    configs.check(
-      bool(self.corpus),
-      'CorpusConfig.corpus must name a corpus',
-      "''",
-      "use 'documentation', a glob of files, or 'tfds:NAME'",
-    )
-    configs.check(
-      0 < self.validation_fraction < 1,
-      'CorpusConfig.validation_fraction must be in (0, 1)',
-      str(self.validation_fraction),
-      'use 0.05',
-    )
-    choices = ('strict', 'replace', 'ignore')
-    configs.check(
-      self.errors in choices,
-      f'CorpusConfig.errors must be one of {choices}',
-      repr(self.errors),
-      'choose one of these',
-    )
+    configs.check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,20 +61,8 @@ class VocabularyConfig:
   """
 
   path: str = ''
-  kind: str = 'sentencepiece'
-  size: int = 8192
+  kind: Annotated[str, one_of('sentencepiece', 'chatglm3')] = 'sentencepiece'
+  size: Annotated[int, at_least(512).but("raise it, or use path='bytes'")] = 8192
 
   def __post_init__(self):
-    configs.check_types(self)
-    configs.check(
-      self.size >= 512,
-      'VocabularyConfig.size must be 512 or more',
-      str(self.size),
-      "raise it, or use path='bytes'",
-    )
-    configs.check(
-      self.kind in ('sentencepiece', 'chatglm3'),
-      "VocabularyConfig.kind must be 'sentencepiece' or 'chatglm3'",
-      repr(self.kind),
-      'choose one of these',
-    )
+    configs.check_fields(self)

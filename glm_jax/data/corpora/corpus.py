@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from glm_jax import configs
+from glm_jax.configs import UserError
 from glm_jax.data.corpora import text_files
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.corpora.text_files import Document
@@ -32,7 +33,7 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
   """The documents of 'train' or 'validation', in a fixed order.
 
   Raises:
-    ValueError: no such files, none left, or text that cannot be read: the file and
+    UserError: no such files, none left, or text that cannot be read: the file and
       the line or byte are named.
   """
   if config.corpus == 'documentation' or config.corpus.startswith('tfds:'):
@@ -130,7 +131,7 @@ def tfds_builder(config: CorpusConfig) -> Any:
   """The TFDS data set that a corpus names, `documentation` included.
 
   Raises:
-    ValueError: there is none that is prepared.
+    UserError: there is none that is prepared.
   """
   if config.corpus == 'documentation':
     from glm_jax.data.corpora import documentation
@@ -165,7 +166,7 @@ def _no_data_set(config: CorpusConfig) -> Iterator[None]:
     yield
   except Exception as error:  # TFDS raises many kinds
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ValueError(
+    raise UserError(
       f'{config.corpus!r} must be a TFDS data set that is prepared, got: '
       f'{message}; see CorpusConfig.tfds_data_dir.'
     ) from error
@@ -183,7 +184,7 @@ def find_task(config: CorpusConfig) -> Any:
   """The seqio task that a corpus names.
 
   Raises:
-    ValueError: it is not registered.
+    UserError: it is not registered.
   """
   import seqio
 

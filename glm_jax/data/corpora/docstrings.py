@@ -32,7 +32,7 @@ _SKIPPED = {
 }
 
 
-class Found(NamedTuple):
+class SourceDocs(NamedTuple):
   """The documentation of one source file.
 
   Attributes:
@@ -46,10 +46,10 @@ class Found(NamedTuple):
   text: str
 
 
-def topics() -> list[Found]:
+def topics() -> list[SourceDocs]:
   """CPython's language reference, as `help()` shows it."""
   return [
-    Found('pydoc_data', name, text.strip())
+    SourceDocs('pydoc_data', name, text.strip())
     for name, text in sorted(pydoc_data.topics.topics.items())
   ]
 
@@ -68,7 +68,7 @@ def sources() -> list[tuple[str, str]]:
   return [(found[path], path) for path in sorted(found)]
 
 
-def read(args: tuple[str, str]) -> Found | None:
+def read(args: tuple[str, str]) -> SourceDocs | None:
   """The documentation of one file; None if it cannot be parsed."""
   root, path = args
   package = Path(path).parts[0].removesuffix('.py')
@@ -85,10 +85,10 @@ def read(args: tuple[str, str]) -> Found | None:
       text = (ast.get_docstring(node, clean=False) or '').encode('utf-8', 'ignore').decode()
       if text.strip():
         parts.append((getattr(node, 'lineno', 0), inspect.cleandoc(text).strip()))
-  return Found(package, path, '\n\n'.join(text for _, text in sorted(parts)))
+  return SourceDocs(package, path, '\n\n'.join(text for _, text in sorted(parts)))
 
 
-def documents() -> Iterator[Found | None]:
+def documents() -> Iterator[SourceDocs | None]:
   """Topics, then one item a source file: None where it cannot be parsed.
 
   Items of less than 300 characters are left out.

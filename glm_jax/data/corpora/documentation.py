@@ -41,7 +41,9 @@ class Documentation(tfds.core.GeneratorBasedBuilder):
       disable_shuffling=True,
     )
 
-  def __init__(self, documents: Sequence[docstrings.Found] | None = None, **kwargs: Any):
+  def __init__(
+    self, documents: Sequence[docstrings.SourceDocs] | None = None, **kwargs: Any
+  ):
     """
     Args:
       documents: what to build from; None for what this Python has.
@@ -59,7 +61,7 @@ class Documentation(tfds.core.GeneratorBasedBuilder):
       'validation': self._generate_examples(validation),
     }
 
-  def _generate_examples(self, documents: Sequence[docstrings.Found]):
+  def _generate_examples(self, documents: Sequence[docstrings.SourceDocs]):
     for number, document in enumerate(documents):
       yield number, document._asdict()
 
@@ -83,8 +85,8 @@ def prepared(cache_dir: Path) -> Documentation:
 
 
 def split_by_package(
-  documents: Sequence[docstrings.Found],
-) -> tuple[list[docstrings.Found], list[docstrings.Found]]:
+  documents: Sequence[docstrings.SourceDocs],
+) -> tuple[list[docstrings.SourceDocs], list[docstrings.SourceDocs]]:
   """(training, validation), near-duplicates removed; prints what became of them.
 
   Whole packages are held out, in an order given by their names, until they have 5 % of
@@ -120,7 +122,7 @@ def split_by_package(
   )
 
 
-def _read() -> list[docstrings.Found]:
+def _read() -> list[docstrings.SourceDocs]:
   """All documents; files that Python cannot parse are counted and said."""
   found, unreadable = [], 0
   for document in tqdm(

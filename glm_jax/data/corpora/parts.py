@@ -24,7 +24,7 @@ _SEARCH = 2**20  # bytes read at a time to find where a line ends
 _EXAMPLES = 100_000  # of a TFDS data set in a part
 
 
-class Span(NamedTuple):
+class ByteRange(NamedTuple):
   """Bytes of a text file: documents that begin in [start, end)."""
 
   path: str
@@ -33,14 +33,14 @@ class Span(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CorpusPart:
   """What one worker reads.
 
   Attributes:
     number: of the part; its order in the corpus.
     size: bytes of text, or examples, for a progress bar.
     split: 'train' or 'validation'; '' if some of its documents are held out.
-    spans: of text files.
+    ranges: of text files.
     cut: files of text are cut at blank lines, because they are few.
     source: split and range of a TFDS data set; split, part and parts of a seqio task.
   """
@@ -48,12 +48,12 @@ class Part:
   number: int
   size: int
   split: str = ''
-  spans: tuple[Span, ...] = ()
+  ranges: tuple[ByteRange, ...] = ()
   cut: bool = False
   source: tuple[Any, ...] = ()
 
 
-def find(config: CorpusConfig, part_bytes: int) -> list[Part]:
+def find(config: CorpusConfig, part_bytes: int) -> list[CorpusPart]:
   """The parts of a corpus.
 
   Args:
@@ -61,14 +61,14 @@ def find(config: CorpusConfig, part_bytes: int) -> list[Part]:
     part_bytes: of text in a part, about.
 
   Raises:
-    ValueError: no such files, data set or task.
+    UserError: no such files, data set or task.
   """
   if config.corpus == 'documentation' or config.corpus.startswith('tfds:'):
     builder = corpora.tfds_builder(config)
     counts = {name: info.num_examples for name, info in builder.info.splits.items()}
     both = 'validation' in counts
     found = [
-      Part(0, min(_EXAMPLES, n - first), name if both else '', source=(name, first))
+      CorpusPart(0, min(_EXAMPLES, n - first), name if both else '', source=(name, first))
       for name, n in counts.items()
       if name in ('train', 'validation')
       for first in range(0, n, _EXAMPLES)
@@ -79,7 +79,9 @@ def find(config: CorpusConfig, part_bytes: int) -> list[Part]:
     found = []
     for split in ('train', 'validation')[: 1 + both]:
       n = len(task.source.list_shards(split))
-      found += [Part(0, 1, split if both else '', source=(split, i, n)) for i in range(n)]
+      found += [
+        CorpusPart(0, 1, split if both else '', source=(split, i, n)) for i in range(n)
+      ]
   elif config.validation:
     found = _of_files(config.corpus, 'train', part_bytes)
     found += _of_files(config.validation, 'validation', part_bytes)
@@ -88,13 +90,13 @@ def find(config: CorpusConfig, part_bytes: int) -> list[Part]:
   return [dataclasses.replace(part, number=i) for i, part in enumerate(found)]
 
 
-def read(config: CorpusConfig, part: Part) -> Iterator[tuple[str, Document]]:
+def read(config: CorpusConfig, part: CorpusPart) -> Iterator[tuple[str, Document]]:
   """(split, document) of a part, in order.
 
   A document is held out if the hash of its text is in the lowest `validation_fraction`.
 
   Raises:
-    ValueError: text that cannot be read: the file and the line or byte are named.
+    UserError: text that cannot be read: the file and the line or byte are named.
   """
   limit = int(config.validation_fraction * 2**48)
   for document in _documents(config, part):
@@ -109,49 +111,51 @@ def read(config: CorpusConfig, part: Part) -> Iterator[tuple[str, Document]]:
     yield 'validation' if held_out else 'train', document
 
 
-def _documents(config: CorpusConfig, part: Part) -> Iterator[Document]:
+def _documents(config: CorpusConfig, part: CorpusPart) -> Iterator[Document]:
   if config.corpus.startswith(corpora.TASK):
     split, number, count = part.source
     yield from corpora.read_task(corpora.find_task(config), config, split, number, count)
   elif part.source:
     split, first = part.source
     yield from corpora.read_tfds(config, f'{split}[{first}:{first + part.size}]')
-  for span in part.spans:
-    path = epath.Path(span.path)
-    start, end = _borders(path, span, part.cut)
+  for piece in part.ranges:
+    path = epath.Path(piece.path)
+    start, end = _borders(path, piece, part.cut)
     content = text_files.read_bytes(path, start, end)
     if content:
       for document in text_files.parse(content, path, config, start):
         yield from text_files.cut(document) if part.cut else [document]
 
 
-def _of_files(pattern: str, split: str, part_bytes: int) -> list[Part]:
+def _of_files(pattern: str, split: str, part_bytes: int) -> list[CorpusPart]:
   paths = text_files.find(pattern)
   cut = text_files.are_few(paths)
-  spans = []
+  ranges = []
   for path in paths:
     size = path.stat().length
     step = part_bytes if cut or path.suffix == '.jsonl' else max(size, 1)
-    spans += [Span(str(path), at, min(at + step, size)) for at in range(0, size, step)]
+    ranges += [
+      ByteRange(str(path), at, min(at + step, size)) for at in range(0, size, step)
+    ]
   parts, group, total = [], [], 0
-  for span in spans:
-    group.append(span)
-    total += span.end - span.start
+  for piece in ranges:
+    group.append(piece)
+    total += piece.end - piece.start
     if total >= part_bytes:
-      parts.append(Part(0, total, split, tuple(group), cut))
+      parts.append(CorpusPart(0, total, split, tuple(group), cut))
       group, total = [], 0
   if group:
-    parts.append(Part(0, total, split, tuple(group), cut))
+    parts.append(CorpusPart(0, total, split, tuple(group), cut))
   return parts
 
 
-def _borders(path: epath.Path, span: Span, cut: bool) -> tuple[int, int]:
-  """Where the first document that begins in a span does, and where the last one ends."""
+def _borders(path: epath.Path, piece: ByteRange, cut: bool) -> tuple[int, int]:
+  """Where the first document that begins in a piece does, and where the last one ends."""
   if path.suffix == '.txt' and not cut:
-    return span.start, span.end
+    return piece.start, piece.end
   separator = b'\n\n' if path.suffix == '.txt' else b'\n'
   with path.open('rb') as file:
-    return _next(file, span.start, separator), _next(file, span.end, separator)
+    return _next(file, piece.start, separator), _next(file, piece.end, separator)
 
 
 def _next(file: Any, offset: int, separator: bytes) -> int:

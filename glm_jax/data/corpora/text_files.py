@@ -11,6 +11,7 @@ from typing import NamedTuple
 from etils import epath
 
 from glm_jax import configs
+from glm_jax.configs import UserError
 from glm_jax.data.corpora.config import CorpusConfig
 
 # With fewer documents than this, long ones are cut so that some can be held out.
@@ -31,7 +32,7 @@ def find(pattern: str) -> list[epath.Path]:
   """The files of a glob, in order of their names; `gs://` patterns are understood.
 
   Raises:
-    ValueError: there are none, or others than .txt and .jsonl among them.
+    UserError: there are none, or others than .txt and .jsonl among them.
   """
   if '://' in pattern:
     folder, _, last = pattern.rpartition('/')
@@ -60,7 +61,7 @@ def read(pattern: str, config: CorpusConfig) -> Iterator[Document]:
   """The documents of the files of a glob, in order.
 
   Raises:
-    ValueError: no files, or what cannot be read, with its line or byte.
+    UserError: no files, or what cannot be read, with its line or byte.
   """
   for path in find(pattern):
     yield from parse(read_bytes(path, 0, None), path, config)
@@ -73,7 +74,7 @@ def read_bytes(path: epath.Path, start: int, end: int | None) -> bytes:
       file.seek(start)
       return file.read() if end is None else file.read(max(end - start, 0))
   except OSError as error:
-    raise ValueError(
+    raise UserError(
       f'text files must be readable, got {path} ({error.strerror or error}); correct '
       'its permissions.'
     ) from error
@@ -95,7 +96,7 @@ def parse(
   try:
     text = content.decode('utf-8', config.errors)
   except UnicodeDecodeError as error:
-    raise ValueError(
+    raise UserError(
       f'text files must be UTF-8, got {path} with byte 0x{content[error.start]:02x} at '
       f"offset {start + error.start}; convert it, or set CorpusConfig.errors to 'replace' "
       "or 'ignore'."
@@ -152,7 +153,7 @@ def _parse_line(line: str, path: epath.Path, start: int, number: int) -> Documen
   try:
     fields = json.loads(line)
   except json.JSONDecodeError as error:
-    raise ValueError(
+    raise UserError(
       f'a .jsonl file must have a JSON object a line, got {where()}: '
       f'{error.msg} (column {error.colno}); correct it.'
     ) from error
@@ -161,7 +162,7 @@ def _parse_line(line: str, path: epath.Path, start: int, number: int) -> Documen
     and isinstance(fields.get('text'), str)
     and isinstance(fields.get('prompt', ''), str)
   ):
-    raise ValueError(
+    raise UserError(
       "a .jsonl line must be an object with a string 'text' and, optionally, a string "
       f"'prompt', got {line[:80]!r} in {where()}; correct it."
     )
@@ -170,7 +171,7 @@ def _parse_line(line: str, path: epath.Path, start: int, number: int) -> Documen
     try:
       value.encode('utf-8')
     except UnicodeEncodeError as error:
-      raise ValueError(
+      raise UserError(
         f'text must be Unicode characters, got a lone surrogate in {where()}; correct it.'
       ) from error
   return Document(fields['text'], fields.get('prompt', ''))

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 import tensorflow as tf
 
 from glm_jax.batch import OBJECTIVES
+from glm_jax.configs import UserError
 
 
 def causal(
   dataset: tf.data.Dataset,
   sequence_length: Mapping[str, int],
 ) -> tf.data.Dataset:
-  """Rows of indexed sources (`glm_jax.data.stream.source`) as examples of the batch contract.
+  """Rows of indexed sources (`stream.source`) as examples of the batch contract.
 
   Args:
     dataset: batches of rows of L + 1 tokens.
@@ -33,7 +34,7 @@ def causal(
     return {**made, 'index': x['index'], 'corpus': x['corpus']}
 
   if dataset.element_spec['tokens'].shape.as_list()[1:] != [length + 1]:
-    raise ValueError(
+    raise UserError(
       f'causal rows must have one token more than the feature length {length}, got '
       f'{dataset.element_spec["tokens"].shape}; make them so.'
     )

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from glm_jax import configs
 from glm_jax.batch import MIXED
+from glm_jax.configs import UserError
 from glm_jax.data.examples import spans
 from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream import stateless
@@ -30,7 +31,7 @@ _SAMPLERS = {
 }
 
 
-class Source(NamedTuple):
+class TextRows(NamedTuple):
   """What an objective is made from.
 
   Attributes:
@@ -51,7 +52,7 @@ class Source(NamedTuple):
 
 
 def make_examples(
-  source: Source, length: int, config: ObjectiveConfig, vocabulary: Vocabulary
+  source: TextRows, length: int, config: ObjectiveConfig, vocabulary: Vocabulary
 ) -> dict[str, tf.Tensor]:
   """A batch of examples, each of an objective drawn by `config.phases`.
 
@@ -71,7 +72,7 @@ def make_examples(
   N = source.tokens.shape[1]
   max_spans = (length - N) // 2
   if max_spans < 1:
-    raise ValueError(
+    raise UserError(
       f'rows must be at least 2 tokens shorter than the feature length {length}, got '
       f'rows of {N}; raise TASK_FEATURE_LENGTHS.'
     )
@@ -87,7 +88,7 @@ def make_examples(
   is_text = inside & (kind > 0)
   ends = is_text & (kind > 1)
   room = tf.fill(tf.shape(full), max_spans) if source.room is None else source.room
-  rows = spans.Rows(source.lengths, is_text, ends, source.keys, room)
+  rows = spans.Maskable(source.lengths, is_text, ends, source.keys, room)
   objective = _draw(source, config)
   kept = _sample(rows, objective, config, max_spans)
   masks = (s.mask, s.gmask, s.smask) if config.task_masks else (s.mask,) * 3
@@ -113,7 +114,7 @@ def make_examples(
   return example
 
 
-def _draw(source: Source, config: ObjectiveConfig) -> tf.Tensor:
+def _draw(source: TextRows, config: ObjectiveConfig) -> tf.Tensor:
   """[B] int32, the objective of each row by the weights of its step."""
   if len(config.objectives) == 1:
     return tf.fill(tf.shape(source.lengths), MIXED.index(config.objectives[0]))
@@ -135,7 +136,7 @@ def _sample(rows, objective, config, max_spans) -> spans.Spans:
   numbers, drawn = [], []
   for name in config.objectives:
     own = tf.where(objective == MIXED.index(name))[:, 0]
-    some = spans.Rows(*(tf.gather(x, own) for x in rows))
+    some = spans.Maskable(*(tf.gather(x, own) for x in rows))
     numbers.append(tf.cast(own, tf.int32))
     drawn.append(_SAMPLERS[name](some, config, max_spans))
   return spans.Spans(*(tf.dynamic_stitch(numbers, x) for x in zip(*drawn, strict=True)))
@@ -303,7 +304,7 @@ def _alternate(a, b):
   return tf.reshape(tf.stack([a, b], axis=2), [tf.shape(table)[0], -1])
 
 
-def _shorten(source: Source, config: ObjectiveConfig, vocabulary: Vocabulary) -> Source:
+def _shorten(source: TextRows, config: ObjectiveConfig, vocabulary: Vocabulary) -> TextRows:
   """Some rows become a random window of themselves, opened as a document is."""
   N, prefix = source.tokens.shape[1], vocabulary.prefix[:1]
   u = stateless.uniform(source.keys, _SHORT, 3)

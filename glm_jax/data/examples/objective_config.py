@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
 
 from glm_jax import configs
 from glm_jax.batch import MIXED
+from glm_jax.configs import one_of, within
 from glm_jax.data.rows.table import RowPlan
 
 LONGEST_SPAN = 39
@@ -15,6 +17,9 @@ LONGEST_SPAN = 39
 # Deviations of the number of spans that a row has room for: at 512 tokens 0.5 % of
 # the rows draw more and are cut short there, for 2.3 % of padding.
 _SPAN_DEVIATIONS = 2.3
+
+
+_PROBABILITY = within('[0, 1]').but('give a probability')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,22 +60,24 @@ class ObjectiveConfig:
   sentence: float = 0.0
   schedule: tuple[tuple[int | float, ...], ...] = ()
   loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-  loss_mean: str = 'token'
-  span_mean: float = 3.0
-  mask_ratio: float = 0.15
+  loss_mean: Annotated[str, one_of('token', 'example')] = 'token'
+  span_mean: Annotated[float, within('(0, 20]').but('use 3 as the paper')] = 3.0
+  mask_ratio: Annotated[
+    float, within('(0, 1)').but('use 0.15 as the paper, or 0.1 to 0.2')
+  ] = 0.15
   shuffle_spans: bool = True
-  single_span_probability: float = 0.0
-  document_min_ratio: float = 0.5
-  document_infill_probability: float = 0.5
-  dblock_probability: float = 0.0
-  short_probability: float = 0.0
+  single_span_probability: Annotated[float, _PROBABILITY] = 0.0
+  document_min_ratio: Annotated[float, within('(0, 1)').but('use 0.5 as the paper')] = 0.5
+  document_infill_probability: Annotated[float, _PROBABILITY] = 0.5
+  dblock_probability: Annotated[float, _PROBABILITY] = 0.0
+  short_probability: Annotated[float, _PROBABILITY] = 0.0
   task_masks: bool = True
   original_positions: bool = False
   block_positions: bool = True
   one_dimensional: bool = False
 
   def __post_init__(self):
-    configs.check_types(self)
+    configs.check_fields(self)
     name = 'ObjectiveConfig'
     _check_weights(f'{name}.blank, document and sentence', self.weights)
     _check_schedule(f'{name}.schedule', self.schedule)
@@ -79,24 +86,6 @@ class ObjectiveConfig:
       f'{name}.loss_weights must be above 0',
       str(self.loss_weights),
       'use (1.0, 1.0, 1.0), or leave an objective out by its probability',
-    )
-    configs.check(
-      self.loss_mean in ('token', 'example'),
-      f"{name}.loss_mean must be 'token' or 'example'",
-      repr(self.loss_mean),
-      'choose one of these',
-    )
-    configs.check(
-      0 < self.mask_ratio < 1,
-      f'{name}.mask_ratio must be in (0, 1)',
-      str(self.mask_ratio),
-      'use 0.15 as the paper, or 0.1 to 0.2',
-    )
-    configs.check(
-      0 < self.span_mean <= 20,
-      f'{name}.span_mean must be in (0, 20]',
-      str(self.span_mean),
-      'use 3 as the paper',
     )
     mean, _ = self._span_moments()
     # Spans never touch, so each needs a token of its own beside it.
@@ -107,25 +96,6 @@ class ObjectiveConfig:
       str(self.mask_ratio),
       'lower it or raise span_mean',
     )
-    configs.check(
-      0 < self.document_min_ratio < 1,
-      f'{name}.document_min_ratio must be in (0, 1)',
-      str(self.document_min_ratio),
-      'use 0.5 as the paper',
-    )
-    for field in (
-      'single_span_probability',
-      'document_infill_probability',
-      'dblock_probability',
-      'short_probability',
-    ):
-      value = getattr(self, field)
-      configs.check(
-        0 <= value <= 1,
-        f'{name}.{field} must be in [0, 1]',
-        str(value),
-        'give a probability',
-      )
 
   @property
   def weights(self) -> tuple[float, float, float]:
@@ -161,7 +131,7 @@ class ObjectiveConfig:
     return dataclasses.replace(self, loss_weights=(1.0, 1.0, 1.0), loss_mean='token')
 
   def check_steps(self, train_steps: int) -> None:
-    """Raises ValueError if the schedule ends before the run does."""
+    """Raises UserError if the schedule ends before the run does."""
     end = self.schedule[-1][1] if self.schedule else -1
     configs.check(
       end == -1 or end >= train_steps,
@@ -255,7 +225,7 @@ def _check_schedule(name: str, schedule: tuple[tuple[int | float, ...], ...]) ->
       f'{name} must leave no step out and have none twice: a phase begins where the one '
       'before it ends, the first at 0',
       f'a phase from {phase[0]} where {end} is next',
-      'correct its first step',
+      'let it begin there',
     )
     _check_weights(f'the probabilities of {name}', phase[2:])
     end = phase[1]

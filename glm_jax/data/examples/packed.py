@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from glm_jax.data.examples.infilling import Source
+from glm_jax.data.examples.infilling import TextRows
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream import stateless
 
@@ -28,7 +28,7 @@ class Places(NamedTuple):
   number: tf.Tensor
 
 
-def take_apart(x: dict[str, tf.Tensor], plan: RowPlan) -> tuple[Source, Places]:
+def take_apart(x: dict[str, tf.Tensor], plan: RowPlan) -> tuple[TextRows, Places]:
   """The documents of packed rows as rows of their own.
 
   Args:
@@ -49,7 +49,7 @@ def take_apart(x: dict[str, tf.Tensor], plan: RowPlan) -> tuple[Source, Places]:
   own = tf.range(W) < lengths[:, None]
   ranks = tf.cumsum(tf.cast(starts, tf.int32), axis=1)
   number = tf.gather_nd(ranks, at) - 1
-  source = Source(
+  source = TextRows(
     tokens=tf.where(own, tf.gather(tf.reshape(x['tokens'], [-1]), index), 0),
     lengths=lengths,
     scored=own & tf.gather(tf.reshape(x['scored'], [-1]), index),

@@ -22,7 +22,7 @@ _FAR = 1 << 28  # sorts behind every position
 (_LENGTHS, _MIX_LENGTHS, _PLACES, _SINGLE, _SENTENCES, _RATIO, _INFILL, _PLACE) = range(8)
 
 
-class Rows(NamedTuple):
+class Maskable(NamedTuple):
   """A batch of token rows.
 
   Attributes:
@@ -58,7 +58,7 @@ class Spans(NamedTuple):
   capped: tf.Tensor
 
 
-def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
+def blank_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> Spans:
   """Spans of Poisson length over ~`mask_ratio` of the row (GLM paper, section 2.1).
 
   Lengths are drawn until they reach the budget; spans lie inside one document each, a
@@ -128,7 +128,7 @@ def blank_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
   return Spans(starts, lengths, tf.ones([B], tf.bool), capped)
 
 
-def sentence_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
+def sentence_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> Spans:
   """Whole sentences in random order until they reach ~`mask_ratio` of the row.
 
   A sentence ends with a piece that holds a sentence-ending mark, or with the row. One
@@ -162,7 +162,7 @@ def sentence_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   return Spans(starts, lengths, tf.ones_like(capped), capped)
 
 
-def document_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans:
+def document_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> Spans:
   """One span of `document_min_ratio` of the row or more, to its end or inside it.
 
   To the end it takes <eos> along and has no [eop]; rows of several documents are
@@ -198,7 +198,7 @@ def document_spans(rows: Rows, config: ObjectiveConfig, max_spans: int) -> Spans
   )
 
 
-def _budget(rows: Rows, config: ObjectiveConfig) -> tf.Tensor:
+def _budget(rows: Maskable, config: ObjectiveConfig) -> tf.Tensor:
   """int(mask_ratio * length), at least one token."""
   budget = tf.cast(config.mask_ratio * tf.cast(rows.lengths, tf.float64), tf.int32)
   return tf.maximum(budget, 1)

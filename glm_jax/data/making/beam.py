@@ -13,13 +13,14 @@ from typing import Any
 
 from etils import epath
 
+from glm_jax.configs import UserError
 from glm_jax.data.corpora import parts
 from glm_jax.data.making import shard_job
 from glm_jax.data.making.shard_job import Bucket, Job
 from glm_jax.data.rows import shards
 
 
-def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> None:
+def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], options: str) -> None:
   """Makes the shards of a job.
 
   Args:
@@ -29,7 +30,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> N
     options: of Beam, such as '--runner=DataflowRunner --project=...'.
 
   Raises:
-    ValueError: Beam is not installed; text that cannot be read.
+    UserError: Beam is not installed; text that cannot be read.
   """
   # It warns of clouds that are not used, and logs what it raises besides.
   logging.getLogger().setLevel(logging.CRITICAL)
@@ -37,7 +38,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> N
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
   except ImportError as error:
-    raise ValueError(
+    raise UserError(
       '--runner=beam needs Apache Beam, got an environment without it; install the '
       "extra: pip install -e '.[beam]'."
     ) from error
@@ -63,21 +64,24 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], options: str) -> N
     message = _of_worker(f'{type(error).__name__}: {error}')
     if message is None:
       raise
-    raise ValueError(message) from error
+    raise UserError(message) from error
 
 
 def _of_worker(text: str) -> str | None:
-  """The message of a ValueError in what Beam raises: a worker's traceback, as text.
+  """The message of a UserError in what Beam raises: a worker's traceback, as text.
 
   Example:
-    >>> _of_worker("Traceback ...\\n  File ...\\nValueError: x [while running 'tokenise']")
+    >>> text = "glm_jax.configs.UserError: x [while running 'tokenise']"
+    >>> _of_worker(f'Traceback ...\\n  File ...\\n{text}')
     'x'
   """
-  found = re.findall(r"^ValueError: (.*?)(?: \[while running '.*)?$", text, re.MULTILINE)
+  found = re.findall(
+    r"^[\w.]*UserError: (.*?)(?: \[while running '.*)?$", text, re.MULTILINE
+  )
   return found[-1] if found else None
 
 
-def _work(part: parts.Part, job: Job) -> list[tuple[tuple[str, int], tuple]]:
+def _work(part: parts.CorpusPart, job: Job) -> list[tuple[tuple[str, int], tuple]]:
   return [(key, tuple(bucket)) for key, bucket in shard_job.work(job, part).items()]
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from glm_jax import configs
+from glm_jax import configs, startup
 from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig
@@ -113,18 +113,16 @@ def of_config(
   )
 
 
-def work(job: Job, part: parts.Part) -> dict[tuple[str, int], Bucket]:
+def work(job: Job, part: parts.CorpusPart) -> dict[tuple[str, int], Bucket]:
   """Tokenises a part; a bucket for each (split, shard) that gets something.
 
   Raises:
-    ValueError: text that cannot be read.
+    UserError: text that cannot be read.
   """
   vocabulary = _vocabulary(job)
   if part.source:
-    from glm_jax import cli
-
-    cli.import_tensorflow()
-    cli.import_modules(job.imports)
+    startup.import_tensorflow()
+    startup.import_modules(job.imports)
   documents: dict[str, list[Any]] = {split: [] for split in SPLITS}
   for split, document in parts.read(job.corpus, part):
     documents[split].append(document)
@@ -181,7 +179,7 @@ def finish(
     made: what `write` returned, by split and number.
 
   Raises:
-    ValueError: a split without rows.
+    UserError: a split without rows.
   """
   splits = {}
   for split in SPLITS:
@@ -195,7 +193,7 @@ def finish(
 
 
 def check_folder(folder: epath.Path) -> None:
-  """Raises ValueError for a folder of finished shards, or in a bucket that is not."""
+  """Raises UserError for a folder of finished shards, or in a bucket that is not."""
   scheme, separator, rest = str(folder).partition('://')
   if separator:  # making a folder there would be tried for minutes
     bucket = f'{scheme}://{rest.split("/")[0]}'

@@ -18,6 +18,7 @@ from etils import epath
 from tqdm import tqdm
 
 from glm_jax import configs
+from glm_jax.configs import ResourceError
 from glm_jax.data.corpora import parts
 from glm_jax.data.making import shard_job
 from glm_jax.data.making.shard_job import Bucket, Job
@@ -27,7 +28,7 @@ _WORK = 'unfinished'
 _JOB = 'job.json'
 
 
-def run(job: Job, folder: epath.Path, todo: list[parts.Part], processes: int) -> None:
+def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], processes: int) -> None:
   """Makes the shards of a job.
 
   Args:
@@ -37,14 +38,14 @@ def run(job: Job, folder: epath.Path, todo: list[parts.Part], processes: int) ->
     processes: that work at a time; 1 for this one.
 
   Raises:
-    ValueError: a folder that holds something else; text that cannot be read.
+    UserError: a folder that holds something else; text that cannot be read.
   """
   _begin(job, folder)
   work = folder / _WORK
   missing = [part for part in todo if not (work / _part_name(part.number)).exists()]
   total = sum(part.size for part in todo)
   done = total - sum(part.size for part in missing)
-  of_text = any(part.spans for part in todo)
+  of_text = any(part.ranges for part in todo)
   unit = dict(unit='B', unit_scale=True) if of_text else dict(unit=' examples')
   with _pool(processes) as each:
     bar = tqdm(
@@ -99,7 +100,7 @@ def _begin(job: Job, folder: epath.Path) -> None:
   shards.write_atomically(note, content.encode('utf-8'))
 
 
-def _work(job: Job, folder: epath.Path, part: parts.Part) -> int:
+def _work(job: Job, folder: epath.Path, part: parts.CorpusPart) -> int:
   """Writes the buckets of a part, one after the other behind their sizes."""
   buckets = shard_job.work(job, part)
   names, blobs, at = {}, [], 0
@@ -156,7 +157,7 @@ def _pool(processes: int) -> Iterator[Callable[[Any, Iterable[tuple]], Iterable[
         for future in concurrent.futures.as_completed(futures):
           yield future.result()
       except concurrent.futures.process.BrokenProcessPool as error:
-        raise OSError(
+        raise ResourceError(
           'a worker process was killed, for want of memory perhaps; what is done stays, '
           'and the same command with fewer --processes goes on'
         ) from error

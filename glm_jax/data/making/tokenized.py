@@ -16,6 +16,7 @@ from etils import epath
 from tqdm import tqdm
 
 from glm_jax import configs
+from glm_jax.configs import UserError
 from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.rows import shards
@@ -59,7 +60,7 @@ def new_counts() -> dict[str, int]:
 
 def cached_rows(
   config: CorpusConfig, vocabulary: Vocabulary, split: str, plan: RowPlan
-) -> shards.Rows:
+) -> shards.StoredRows:
   """Tokenises a split of the corpus into one file in the cache, or finds it done.
 
   Args:
@@ -69,7 +70,7 @@ def cached_rows(
     plan: how documents become rows.
 
   Raises:
-    ValueError: no document of two tokens or more; a cache that is damaged.
+    UserError: no document of two tokens or more; a cache that is damaged.
   """
   key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split]
   key += [plan.row_length, plan.positions, plan.room]
@@ -79,8 +80,8 @@ def cached_rows(
     _write(config, vocabulary, split, plan, folder)
   try:
     return shards.load(str(folder), vocabulary)[split]
-  except (ValueError, KeyError) as error:
-    raise ValueError(
+  except (UserError, KeyError) as error:
+    raise UserError(
       f'cached rows must be readable, got {folder} ({error}); delete that '
       'folder, and they are made again.'
     ) from error
@@ -130,7 +131,7 @@ def _write(config, vocabulary, split, plan, folder) -> None:
 def check_some(
   count: int, counts: dict[str, int], split: str, config: CorpusConfig
 ) -> None:
-  """Raises ValueError if a split has no rows."""
+  """Raises UserError if a split has no rows."""
   configs.check(
     count > 0,
     f'the {split} split must hold a document of two tokens or more',

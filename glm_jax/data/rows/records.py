@@ -1,4 +1,4 @@
-"""Rows of shards by number, in TensorFlow ops alone.
+"""StoredRows of shards by number, in TensorFlow ops alone.
 
 No Python function runs in the pipeline (one that does can hang at the process's exit,
 and cannot be checkpointed). Files on this machine are mapped into memory; others are
@@ -12,14 +12,14 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from glm_jax.data.rows.shards import HEAD, TAIL, Layout, Rows
+from glm_jax.data.rows.shards import HEAD, TAIL, RecordLayout, StoredRows
 
 # A batch takes from each mapped file in an op of its own: with more, runs are cheaper.
 _MOST_MAPPED = 64
 _AT_ONCE = 32  # runs read at a time, since each waits for storage
 
 
-def reader(rows: Rows) -> Callable[[tf.Tensor], tf.Tensor]:
+def reader(rows: StoredRows) -> Callable[[tf.Tensor], tf.Tensor]:
   """A function from row numbers, [B] int64, to their records, [B, record_bytes] uint8."""
   mapped = '://' not in str(rows.folder) and len(rows.files) <= _MOST_MAPPED
   files = [file for file in rows.files if file.rows]
@@ -28,7 +28,7 @@ def reader(rows: Rows) -> Callable[[tf.Tensor], tf.Tensor]:
   return (_mapped if mapped else _runs)(paths, counts, rows.layout)
 
 
-def decode(records: tf.Tensor, layout: Layout) -> dict[str, tf.Tensor]:
+def decode(records: tf.Tensor, layout: RecordLayout) -> dict[str, tf.Tensor]:
   """The fields of records.
 
   Args:
@@ -58,7 +58,7 @@ def decode(records: tf.Tensor, layout: Layout) -> dict[str, tf.Tensor]:
 
 
 def _mapped(
-  paths: list[str], counts: list[int], layout: Layout
+  paths: list[str], counts: list[int], layout: RecordLayout
 ) -> Callable[[tf.Tensor], tf.Tensor]:
   files = [
     tf.raw_ops.ImmutableConst(
@@ -83,7 +83,7 @@ def _mapped(
 
 
 def _runs(
-  paths: list[str], counts: list[int], layout: Layout
+  paths: list[str], counts: list[int], layout: RecordLayout
 ) -> Callable[[tf.Tensor], tf.Tensor]:
   names, size, stride = tf.constant(paths), layout.record_bytes, layout.stride
 

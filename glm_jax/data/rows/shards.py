@@ -27,6 +27,7 @@ import numpy as np
 from etils import epath
 
 from glm_jax import configs
+from glm_jax.configs import UserError
 from glm_jax.data.rows.table import RowPlan, RowTable
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
@@ -39,7 +40,7 @@ _LARGEST_NARROW = 2**16
 _CHUNK = 2**24  # bytes of a file hashed or written at once
 
 
-class Layout(NamedTuple):
+class RecordLayout(NamedTuple):
   """Where things are in a record.
 
   Attributes:
@@ -74,7 +75,7 @@ class Layout(NamedTuple):
     Example:
       >>> from glm_jax.data.rows.table import stream_rows
       >>> rows = stream_rows([(np.array([], int), np.array([5, 6]))], (1,), 2, 8)
-      >>> layout = Layout(row_length=8, token_bytes=2)
+      >>> layout = RecordLayout(row_length=8, token_bytes=2)
       >>> records = layout.encode(rows)
       >>> records.shape
       (1, 22)
@@ -116,7 +117,7 @@ class File(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class StoredRows:
   """A split of a folder of shards; rows are numbered through its files.
 
   Attributes:
@@ -130,7 +131,7 @@ class Rows:
   """
 
   folder: epath.Path
-  layout: Layout
+  layout: RecordLayout
   files: tuple[File, ...]
   block: int
   plan: RowPlan
@@ -140,7 +141,7 @@ class Rows:
     return sum(file.rows for file in self.files)
 
   def read(self, first: int = 0, count: int | None = None) -> RowTable:
-    """Rows by number, for looking at them; training reads through `reading`."""
+    """StoredRows by number, for looking at them; training reads through `reading`."""
     parts, at = [], 0
     stop = len(self) if count is None else first + count
     for file in self.files:
@@ -155,9 +156,9 @@ class Rows:
     return self.layout.decode(np.concatenate(parts))
 
 
-def layout_of(vocabulary: Vocabulary, row_length: int) -> Layout:
+def layout_of(vocabulary: Vocabulary, row_length: int) -> RecordLayout:
   """The narrowest layout that holds a vocabulary."""
-  return Layout(row_length, 2 if vocabulary.size <= _LARGEST_NARROW else 4)
+  return RecordLayout(row_length, 2 if vocabulary.size <= _LARGEST_NARROW else 4)
 
 
 def file_name(split: str, number: int, count: int) -> str:
@@ -225,7 +226,7 @@ def write_index(
     folder: that holds the shards.
     vocabulary: of the tokens.
     plan: how documents became rows.
-    block: see `Rows`.
+    block: see `StoredRows`.
     splits: {'files': [File], 'documents', 'tokens', 'skipped'} of each.
     about: where the text is from, for a reader.
   """
@@ -248,7 +249,7 @@ def write_index(
   write_atomically(folder / INDEX, (json.dumps(index, indent=1) + '\n').encode('utf-8'))
 
 
-def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, Rows]:
+def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRows]:
   """The splits of a folder of shards; sizes are checked, contents are not (`verify`).
 
   Args:
@@ -256,14 +257,14 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, Rows]:
     vocabulary: that the run uses, if it has one.
 
   Raises:
-    ValueError: no such folder, one that is unfinished or damaged, or of another
+    UserError: no such folder, one that is unfinished or damaged, or of another
       vocabulary.
   """
   folder = epath.Path(os.path.expanduser(path))
   index = _read_index(folder)
   try:
     found = index['vocabulary']['fingerprint']
-    layout = Layout(int(index['row_length']), int(index['token_bytes']))
+    layout = RecordLayout(int(index['row_length']), int(index['token_bytes']))
     fields = index['plan']
     plan = RowPlan(
       row_length=int(fields['row_length']),
@@ -276,7 +277,7 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, Rows]:
     }
     block = int(index['block'])
   except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise ValueError(
+    raise UserError(
       f'{folder / INDEX} must be an index of shards, got one that lacks or spoils '
       f'{error}; make the shards again.'
     ) from error
@@ -299,7 +300,7 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, Rows]:
     _check_sizes(folder, layout, files)
     digest = hashlib.sha256(json.dumps([*files, layout, block]).encode()).hexdigest()[:16]
     stats = {key: split.get(key, 0) for key in ('documents', 'skipped', 'tokens')}
-    rows[name] = Rows(folder, layout, files, block, plan, {**stats, 'digest': digest})
+    rows[name] = StoredRows(folder, layout, files, block, plan, {**stats, 'digest': digest})
   return rows
 
 
@@ -307,7 +308,7 @@ def vocabulary_of(path: str) -> Vocabulary:
   """The vocabulary that shards carry.
 
   Raises:
-    ValueError: they have none, or one that they were not made with.
+    UserError: they have none, or one that they were not made with.
   """
   folder = epath.Path(os.path.expanduser(path))
   index = _read_index(folder)
@@ -322,7 +323,7 @@ def vocabulary_of(path: str) -> Vocabulary:
   return vocabulary
 
 
-def verify(rows: Rows, part: int = 0, parts: int = 1) -> int:
+def verify(rows: StoredRows, part: int = 0, parts: int = 1) -> int:
   """Compares files with their checksums, each process its own part of them.
 
   Args:
@@ -334,7 +335,7 @@ def verify(rows: Rows, part: int = 0, parts: int = 1) -> int:
     Bytes that were read.
 
   Raises:
-    ValueError: a file that was altered, by name.
+    UserError: a file that was altered, by name.
   """
 
   def check(file: File) -> int:
@@ -377,7 +378,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
   try:
     content = json.loads(path.read_bytes().decode('utf-8'))
   except (OSError, ValueError) as error:
-    raise ValueError(
+    raise UserError(
       f'{path} must be readable JSON, got {error}; make the shards again.'
     ) from error
   configs.check(
@@ -389,7 +390,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
   return content
 
 
-def _check_sizes(folder: epath.Path, layout: Layout, files: tuple[File, ...]) -> None:
+def _check_sizes(folder: epath.Path, layout: RecordLayout, files: tuple[File, ...]) -> None:
   for file in files:
     path, wanted = folder / file.name, file.rows * layout.stride
     size = path.stat().length if path.exists() else None

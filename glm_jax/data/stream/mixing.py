@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from glm_jax import configs
+from glm_jax.configs import at_least
 from glm_jax.data.stream import hashing
 
 _BLOCK = 1000
@@ -33,10 +34,12 @@ class MixtureConfig:
 
   corpora: dict[str, str] = dataclasses.field(default_factory=dict)
   rates: dict[str, float] = dataclasses.field(default_factory=dict)
-  temperature: float = 1.0
+  temperature: Annotated[
+    float, at_least(1).but('use 1 for shares in proportion to size')
+  ] = 1.0
 
   def __post_init__(self):
-    configs.check_types(self)
+    configs.check_fields(self)
     name = 'MixtureConfig'
     if self.rates:
       configs.check(
@@ -58,12 +61,6 @@ class MixtureConfig:
         str(self.temperature),
         'leave one of them out',
       )
-    configs.check(
-      1 <= self.temperature < math.inf,
-      f'{name}.temperature must be 1 or more',
-      str(self.temperature),
-      'use 1 for shares in proportion to size',
-    )
 
   def shares(self, sizes: dict[str, int]) -> dict[str, float]:
     """Share of the examples of each corpus, given its rows; they sum to 1.

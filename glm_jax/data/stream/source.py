@@ -1,4 +1,4 @@
-"""Rows of tokens as a seqio source in which example g is a function of (seed, g).
+"""StoredRows of tokens as a seqio source in which example g is a function of (seed, g).
 
 The endless training stream has no state: g says which corpus its row is from and which
 row of an epoch of it, and every epoch has a permutation of its own. So a run resumes from
@@ -15,8 +15,9 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from glm_jax.configs import UserError
 from glm_jax.data.rows import records
-from glm_jax.data.rows.shards import Rows
+from glm_jax.data.rows.shards import StoredRows
 from glm_jax.data.stream import mixing, stateless
 
 _ROTATION = 0x5EED  # of the seed, for where a permutation begins
@@ -39,7 +40,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Rows of one corpus in a mixture.
+  """StoredRows of one corpus in a mixture.
 
   Attributes:
     name: of it.
@@ -48,7 +49,7 @@ class Corpus:
   """
 
   name: str
-  rows: dict[str, Rows]
+  rows: dict[str, StoredRows]
   share: float = 1.0
 
 
@@ -101,14 +102,14 @@ class IndexedRows(seqio.DataSource):
   ) -> tf.data.Dataset:
     """See the class; `seed` must be given, since the stream is a function of it."""
     if seed is None:
-      raise ValueError(
+      raise UserError(
         'an indexed stream is a function of its seed, got None; pass '
         'seed=0 or another integer to get_dataset.'
       )
     shard = shard_info or seqio.ShardInfo(0, 1)
     size = self.reading.batch_size
     if size % shard.num_shards:
-      raise ValueError(
+      raise UserError(
         f'the global batch must divide by the processes, got batch size '
         f'{size} and {shard.num_shards} processes; change one of them.'
       )
@@ -131,7 +132,7 @@ class IndexedRows(seqio.DataSource):
       fields = records.decode(tf.ensure_shape(found, [local, layout.record_bytes]), layout)
       return {
         **fields,
-        # Rows that fill up are empty.
+        # StoredRows that fill up are empty.
         'lengths': tf.where(index >= 0, fields['lengths'], 0),
         'keys': stateless.example_keys(seed, index),
         'index': index,
@@ -142,7 +143,7 @@ class IndexedRows(seqio.DataSource):
     steps = tf.data.Dataset.range(self.reading.start_step, stop)
     return steps.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
-  def _shuffled(self, rows: list[Rows], seed: int) -> Callable:
+  def _shuffled(self, rows: list[StoredRows], seed: int) -> Callable:
     """Records and corpus of the examples of the training stream."""
     readers = [records.reader(r) for r in rows]
     orders = [_order(len(r), r.block, seed, i) for i, r in enumerate(rows)]
@@ -160,7 +161,7 @@ class IndexedRows(seqio.DataSource):
 
     return fetch
 
-  def _in_order(self, rows: list[Rows]) -> tuple[Callable, int]:
+  def _in_order(self, rows: list[StoredRows]) -> tuple[Callable, int]:
     """Records and corpus of a split read once, and how many there are."""
     counts = [len(r) for r in rows]
     most = self.reading.max_rows

@@ -20,7 +20,7 @@ _ROOFLINE_SLACK = 1.15
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
+class AttentionCost:
   """What one call of the attention kernels computes on one device, in FLOPs.
 
   Visited blocks count whole; a call is one row of the batch in one layer.
@@ -81,12 +81,14 @@ class Estimate:
     )
 
 
-def estimate(step: hlo.Step, chip: Chip, attention: Attention | None = None) -> Estimate:
+def estimate(
+  step: hlo.Step, chip: Chip, attention: AttentionCost | None = None
+) -> Estimate:
   """Step time on a TPU from the compiler's cycles.
 
   - TensorCore: sum of trips x cycles / clock; for fusions without a matmul instead
     `min(cycles, max(cycles / 2.6, 1.15 x HBM bytes / HBM rate))`.
-  - Attention (Pallas kernels, of which the compiler knows no cycles): FLOPs x calls /
+  - AttentionCost (Pallas kernels, of which the compiler knows no cycles): FLOPs x calls /
     (peak x efficiency). Other Pallas kernels count nothing.
   - Collectives: `Collective.wire_bytes` / (rate of a torus axis x axes used). Overlapped
     ones count only above the other two in the same computation.
@@ -97,7 +99,7 @@ def estimate(step: hlo.Step, chip: Chip, attention: Attention | None = None) -> 
     attention: of the Splash kernels; needed if `step` calls one.
 
   Raises:
-    ValueError: no clock is known for the chip, or attention's FLOPs are missing.
+    UserError: no clock is known for the chip, or attention's FLOPs are missing.
   """
   clock = chip.clock_hz
   configs.check(

@@ -135,7 +135,7 @@ def read(text: str) -> Step:
     text: `compiled.as_text()`.
 
   Raises:
-    ValueError: there is no ENTRY computation in it.
+    UserError: there is no ENTRY computation in it.
 
   Example:
     >>> step = read('''HloModule m, num_partitions=4

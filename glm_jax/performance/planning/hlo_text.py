@@ -74,7 +74,7 @@ def parse(text: str) -> Module:
   """Reads optimized HLO text.
 
   Raises:
-    ValueError: there is no ENTRY computation in it.
+    UserError: there is no ENTRY computation in it.
   """
   computations, entry, name = {}, None, None
   instructions: dict[str, Instruction] = {}

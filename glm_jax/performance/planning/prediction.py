@@ -17,6 +17,7 @@ from glm_jax.performance import flags, flops
 from glm_jax.performance.chips import Chip, of_device_kind
 from glm_jax.performance.planning import estimate, hlo
 from glm_jax.training import program, state
+from glm_jax.training.config import TrainConfig
 
 GIB = 2**30
 
@@ -92,11 +93,11 @@ class Prediction:
     return {**dataclasses.asdict(self), **extra}
 
 
-def lower(config: Any, layout: sharding.Layout) -> tuple[program.Program, Any]:
+def lower(config: TrainConfig, layout: sharding.Layout) -> tuple[program.Program, Any]:
   """The step that `train` would run on these devices, lowered.
 
   Args:
-    config: a `TrainConfig`, whose model is resolved.
+    config: of a run, its model resolved.
     layout: of the devices.
   """
   built = program.build(config, layout)
@@ -105,15 +106,15 @@ def lower(config: Any, layout: sharding.Layout) -> tuple[program.Program, Any]:
     return built, built.train_step.lower(built.state, built.batch)
 
 
-def predict(config: Any, layout: sharding.Layout) -> Prediction:
+def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
   """Compiles the step that `train` would run on these devices.
 
   Args:
-    config: a `TrainConfig`, whose model is resolved.
+    config: of a run, its model resolved.
     layout: of the devices.
 
   Raises:
-    ValueError: the configuration does not fit the mesh or the chip's kernels.
+    UserError: the configuration does not fit the mesh or the chip's kernels.
   """
   began = time.perf_counter()
   built, lowered = lower(config, layout)
@@ -164,9 +165,9 @@ def predict(config: Any, layout: sharding.Layout) -> Prediction:
   )
 
 
-def visibility_of(config: Any) -> Visibility:
+def visibility_of(config: TrainConfig) -> Visibility:
   """One row as a plan assumes it: full; causal, or with GLM's Part A as on average."""
-  T = config.feature_lengths['tokens']
+  T = config.length
   t = np.arange(T)
   end = t + 1
   if not config.model.causal:
@@ -174,7 +175,7 @@ def visibility_of(config: Any) -> Visibility:
   return Visibility(np.zeros((1, T), np.int32), end[None].astype(np.int32))
 
 
-def part_a(config: Any) -> float:
+def part_a(config: TrainConfig) -> float:
   """Share of a row that is Part A: what the mixture leaves of a text."""
   o = config.objectives
   only = config.task.removeprefix('glm_')
@@ -206,8 +207,8 @@ def _compile(lowered: Any) -> tuple[tuple[int, int] | None, Any]:
 
 
 def _attention(
-  config: Any, backend: str, rows: Visibility, layout: sharding.Layout, chip: Chip
-) -> estimate.Attention | None:
+  config: TrainConfig, backend: str, rows: Visibility, layout: sharding.Layout, chip: Chip
+) -> estimate.AttentionCost | None:
   name = {'tpu_splash': 'splash', 'tpu_tokamax': 'tokamax'}.get(backend)
   if name is None:
     return None
@@ -216,7 +217,7 @@ def _attention(
   area = flops.visited(rows) / layout.count('act_length')
   # A head that is narrower than a systolic array leaves the rest of it idle.
   filled = min(1.0, model.head_size / 128)
-  return estimate.Attention(
+  return estimate.AttentionCost(
     forward_flops=4 * area * width,
     backward_flops=10 * area * width,
     efficiency=chip.head_efficiency[name] * filled,
@@ -234,7 +235,7 @@ def fingerprint(lowered: Any, device_kind: str) -> str:
 
 
 def check_fits(prediction: Prediction) -> None:
-  """Raises ValueError if the step does not fit, by how much."""
+  """Raises UserError if the step does not fit, by how much."""
   peak, limit = prediction.memory['peak'], prediction.memory['limit']
   configs.check(
     prediction.fits,

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from glm_jax import configs, sharding
+from glm_jax.configs import UserError
 from glm_jax.performance import flops
 from glm_jax.performance.chips import Chip, of_device_kind
 from glm_jax.performance.planning import prediction
 from glm_jax.performance.planning.prediction import GIB, Prediction
+from glm_jax.training.config import TrainConfig
 
 _LONG_ROW = 16384  # from here on, a row's tokens may be spread over devices
 
@@ -31,12 +33,12 @@ class Candidate(NamedTuple):
 
 
 def best(
-  config: Any, devices: list[Any], trials: int, say: Callable[..., None]
+  config: TrainConfig, devices: list[Any], trials: int, say: Callable[..., None]
 ) -> tuple[Prediction, Any]:
   """Compiles the most promising candidates.
 
   Args:
-    config: a `TrainConfig`, whose model is resolved.
+    config: of a run, its model resolved.
     devices: of the topology.
     trials: how many to compile.
     say: prints a line for each.
@@ -45,7 +47,7 @@ def best(
     The prediction with the most tokens a second, and its configuration.
 
   Raises:
-    ValueError: no candidate fits.
+    UserError: no candidate fits.
   """
   chip = of_device_kind(devices[0].device_kind)
   configs.check(
@@ -71,10 +73,10 @@ def best(
         changed.model,
         changed.batch_size,
         changed.microbatches,
-        changed.feature_lengths['tokens'],
+        changed.length,
         layout,
       )
-    except ValueError:
+    except UserError:
       continue  # does not divide: not a candidate
     tried += 1
     result = prediction.predict(changed, layout)
@@ -92,7 +94,7 @@ def best(
   return winner
 
 
-def bindings(original: Any, config: Any) -> str:
+def bindings(original: Any, config: TrainConfig) -> str:
   """The flags that make a suggested configuration of the original one."""
   name = type(config.model).__name__
   before = original.mesh.sizes
@@ -109,7 +111,7 @@ def bindings(original: Any, config: Any) -> str:
   )
 
 
-def apply(config: Any, candidate: Candidate, devices: int) -> Any:
+def apply(config: TrainConfig, candidate: Candidate, devices: int) -> Any:
   """The configuration, run that way: the batch is what its devices hold."""
   c = candidate
   mesh = dataclasses.replace(
@@ -123,9 +125,9 @@ def apply(config: Any, candidate: Candidate, devices: int) -> Any:
   )
 
 
-def _candidates(config: Any, devices: int) -> Iterator[Candidate]:
+def _candidates(config: TrainConfig, devices: int) -> Iterator[Candidate]:
   powers = [2**i for i in range(14) if devices % 2**i == 0]
-  long = config.feature_lengths['tokens'] >= _LONG_ROW
+  long = config.length >= _LONG_ROW
   for fsdp, tensor, sequence, rows, remat in itertools.product(
     powers, (1, 2, 4, 8), (1, 2, 4, 8) if long else (1,), (1, 2, 4, 8), _RECOMPUTED
   ):
@@ -142,13 +144,13 @@ _RECOMPUTED = {
 }
 
 
-def _bytes(c: Candidate, config: Any) -> float:
+def _bytes(c: Candidate, config: TrainConfig) -> float:
   """Roughly, of a device: float32 state, bfloat16 weights, what is saved of each layer."""
   m = config.model
   layer_weights = flops.matmul_weights(m) - m.hidden_size * m.vocab_size
   weights = layer_weights + 2 * m.hidden_size * m.vocab_size
   state = 16 * weights / (c.fsdp * c.tensor)
-  tokens = c.rows * config.feature_lengths['tokens'] / c.sequence
+  tokens = c.rows * config.length / c.sequence
   heads = m.num_heads * m.head_size / c.tensor
   inner = m.inner_size / c.tensor
   saved = m.hidden_size
@@ -167,10 +169,10 @@ def _bytes(c: Candidate, config: Any) -> float:
   return state + tokens * (2 * m.num_layers * saved + max(logits, 10 * inner)) + gathered
 
 
-def _seconds_a_token(c: Candidate, config: Any, chip: Chip) -> float:
+def _seconds_a_token(c: Candidate, config: TrainConfig, chip: Chip) -> float:
   m = config.model
   weights = flops.matmul_weights(m)
-  tokens = c.rows * config.feature_lengths['tokens'] / c.sequence
+  tokens = c.rows * config.length / c.sequence
   compute = 2 * weights * (3 + _RECOMPUTED[c.remat]) / c.tensor / chip.peak_flops
   # Weights move three times a step (half of it hidden), sums over tensor eight times a
   # layer, keys and values of other devices four times.

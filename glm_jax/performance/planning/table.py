@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from glm_jax.performance.chips import calibrations
 from glm_jax.performance.planning import prediction
 from glm_jax.performance.planning.prediction import GIB, Prediction
+from glm_jax.training.config import TrainConfig
 
 
-def render(found: Prediction, config: Any, where: str) -> str:
+def render(found: Prediction, config: TrainConfig, where: str) -> str:
   """The table, one fact a line.
 
   Args:
     found: of the configuration.
-    config: a `TrainConfig`.
+    config: of the run.
     where: the topology, in words.
   """
   rows: list[tuple[str, str]] = [
@@ -33,8 +32,8 @@ def render(found: Prediction, config: Any, where: str) -> str:
   return '\n'.join(f'{name:<{width}}  {value}' for name, value in rows)
 
 
-def _batch(found: Prediction, config: Any) -> str:
-  length = config.feature_lengths['tokens']
+def _batch(found: Prediction, config: TrainConfig) -> str:
+  length = config.length
   text = f'{found.rows} rows of {length:,}, {found.rows / found.devices:g} a device'
   if config.microbatches > 1:
     text += f', in {config.microbatches} micro-batches'
@@ -61,7 +60,7 @@ def _memory(found: Prediction) -> list[tuple[str, str]]:
   return [('HBM a device', text)]
 
 
-def _flops(found: Prediction, config: Any) -> str:
+def _flops(found: Prediction, config: TrainConfig) -> str:
   text = f'{found.model_flops:.4g} a step, visible pairs only'
   if not config.model.causal:
     text += f' (rows full, {prediction.part_a(config):.0%} of them Part A)'

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from glm_jax import configs
+from glm_jax.configs import UserError
 
 # Some that libtpu knows: a host, a middle size, the largest of a pod.
 KNOWN = {
@@ -69,7 +70,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     slices: of that shape, joined by the data-center network.
 
   Raises:
-    ValueError: a topology that the compiler does not know, or a compiler that is not
+    UserError: a topology that the compiler does not know, or a compiler that is not
       installed.
   """
   kind, _, shape = name.partition(':')
@@ -113,7 +114,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     return list(topologies.get_topology_desc(**options).devices)
   except Exception as error:  # of several types, by version
     text = ' '.join(str(error).split())[:200]
-    raise ValueError(
+    raise UserError(
       f'--topology must be one that the compiler knows, got {name!r} ({text}); use such '
       f'as {", ".join(KNOWN[kind])}.'
     ) from error

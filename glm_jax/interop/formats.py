@@ -7,7 +7,7 @@ reading takes the view, writing assigns to it, and the way there and back is exa
 
 PyTorch stores a linear weight as [out, in]. Checkpoints of several parts (tensor
 parallelism, `mp_rank_00`, `mp_rank_01`, ...) hold the same tensors with `num_heads`,
-`mlp_size` and `vocab_size` divided among them; `Part.axis` says along which axis of
+`mlp_size` and `vocab_size` divided among them; `LeafView.axis` says along which axis of
 ours the parts follow each other.
 """
 
@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from glm_jax.configs import UserError
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 
 Path = tuple[str, ...]
 View = Callable[[np.ndarray], np.ndarray]
 
 
-class Part(NamedTuple):
+class LeafView(NamedTuple):
   """Our leaf inside a foreign tensor.
 
   Attributes:
@@ -53,10 +54,10 @@ class Entry(NamedTuple):
   name: str
   shape: tuple[int, ...]
   sizes: tuple[str, ...]
-  parts: tuple[Part, ...]
+  parts: tuple[LeafView, ...]
 
 
-class Layout(NamedTuple):
+class Format(NamedTuple):
   """A released format.
 
   Attributes:
@@ -96,7 +97,7 @@ class _Sizes(NamedTuple):
     c = config
     for name in ('num_heads', 'num_kv_heads', 'inner_size', 'vocab_size'):
       if getattr(c, name) % parts:
-        raise ValueError(
+        raise UserError(
           f'{name} must divide by the {parts} parts of the checkpoint, got '
           f'{getattr(c, name)}; use another number of parts.'
         )
@@ -112,7 +113,7 @@ class _Sizes(NamedTuple):
 
 def _plain(name: str, path: Path, layer: int | None, shape, sizes, axis=None) -> Entry:
   """A tensor stored as we have it."""
-  return Entry(name, shape, sizes, (Part(path, layer, _same, axis),))
+  return Entry(name, shape, sizes, (LeafView(path, layer, _same, axis),))
 
 
 def _norm(name: str, path: Path, layer: int | None, s: _Sizes, bias: bool) -> list[Entry]:
@@ -156,7 +157,7 @@ def _qkv(name: str, layer: int, s: _Sizes, bias: bool, interleaved: bool) -> lis
       else:
         view = _heads(slice(ends[which], ends[which + 1]), heads, s.H)
       path = ('layers', 'attention', our, kind)
-      parts.append(Part(path, layer, view, 1 if kind == 'weight' else 0))
+      parts.append(LeafView(path, layer, view, 1 if kind == 'weight' else 0))
     shape = (rows, s.D) if kind == 'weight' else (rows,)
     sizes = ('num_heads, num_kv_heads, head_size', 'hidden_size')[: len(shape)]
     entries.append(Entry(f'{name}.{kind}', shape, sizes, tuple(parts)))
@@ -171,7 +172,7 @@ def _out(name: str, layer: int, s: _Sizes, bias: bool) -> list[Entry]:
 
   path = ('layers', 'attention', 'out')
   shape, sizes = (s.D, s.N * s.H), ('hidden_size', 'num_heads, head_size')
-  part = Part((*path, 'weight'), layer, view, 0)
+  part = LeafView((*path, 'weight'), layer, view, 0)
   entries = [Entry(f'{name}.weight', shape, sizes, (part,))]
   if bias:
     entries.append(_plain(f'{name}.bias', (*path, 'bias'), layer, (s.D,), ('hidden_size',)))
@@ -190,7 +191,7 @@ def _up(
       return lambda array: array[rows].T
 
     parts = tuple(
-      Part(('layers', 'mlp', half, kind), layer, view(i), 1 if kind == 'weight' else 0)
+      LeafView(('layers', 'mlp', half, kind), layer, view(i), 1 if kind == 'weight' else 0)
       for i, half in enumerate(halves)
     )
     shape = (len(halves) * s.F, s.D) if kind == 'weight' else (len(halves) * s.F,)
@@ -201,7 +202,7 @@ def _up(
 
 def _down(name: str, layer: int, s: _Sizes, bias: bool) -> list[Entry]:
   path = ('layers', 'mlp', 'down')
-  part = Part((*path, 'weight'), layer, _transposed, 0)
+  part = LeafView((*path, 'weight'), layer, _transposed, 0)
   entries = [Entry(f'{name}.weight', (s.D, s.F), ('hidden_size', 'mlp_size'), (part,))]
   if bias:
     entries.append(_plain(f'{name}.bias', (*path, 'bias'), layer, (s.D,), ('hidden_size',)))
@@ -283,7 +284,7 @@ def hf_glm(c: ChatGLM2Config, parts: int) -> list[Entry]:
       for kind in ('weight', 'bias') if c.qkv_bias else ('weight',):
         shape = (heads * s.H, s.D) if kind == 'weight' else (heads * s.H,)
         path, axis = ('layers', 'attention', our, kind), 1 if kind == 'weight' else 0
-        part = Part(path, i, _heads(slice(None), heads, s.H), axis)
+        part = LeafView(path, i, _heads(slice(None), heads, s.H), axis)
         sizes = (f'{field}, head_size', 'hidden_size')[: len(shape)]
         name = f'{at}.self_attn.{our}_proj.{kind}'
         entries.append(Entry(name, shape, sizes, (part,)))
@@ -300,20 +301,20 @@ def _head(name: str, c: Any, s: _Sizes) -> list[Entry]:
   return [] if c.tied_head else [_vocabulary_rows(name, ('head', 'weight'), s)]
 
 
-LAYOUTS = {
-  'megatron': Layout(GLMConfig, glm, 'megatron', 'THUDM/GLM, mp_rank_* files'),
-  'glm-10b': Layout(
+FORMATS = {
+  'megatron': Format(GLMConfig, glm, 'megatron', 'THUDM/GLM, mp_rank_* files'),
+  'glm-10b': Format(
     GLMConfig, glm, 'huggingface', 'glm-10b, glm-large, ... with their own code'
   ),
-  'glm-130b': Layout(ChatGLMConfig, chatglm, 'megatron', 'GLM-130B, mp_rank_* files'),
-  'chatglm': Layout(ChatGLMConfig, chatglm, 'huggingface', 'ChatGLM-6B with its own code'),
-  'chatglm2': Layout(
+  'glm-130b': Format(ChatGLMConfig, chatglm, 'megatron', 'GLM-130B, mp_rank_* files'),
+  'chatglm': Format(ChatGLMConfig, chatglm, 'huggingface', 'ChatGLM-6B with its own code'),
+  'chatglm2': Format(
     ChatGLM2Config,
     chatglm2,
     'huggingface',
     'ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B with their own code',
   ),
-  'glm': Layout(
+  'glm': Format(
     ChatGLM2Config,
     hf_glm,
     'huggingface',

@@ -1,0 +1,74 @@
+"""Arrays on the mesh: parameters by their logical axes, batches by their rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from glm_jax import configs
+from glm_jax.sharding.mesh import Layout, product_of
+
+
+def shardings(logical: Any, shapes: Any, layout: Layout) -> Any:
+  """Trees of logical PartitionSpecs and of shapes to NamedShardings.
+
+  Key heads that are fewer than their devices are whole on each.
+  """
+
+  def place(spec: PartitionSpec, shape: Any) -> NamedSharding:
+    names = [
+      None if name == 'kv_heads' and shape.shape[i] % layout.count(name) else name
+      for i, name in enumerate(spec)
+    ]
+    return NamedSharding(layout.mesh, layout.spec(*names))
+
+  return jax.tree.map(
+    place, logical, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+  )
+
+
+def batch_sharding(layout: Layout) -> NamedSharding:
+  """Of arrays [B, T]."""
+  return NamedSharding(layout.mesh, layout.spec('act_batch', 'act_length'))
+
+
+def replicated(layout: Layout) -> NamedSharding:
+  return NamedSharding(layout.mesh, PartitionSpec())
+
+
+def row_share(layout: Layout) -> tuple[int, int]:
+  """Which part of every batch's rows this process reads: (number, of how many).
+
+  Processes that share rows, since a tensor or sequence axis spans them, read the same.
+
+  Raises:
+    UserError: the rows of a process are no even share.
+  """
+  rows = layout.count('act_batch')
+  where = batch_sharding(layout).devices_indices_map((rows, layout.count('act_length')))
+  held: dict[int, set[int]] = {}
+  for device, (row, _) in where.items():
+    held.setdefault(device.process_index, set()).update(range(*row.indices(rows)))
+  shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+  configs.check(
+    sum(map(len, shares)) == rows and len({*map(len, shares)}) == 1,
+    'each process must hold an even share of the rows',
+    f'{len(held)} processes and {product_of(layout.shape)}',
+    'let tensor x sequence divide or be divided by the devices of a process',
+  )
+  return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
+def place(batch: Any, layout: Layout) -> Any:
+  """This process's rows of a numpy batch as arrays of the global batch."""
+  sharding, (_, shares) = batch_sharding(layout), row_share(layout)
+
+  def put(rows: np.ndarray) -> jax.Array:
+    shape = (rows.shape[0] * shares, *rows.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+  # A process has all tokens of its rows, whichever part its devices need.
+  return jax.tree.map(put, batch)

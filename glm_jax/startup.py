@@ -1,0 +1,114 @@
+"""What a process does before anything else: devices, TensorFlow, quiet logs.
+
+Nothing here imports another room, so that workers may begin with it, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from glm_jax import configs
+
+# Loggers of libraries that say at length what nobody acts on, or what they raise besides.
+_LOUD = ('absl', 'asyncio', 'jax', 'orbax', 'tensorflow', 'etils')
+# Modules whose threads raise in ours what they have printed in theirs.
+_TOLD_AGAIN = ('orbax', 'tensorstore', 'tensorboard')
+
+
+def be_quiet() -> None:
+  """Silences what libraries say to nobody; warnings of XLA and our own threads remain."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  from absl import logging as absl_logging
+
+  # Errors, too: Orbax logs them with a trace before it raises them.
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  absl_logging.set_stderrthreshold(absl_logging.FATAL)
+  for name in _LOUD:
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  warnings.filterwarnings('ignore')
+  threading.excepthook = _of_thread
+
+
+def _of_thread(args: threading.ExceptHookArgs) -> None:
+  """Prints what ended a thread, unless a library raises it again where it is waited for."""
+  trace, modules = args.exc_traceback, set()
+  while trace is not None:
+    modules.add(trace.tb_frame.f_globals.get('__name__', '').split('.')[0])
+    trace = trace.tb_next
+  if not modules & {*_TOLD_AGAIN}:
+    threading.__excepthook__(args)
+
+
+@contextlib.contextmanager
+def silenced_stderr() -> Iterator[None]:
+  """Hides file descriptor 2, where libraries write before their logging is set up."""
+  sys.stderr.flush()
+  saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(null, 2)
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(null)
+
+
+def use_cpu_devices(count: int) -> None:
+  """Splits the CPU into virtual devices; must precede the first use of JAX."""
+  configs.check(count >= 0, '--cpu_devices must be 1 or more', str(count), 'leave it out')
+  if count:
+    # XLA's pool has a thread a core; devices that wait for each other need more.
+    os.environ.setdefault('NPROC', str(4 * count))
+    import jax
+
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', count)
+
+
+def find_devices() -> None:
+  """Starts JAX quietly: libtpu without a chip says so at length."""
+  import jax
+
+  with silenced_stderr():
+    jax.devices()
+
+
+def import_tensorflow() -> None:
+  """Imports TensorFlow quietly, and so that it sees no accelerator: they belong to JAX."""
+  with silenced_stderr():
+    import tensorflow as tf
+
+    for kind in ('GPU', 'TPU'):
+      tf.config.set_visible_devices([], kind)
+
+
+def import_modules(names: Sequence[str]) -> None:
+  """Imports modules of the user's by name, with the current folder on the path.
+
+  They may use TensorFlow as soon as they are imported, so it is made ready before.
+  """
+  if not names:
+    return
+  import_tensorflow()
+  if '' not in sys.path and str(Path.cwd()) not in sys.path:
+    sys.path.insert(0, str(Path.cwd()))
+  for name in names:
+    try:
+      importlib.import_module(name)
+    except ModuleNotFoundError as error:
+      if error.name and (name == error.name or name.startswith(error.name + '.')):
+        raise configs.UserError(
+          f'--import must name a module on the Python path, got {name!r}; '
+          'run from its folder or set PYTHONPATH.'
+        ) from error
+      raise
