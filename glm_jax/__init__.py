@@ -2,17 +2,20 @@
 
 The way through, one room a step:
 
-  text       vocabularies: text <-> tokens
-  data       corpora, rows of tokens, the objectives, seqio tasks -> batches
-  batch      the batch contract and `Visibility`, shared by everything below
-  attention  one function over intervals of keys
-  models     configurations, layers, one file a family
-  sharding   the mesh and its rule table
-  training   loss, optimizer, step, checkpoint, metrics
-  inference  the key/value cache and decoding
-  interop    the weights of released models, in and out
+  text         vocabularies: text <-> tokens
+  data         corpora -> rows of tokens -> stream -> examples, as seqio tasks
+  batch        the batch contract and `Visibility`, shared by everything below
+  attention    one function over intervals of keys
+  models       configurations, products, layers, one file a family
+  sharding     the mesh and its rule table
+  training     configuration, losses, optimizer, state, step, reports
+  checkpoints  written and read on any mesh; the folder of a run
+  inference    the key/value cache and decoding
+  interop      the weights of released models, in and out
+  performance  chips, FLOPs, compiler flags; planning for chips that are not here
 
-Commands: `python -m glm_jax.train`, `.preview`, `.generate`, `.convert`; each has `--help`.
+Commands: `python -m glm_jax.train`, `.preview`, `.generate`, `.convert`, `.make_shards`,
+`.tune`, `.plan`; each has `--help`.
 """
 
 import sys

@@ -11,7 +11,9 @@ import time
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'glm_jax'
-COMMANDS = {p.stem for p in PACKAGE.glob('*.py') if "__name__ == '__main__'" in p.read_text()}
+COMMANDS = {
+  p.stem for p in PACKAGE.glob('*.py') if "__name__ == '__main__'" in p.read_text()
+}
 
 # Libraries that a room does without, whoever it imports.
 WITHOUT = {
@@ -26,7 +28,12 @@ WITHOUT |= dict.fromkeys(
   ('inference', 'interop', 'performance'), ('tensorflow', 'seqio', 'gin')
 )
 # Rooms that know nothing of each other; they meet in batch.py.
-APART = [('data', 'models'), ('data', 'training'), ('data', 'inference'), ('text', 'models')]
+APART = [
+  ('data', 'models'),
+  ('data', 'training'),
+  ('data', 'inference'),
+  ('text', 'models'),
+]
 APART += [('attention', 'models'), ('models', 'training'), ('interop', 'training')]
 APART += [('inference', 'training'), ('text', 'data'), ('attention', 'data')]
 
