@@ -80,7 +80,7 @@ def one_of(*choices: str) -> Rule:
 
 
 POSITIVE = Rule('positive', lambda x: 0 < x < math.inf, 'give a number above 0')
-NOT_EMPTY = Rule('no empty text', bool, 'give one')
+NOT_EMPTY = Rule('some text', bool, 'give one')
 
 
 def check_fields(config: Any) -> None:
