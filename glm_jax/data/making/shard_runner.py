@@ -109,7 +109,7 @@ def _begin(job: Job, folder: epath.Path) -> None:
 def _work(job: Job, folder: epath.Path, part: parts.CorpusPart) -> int:
   """Writes the buckets of a part, one after the other behind their sizes."""
   # A part file is: the size of its head, 8 bytes little-endian; the head, JSON of where
-  # each bucket begins behind it, its shape and counts; then keys and records of each bucket.
+  # each bucket begins behind it, its shape and counts; then each bucket's keys and records.
   # So a shard reads its bucket of every part without reading the others.
   buckets = shard_job.work(job, part)
   entries, blobs, at = {}, [], 0
