@@ -36,7 +36,7 @@ def causal(
   if dataset.element_spec['tokens'].shape.as_list()[1:] != [length + 1]:
     raise UserError(
       f'causal rows must have one token more than the feature length {length}, got '
-      f'{dataset.element_spec["tokens"].shape}; make them so.'
+      f'{dataset.element_spec["tokens"].shape}; plan them by prepare.row_plan.'
     )
   return dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 

@@ -193,7 +193,7 @@ def finish(
     results = [written[name] for name in job.names if name[0] == split]
     files, counts = [file for file, _ in results], _sum([counts for _, counts in results])
     total = sum(file.rows for file in files)
-    tokenized.check_some(total, counts, split, job.corpus)
+    tokenized.check_not_empty(total, counts, split, job.corpus)
     splits[split] = {**counts, 'files': files}
   about = {'corpus': job.corpus.corpus, 'seed': job.seed}
   shards.write_index(folder, _vocabulary(job), job.plan, BLOCK, splits, about)

@@ -112,7 +112,7 @@ def _write(config, vocabulary, split, plan, folder) -> None:
       encode(bar, vocabulary, counts), vocabulary.prefix, vocabulary.specials.eos, plan
     )
     count = len(table.lengths)
-    check_some(count, counts, split, config)
+    check_not_empty(count, counts, split, config)
     layout = shards.layout_of(vocabulary, plan.row_length)
     path = epath.Path(temporary) / shards.file_name(split, 0, 1)
     file = shards.write_file(path, layout.encode(table))
@@ -137,7 +137,7 @@ def _write(config, vocabulary, split, plan, folder) -> None:
   )
 
 
-def check_some(
+def check_not_empty(
   count: int, counts: dict[str, int], split: str, config: CorpusConfig
 ) -> None:
   """Raises UserError if a split has no rows."""
