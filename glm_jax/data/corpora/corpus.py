@@ -171,7 +171,7 @@ def read_tfds(config: CorpusConfig, split: str) -> Iterator[Document]:
 def _no_data_set(config: CorpusConfig) -> Iterator[None]:
   try:
     yield
-  # TFDS raises errors of many kinds that have no base of their own.
+  # TFDS raises errors of many kinds, with no base class in common.
   except Exception as error:
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UserError(

@@ -60,8 +60,8 @@ def topics() -> list[SourceDocs]:
 def sources() -> list[tuple[str, str]]:
   """(library folder, path below it) of every Python file, in a fixed order."""
   paths = sysconfig.get_paths()
-  # A path below two roots is read from the later one. Links of one folder to another,
-  # as platlib often is of purelib, thus count once.
+  # Keyed by the path below a root: roots that are one folder, as purelib and platlib often
+  # are, count once.
   root_of = {}
   for root in (paths['stdlib'], paths['purelib'], paths['platlib']):
     for folder, folders, files in os.walk(root):

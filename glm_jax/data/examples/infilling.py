@@ -129,7 +129,7 @@ def _draw(source: TextRows, config: ObjectiveConfig) -> tf.Tensor:
   # Rows that are not indexed have step -1; they are of the first phase.
   phase = tf.searchsorted(starts, tf.maximum(source.step, 0), side='right') - 1
   below = tf.gather(tf.constant(below, tf.float32), phase)
-  # The objective's number is how many cumulative shares u has passed.
+  # The number of the objective is the number of cumulative shares that u has passed.
   u = stateless.uniform(source.keys, _OBJECTIVE, 1)
   return tf.reduce_sum(tf.cast(u >= below, tf.int32), axis=1)
 

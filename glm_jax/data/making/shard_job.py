@@ -162,8 +162,8 @@ def write(
     name: its split and number.
     buckets: of all parts, in any order; none for an empty shard.
   """
-  # Sorting by key makes the order that of no part and no arrival. Keys are of 64 bits, so
-  # that two of a shard are hardly ever the same.
+  # Sorted by key, rows are in an order that depends neither on their part nor on when it
+  # came. Keys have 64 bits, so two of a shard are hardly ever equal.
   records = np.zeros((0, 0), np.uint8)
   if buckets:
     keys = np.concatenate([bucket.keys for bucket in buckets])

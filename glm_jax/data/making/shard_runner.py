@@ -40,7 +40,8 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], processes: i
   Raises:
     UserError: a folder that holds something else; text that cannot be read.
   """
-  # 1. Tokenise the parts that an earlier call has not. A file under its name is whole.
+  # 1. Tokenise the parts that an earlier call has not: a file that has its final name is
+  # complete.
   _begin(job, folder)
   work = folder / _WORK
   missing = [part for part in todo if not (work / _part_name(part.number)).exists()]

@@ -95,8 +95,8 @@ def stream_rows(
   """
   table = _Table(row_length)
   opening = np.array(prefix, np.int32)
-  # Place in the row being filled. It begins as that of a full row, which the first
-  # document finds and opens a new one.
+  # Place in the row being filled; at first as if that were full, so that the first
+  # document opens one.
   at = row_length
   for prompt, text in documents:
     tokens = np.concatenate([opening, prompt, text, [eos]]).astype(np.int32)
