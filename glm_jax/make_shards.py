@@ -22,10 +22,11 @@ def main(argv: Sequence[str]) -> None:
   flags = cli.parse(_flags(), argv)
   for name in ('shards', 'processes', 'part_mb'):
     value = getattr(flags, name)
-    configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'correct it')
+    configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'raise it')
   config, _ = cli.configuration(flags, placeholders=True)
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   began = time.perf_counter()
+  # Imported below the flags: a mistake in them is told at once.
   with startup.silenced_stderr():
     from glm_jax.data import prepare
     from glm_jax.data.corpora import corpus, parts
@@ -66,15 +67,16 @@ def main(argv: Sequence[str]) -> None:
 
     shard_runner.run(job, folder, todo, flags.processes)
   seconds = time.perf_counter() - began
-  made = shards.load(str(folder))
-  for split, rows in made.items():
+  # Read back as a run would: what is printed is what was written.
+  splits = shards.load(str(folder))
+  for split, rows in splits.items():
     stats = rows.stats
     print(
       f'{split}: {stats["documents"]:,} documents, {stats["tokens"]:,} tokens in '
       f'{len(rows):,} rows of {plan.row_length}, {len(rows.files)} file(s) '
       f'({stats["skipped"]} documents under two tokens skipped)'
     )
-  tokens = sum(rows.stats['tokens'] for rows in made.values())
+  tokens = sum(rows.stats['tokens'] for rows in splits.values())
   print(f'{tokens / seconds:,.0f} tokens/s; train with')
   print(f'  --gin.CorpusConfig.corpus="\'shards:{folder}\'"')
 

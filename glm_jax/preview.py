@@ -12,7 +12,8 @@ import numpy as np
 from glm_jax import cli, configs, startup
 from glm_jax.training import start
 
-_COUNTED = 512  # examples that the statistics are over
+# Examples that the statistics are over.
+_COUNTED = 512
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,8 +46,10 @@ def main(argv: Sequence[str]) -> None:
   count = -(-_COUNTED // config.batch_size)
   batches = list(itertools.islice(stream, count))
   batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-  for name in ('lost', 'capped'):  # only the tasks of this package count them
+  # Only the tasks of this package count them.
+  for name in ('lost', 'capped'):
     batch.setdefault(name, np.zeros(len(batch['tokens']), int))
+  # For the statistics, which tell a span that ends with [eop] from one that does not.
   batch['eop'] = np.full(len(batch['tokens']), data.vocabulary.specials.eop)
   for number in range(flags.examples):
     example = {k: v[number] for k, v in batch.items()}

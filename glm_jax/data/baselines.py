@@ -28,14 +28,17 @@ def fit_and_score(
   counts = np.bincount(targets, minlength=V).astype(np.float64)
   unigram = (counts + 1) / (counts.sum() + V)
 
+  # A pair is one number, token * V + target, so that the table holds only those that occur.
   pairs, pair_counts = np.unique(tokens * V + targets, return_counts=True)
   follows = np.bincount(pairs // V, weights=pair_counts, minlength=V)
   kinds = np.bincount(pairs // V, minlength=V)
 
   tokens, targets, weights = _pairs(validation)
-  wanted = tokens * V + targets
-  found = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-  count = np.where(pairs[found] == wanted, pair_counts[found], 0)
+  queries = tokens * V + targets
+  index = np.minimum(np.searchsorted(pairs, queries), len(pairs) - 1)
+  count = np.where(pairs[index] == queries, pair_counts[index], 0)
+  # Witten-Bell: the n kinds of token that follow one count as n more sightings, which are
+  # spread by the unigram. A token never seen as an input has the unigram alone.
   total = follows[tokens] + kinds[tokens]
   bigram = np.where(
     total > 0,

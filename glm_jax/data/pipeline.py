@@ -17,13 +17,16 @@ from glm_jax.data.stream.source import IndexedRows, Reading
 
 startup.import_tensorflow()  # the accelerator belongs to JAX, whoever came first
 
+# The index is not a feature: only the tasks of this package have one.
 _FIELDS = [name for name in Batch._fields if name != 'index']
+# What TensorFlow raises for storage that fails, and not for data that is wrong.
 _OF_STORAGE = (
   tf.errors.NotFoundError,
   tf.errors.PermissionDeniedError,
   tf.errors.UnavailableError,
   tf.errors.DeadlineExceededError,
 )
+# Of a pipeline's own pool; the other cores are left to XLA.
 _THREADS = 2
 
 
@@ -183,6 +186,8 @@ def dataset(
     else:
       examples = examples.take(max_rows or -1).batch(batch_size)
       examples = examples.map(lambda x: _share(x, batch_size, process))
+  # Batches are parallel to each other; an op within one runs in its thread. The order is
+  # kept, else a stream were not a function of its seed.
   options = tf.data.Options()
   options.threading.max_intra_op_parallelism = 1
   options.threading.private_threadpool_size = _THREADS
@@ -215,12 +220,12 @@ def _share(
   """This process's rows of a batch that is first filled up with empty ones."""
   missing = size - tf.shape(batch['index'])[0]
   local = size // process.count
-  own = {}
+  local_rows = {}
   for name, value in batch.items():
     value = tf.pad(value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1))
     value = value[process.index * local : (process.index + 1) * local]
-    own[name] = tf.ensure_shape(value, [local, *value.shape[1:]])
-  return own
+    local_rows[name] = tf.ensure_shape(value, [local, *value.shape[1:]])
+  return local_rows
 
 
 def _is_indexed(provider: Any) -> bool:

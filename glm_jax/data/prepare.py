@@ -75,13 +75,15 @@ def prepare(
       `shards`), or shards that are made for something else.
   """
   if task not in tasks.NAMES:
-    return _of_own_task(task)
+    return _registered_task(task)
+  # 1. Corpora and the vocabulary. A run without a mixture has one corpus, without a name.
   named = mixture.corpora or {'': corpus.corpus}
   sources = {name: dataclasses.replace(corpus, corpus=spec) for name, spec in named.items()}
   if vocabulary is None:
     vocabulary = corpora_module.load_or_train_vocabulary(
       vocabulary_config, list(sources.values())
     )
+  # 2. Rows. Training and validation may be of other objectives, hence of other plans.
   if task not in (tasks.CAUSAL, tasks.MIXTURE):
     objectives = objectives.only(task.removeprefix('glm_'))
   evaluation = evaluation or objectives
@@ -95,17 +97,18 @@ def prepare(
   # A corpus without a share is not read.
   corpora = [Corpus(name, rows[name], share) for name, share in shares.items() if share]
   _check_alike(corpora)
+  # 3. The tasks over them.
   if task == tasks.CAUSAL:
     tasks.register_causal(corpora, vocabulary)
-    wanted = {'causal': task}
+    evaluation_tasks = {'causal': task}
   else:
     tasks.register(corpora, vocabulary, objectives, evaluation)
-    wanted = {name: f'glm_{name}{tasks.EVALUATION}' for name in evaluation.objectives}
+    evaluation_tasks = {n: f'glm_{n}{tasks.EVALUATION}' for n in evaluation.objectives}
   has_validation = any('validation' in c.rows for c in corpora)
   return Prepared(
     vocabulary=vocabulary,
     fingerprint=_fingerprint(corpora),
-    evaluation_tasks=wanted if has_validation else {},
+    evaluation_tasks=evaluation_tasks if has_validation else {},
     corpora=tuple(corpora),
   )
 
@@ -164,7 +167,7 @@ def verify(data: Prepared, config: CorpusConfig, index: int, count: int) -> int:
   )
 
 
-def _of_own_task(task: str) -> Prepared:
+def _registered_task(task: str) -> Prepared:
   registered = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
   configs.check(
     task in registered,
@@ -210,24 +213,24 @@ def _rows_of(
   return rows
 
 
-def _check_plan(path: str, theirs: RowPlan, wanted: RowPlan) -> None:
+def _check_plan(path: str, stored: RowPlan, planned: RowPlan) -> None:
   kind = {True: 'packed documents', False: 'a stream cut into rows'}
   configs.check(
-    theirs.packed == wanted.packed,
+    stored.packed == planned.packed,
     f'CorpusConfig.packed must be as the shards in {path} were made',
-    f'{kind[theirs.packed]} there, {kind[wanted.packed]} here',
-    f'set CorpusConfig.packed={theirs.packed}, or make them again',
+    f'{kind[stored.packed]} there, {kind[planned.packed]} here',
+    f'set CorpusConfig.packed={stored.packed}, or make them again',
   )
-  if not theirs.packed:
-    fits = theirs.row_length <= wanted.row_length
-    got = f'rows of {theirs.row_length} tokens'
-    most = f'{wanted.row_length} tokens of text'
+  if not stored.packed:
+    fits = stored.row_length <= planned.row_length
+    got = f'rows of {stored.row_length} tokens'
+    most = f'{planned.row_length} tokens of text'
   else:
     # Each document must have room for its spans, and the row for its documents.
-    both = zip(theirs.room, wanted.room, strict=False)
-    fits = theirs.positions <= wanted.positions and all(a >= b for a, b in both)
-    got = f'rows planned for {theirs.positions} positions'
-    most = f'{wanted.positions} positions and these objectives'
+    both = zip(stored.room, planned.room, strict=False)
+    fits = stored.positions <= planned.positions and all(a >= b for a, b in both)
+    got = f'rows planned for {stored.positions} positions'
+    most = f'{planned.positions} positions and these objectives'
   configs.check(
     fits,
     f'shards in {path} must fit the rows of this run: {most}',

@@ -24,7 +24,9 @@ from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream import stateless
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
-_GROUP = 32  # single sequences are worked on together, since an op costs the same for each
+# Single sequences that are worked on together, since an op costs about the same for each
+# call.
+_GROUP = 32
 
 
 def glm_mixture(
@@ -51,21 +53,24 @@ def glm_mixture(
   batched = dataset.element_spec['tokens'].shape.rank == 2
 
   @tf.autograph.experimental.do_not_convert
-  def make(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+  def make(rows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     if plan is not None and plan.packed:
-      source, places = packed.take_apart(x, plan)
+      source, places = packed.take_apart(rows, plan)
+      # Two positions a span, for the documents with the most room; shorter ones are padded
+      # to this size until they are put together.
       size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
-      made = infilling.make_examples(source, size, config, vocabulary)
-      made = packed.put_together(made, places, x['tokens'].shape[0], length)
+      examples = infilling.make_examples(source, size, config, vocabulary)
+      examples = packed.put_together(examples, places, rows['tokens'].shape[0], length)
     else:
       names = ('tokens', 'lengths', 'scored', 'keys', 'step')
-      source = infilling.TextRows(*(x[name] for name in names))
-      made = infilling.make_examples(source, length, config, vocabulary)
-    return {**made, **{k: x[k] for k in ('index', 'corpus') if k in x}}
+      source = infilling.TextRows(*(rows[name] for name in names))
+      examples = infilling.make_examples(source, length, config, vocabulary)
+    return {**examples, **{k: rows[k] for k in ('index', 'corpus') if k in rows}}
 
   if batched:
     return dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
+  # Single sequences: grouped, padded to rows, made into examples, and taken apart again.
   row_length = config.row_length(length)
   keyed = _add_key(dataset.map(_add_scored))
 
@@ -198,8 +203,8 @@ class SeqioVocabulary(seqio.PassThroughVocabulary):
 def _encoder(vocabulary: Vocabulary) -> Callable[[tf.Tensor], tf.Tensor]:
   """A TensorFlow function from a text to its ids."""
   # A subclass may spell text in its own way before sentencepiece sees it.
-  own = type(vocabulary).encode_batch is not SentencePieceVocabulary.encode_batch
-  if isinstance(vocabulary, SentencePieceVocabulary) and not own:
+  overrides = type(vocabulary).encode_batch is not SentencePieceVocabulary.encode_batch
+  if isinstance(vocabulary, SentencePieceVocabulary) and not overrides:
     import tensorflow_text
 
     return tensorflow_text.SentencepieceTokenizer(model=vocabulary.serialized).tokenize
@@ -227,7 +232,9 @@ def _add_key(x: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
   seed = stateless.mix(
     tf.cast(seed[0], tf.uint64) * (1 << 32) + tf.cast(seed[1], tf.uint64)
   )
-  places = tf.range(tf.size(x['tokens'], out_type=tf.int64), dtype=tf.int64) * (1 << 32)
-  content = stateless.mix(tf.cast(places + tf.cast(x['tokens'], tf.int64), tf.uint64))
+  # Each token with its place in the high half, mixed and summed: a hash of the content. The
+  # sum wraps, as int64 to the same bits as uint64.
+  offsets = tf.range(tf.size(x['tokens'], out_type=tf.int64), dtype=tf.int64) * (1 << 32)
+  content = stateless.mix(tf.cast(offsets + tf.cast(x['tokens'], tf.int64), tf.uint64))
   total = tf.reduce_sum(tf.bitcast(content, tf.int64))
   return {**x, 'keys': stateless.mix(seed + tf.bitcast(total, tf.uint64))}

@@ -12,7 +12,8 @@ from glm_jax.batch import OBJECTIVES
 from glm_jax.data import pipeline
 from glm_jax.data.stream.source import Corpus
 
-_ROWS = 2048  # counted
+# Rows that are counted, about.
+_ROWS = 2048
 
 
 def table(
@@ -51,14 +52,15 @@ def table(
     n = len(corpus.rows['train'])
     epochs = train_steps * batch_size * corpus.share / n
     size = f'{n:>14,}{epochs:>9.2f}'
-    for name, found in zip(OBJECTIVES, counts[i], strict=True):
-      if found[0]:
+    for name, sums in zip(OBJECTIVES, counts[i], strict=True):
+      if sums[0]:
         label = f'{corpus.name} {name}'.strip()
-        shares = found / totals
+        shares = sums / totals
         lines.append(
           f'  {label:<20}{shares[0]:>9.1%}{shares[1]:>9.1%}{shares[2]:>9.1%}'
           f'{shares[3]:>8.1%}{size}'
         )
+        # Rows and epochs are of a corpus: they stand in its first line alone.
         size = ''
   padding = 1 - totals[1] / batch['tokens'].size
   lines.append(f'  of {len(batch["tokens"]):,} rows, {padding:.1%} of which is padding')
@@ -74,7 +76,9 @@ def count(batch: Mapping[str, Any], corpora: int) -> np.ndarray:
   """
   inside = batch['key_end'] > 0
   t = np.arange(inside.shape[1])
-  opens = inside & (batch['key_start'] == t)  # an example sees nothing before itself
+  # An example sees nothing before itself, so its first token is the one that sees from
+  # itself on.
+  opens = inside & (batch['key_start'] == t)
   group = batch['corpus'][:, None] * len(OBJECTIVES) + batch['objective']
   sums = [
     np.bincount(group.ravel(), weights.ravel(), corpora * len(OBJECTIVES))

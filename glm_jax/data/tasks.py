@@ -79,6 +79,7 @@ def _register(
   vocabulary: Vocabulary,
   make: Callable[..., Any],
 ) -> None:
+  # seqio refuses a second task of a name, but a process may prepare more than one run.
   if name in seqio.TaskRegistry.names():
     seqio.TaskRegistry.remove(name)
   seqio.TaskRegistry.add(
@@ -86,5 +87,6 @@ def _register(
     source=IndexedRows(corpora),
     preprocessors=[make],
     output_features=preprocessors.output_features(vocabulary, rank=2),
-    shuffle_buffer_size=None,  # the source has its own order, from the index alone
+    # The source has an order of its own, from the index alone.
+    shuffle_buffer_size=None,
   )

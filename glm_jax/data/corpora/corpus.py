@@ -22,8 +22,8 @@ from glm_jax.text import loading
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.vocabulary import Vocabulary
 
-_AT_ONCE = 256  # rows
-
+# Rows of shards that are decoded at a time.
+_AT_ONCE = 256
 
 SHARDS, TASK = 'shards:', 'task:'
 """What a corpus that is made of shards, or a seqio task, begins with."""
@@ -46,12 +46,14 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
     pattern = config.corpus if split == 'train' else config.validation
     yield from text_files.read(pattern, config)
   else:
-    found = text_files.cut_if_few(list(text_files.read(config.corpus, config)))
-    yield from _held_out(found, config, split)
+    pieces = text_files.cut_if_few(list(text_files.read(config.corpus, config)))
+    yield from _held_out(pieces, config, split)
 
 
 def fingerprint(config: CorpusConfig) -> str:
   """Tells one state of a corpus from another, without reading all of it."""
+  # Files are told apart by path, size and time, not by content. `documentation` has files
+  # too, those that its builder wrote; of other data sets the name is all there is.
   if config.corpus == 'documentation':
     from glm_jax.data.corpora import documentation
 
@@ -64,6 +66,7 @@ def fingerprint(config: CorpusConfig) -> str:
   else:
     patterns = [config.corpus] + [config.validation] * bool(config.validation)
     parts = [_stats(path) for pattern in patterns for path in text_files.find(pattern)]
+  # And what decides which documents are held out, and how they are read.
   parts += [config.validation, config.validation_fraction, config.errors]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -92,26 +95,28 @@ def load_or_train_vocabulary(
   path = cache_dir(corpora[0]) / 'vocabularies' / name
   if not path.exists():
     began = time.perf_counter()
+    # Trained on training documents alone: validation must not shape the vocabulary.
     texts = [d.text for corpus in corpora for d in documents(corpus, 'train')]
-    _check_some(texts, corpora[0])
+    _check_text(texts, corpora[0])
     model = vocabularies.train_sentencepiece(
       texts, config.size, bpe=config.kind == 'chatglm3'
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Written whole or not at all, since another run may be waiting for it.
     temporary = path.with_name(f'.{name}.{os.getpid()}')
     temporary.write_bytes(model)
     os.replace(temporary, path)
-    found = loading.load(f'{config.kind}:{path}')
+    vocab = loading.load(f'{config.kind}:{path}')
     print(
-      f'vocabulary: {found.size:,} pieces in {time.perf_counter() - began:.0f} s ({path})',
+      f'vocabulary: {vocab.size:,} pieces in {time.perf_counter() - began:.0f} s ({path})',
       flush=True,
     )
-    if found.size < config.size:
+    if vocab.size < config.size:
       print(f'  (the corpus has no more; {config.size:,} were asked for)', flush=True)
   return loading.load(f'{config.kind}:{path}')
 
 
-def _check_some(texts: list[str], config: CorpusConfig) -> None:
+def _check_text(texts: list[str], config: CorpusConfig) -> None:
   configs.check(
     any(text.strip() for text in texts),
     'the corpus must hold some text',
@@ -140,9 +145,11 @@ def tfds_builder(config: CorpusConfig) -> Any:
   import tensorflow_datasets as tfds
 
   name = config.corpus.removeprefix('tfds:')
+  # NAME:VERSION is ours; TFDS writes name/version, or name/config:version.
   name = name.replace(':', '/') if ':' in name and '/' not in name else name
   with _no_data_set(config):
     builder = tfds.builder(name, data_dir=config.tfds_data_dir or None)
+    # A builder is made even if nothing is prepared; only reading tells.
     builder.as_dataset(split='train')
     return builder
 
@@ -164,7 +171,8 @@ def read_tfds(config: CorpusConfig, split: str) -> Iterator[Document]:
 def _no_data_set(config: CorpusConfig) -> Iterator[None]:
   try:
     yield
-  except Exception as error:  # TFDS raises many kinds
+  # TFDS raises errors of many kinds, with no base class in common.
+  except Exception as error:
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UserError(
       f'{config.corpus!r} must be a TFDS data set that is prepared, got: '
@@ -205,6 +213,7 @@ def read_task(
   """The documents of a seqio task, or a part of them: text, or the feature tokens."""
   import seqio
 
+  # No feature lengths, and nothing trimmed: whole documents in a fixed order.
   dataset = task.get_dataset(
     None,
     split=split,
@@ -243,25 +252,28 @@ def _text_of(example: dict, config: CorpusConfig) -> Document:
   return Document(value.decode('utf-8', config.errors))
 
 
-def _held_out(found: list[Document], config: CorpusConfig, split: str) -> list[Document]:
+def _held_out(docs: list[Document], config: CorpusConfig, split: str) -> list[Document]:
   """The documents of a split, told apart by a hash of their text."""
-  _check_some([d.text for d in found], config)
-  ranks = [int(hashlib.sha256(d.text.encode('utf-8')).hexdigest()[:12], 16) for d in found]
-  count = max(1, round(config.validation_fraction * len(found)))
-  limit = sorted(ranks)[count - 1] if found else 0
+  _check_text([d.text for d in docs], config)
+  # The lowest hashes are held out. A document keeps its side when others come or go, but
+  # for those near the limit, and copies of one text are on the same side.
+  ranks = [int(hashlib.sha256(d.text.encode('utf-8')).hexdigest()[:12], 16) for d in docs]
+  count = max(1, round(config.validation_fraction * len(docs)))
+  limit = sorted(ranks)[count - 1] if docs else 0
   held_out = [rank <= limit for rank in ranks]
   configs.check(
-    0 < sum(held_out) < len(found),
+    0 < sum(held_out) < len(docs),
     'some documents must be held out for validation, and some remain',
-    f'{len(found)} documents in {config.corpus!r}',
+    f'{len(docs)} documents in {config.corpus!r}',
     'give more text, or CorpusConfig.validation',
   )
-  return [d for d, out in zip(found, held_out, strict=True) if out == (split != 'train')]
+  return [d for d, out in zip(docs, held_out, strict=True) if out == (split != 'train')]
 
 
 def _stats(path: epath.Path) -> list:
   if '://' in str(path):
     stat = path.stat()
     return [str(path), stat.length, stat.mtime]
-  stat = os.stat(path)  # whose times are finer
+  # The times of os.stat are finer than those of epath.
+  stat = os.stat(path)
   return [os.path.realpath(path), stat.st_size, stat.st_mtime_ns]

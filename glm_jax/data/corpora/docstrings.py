@@ -18,7 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_SHORTEST = 300  # characters; less is no document
+# Characters; less is no document.
+_SHORTEST = 300
+# Folders that are not walked: `site-packages` has a root of its own, and tests document
+# nothing.
 _SKIPPED = {
   'site-packages',
   'dist-packages',
@@ -57,15 +60,18 @@ def topics() -> list[SourceDocs]:
 def sources() -> list[tuple[str, str]]:
   """(library folder, path below it) of every Python file, in a fixed order."""
   paths = sysconfig.get_paths()
-  found = {}
+  # Keyed by the path below a root: roots that are one folder, as purelib and platlib often
+  # are, count once.
+  root_of = {}
   for root in (paths['stdlib'], paths['purelib'], paths['platlib']):
     for folder, folders, files in os.walk(root):
+      # In place, which is how os.walk is told not to descend.
       folders[:] = [name for name in folders if name not in _SKIPPED]
       for name in files:
         if name.endswith('.py'):
           path = Path(folder, name).relative_to(root)
-          found[str(path)] = root
-  return [(found[path], path) for path in sorted(found)]
+          root_of[str(path)] = root
+  return [(root_of[path], path) for path in sorted(root_of)]
 
 
 def read(args: tuple[str, str]) -> SourceDocs | None:
@@ -73,6 +79,7 @@ def read(args: tuple[str, str]) -> SourceDocs | None:
   root, path = args
   package = Path(path).parts[0].removesuffix('.py')
   try:
+    # Parsing others' sources warns of their invalid escapes.
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
       tree = ast.parse(Path(root, path).read_text(encoding='utf-8'))
@@ -85,6 +92,7 @@ def read(args: tuple[str, str]) -> SourceDocs | None:
       text = (ast.get_docstring(node, clean=False) or '').encode('utf-8', 'ignore').decode()
       if text.strip():
         parts.append((getattr(node, 'lineno', 0), inspect.cleandoc(text).strip()))
+  # ast.walk goes level by level; by line they are in the order of the file.
   return SourceDocs(package, path, '\n\n'.join(text for _, text in sorted(parts)))
 
 
@@ -95,8 +103,9 @@ def documents() -> Iterator[SourceDocs | None]:
   """
   yield from topics()
   files = sources()
+  # Spawned, not forked: TensorFlow has threads in the parent by now.
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
-    for found in pool.map(read, files, chunksize=64):
-      if found is None or len(found.text) >= _SHORTEST:
-        yield found
+    for docs in pool.map(read, files, chunksize=64):
+      if docs is None or len(docs.text) >= _SHORTEST:
+        yield docs

@@ -19,10 +19,14 @@ from tqdm import tqdm
 
 from glm_jax.data.corpora import docstrings, overlap
 
-_VALIDATION_SHARE = 0.05  # of the characters
-_LARGEST_HELD_OUT = 0.02  # a package with a larger share of them is for training
-_SAYS = 'documentation: '  # opens the lines that are for the user
-_MOST_SHARED = 0.02  # 13-grams that a validation document may share with training
+# Of the characters.
+_VALIDATION_SHARE = 0.05
+# A package with a larger share of them is for training.
+_LARGEST_HELD_OUT = 0.02
+# Opens the lines that are for the user.
+_SAYS = 'documentation: '
+# 13-grams that a validation document may share with training.
+_MOST_SHARED = 0.02
 
 
 class Documentation(tfds.core.GeneratorBasedBuilder):
@@ -71,7 +75,7 @@ def prepared(cache_dir: Path) -> Documentation:
   tfds.disable_progress_bar()
   builder = Documentation(data_dir=str(cache_dir / 'tfds'))
   if not Path(builder.data_dir).exists():
-    # TFDS says what it does on stdout and stderr; of interest is what we found.
+    # TFDS reports what it does on stdout and stderr; only the lines of this module count.
     with contextlib.redirect_stdout(io.StringIO()) as said:
       builder.download_and_prepare()
     print(
@@ -92,9 +96,12 @@ def split_by_package(
   Whole packages are held out, in an order given by their names, until they have 5 % of
   the characters; then what they share with training is removed.
   """
+  # 1. Each text once.
   hashes = overlap.grams([document.text for document in documents])
   unique = ~overlap.near_duplicates(hashes)
   kept = [(d, h) for d, h, u in zip(documents, hashes, unique, strict=True) if u]
+  # 2. Whole packages are held out, since modules of one package say similar things. The
+  # order by a hash of the name is random, and the same for everyone.
   sizes: dict[str, int] = {}
   for document, _ in kept:
     sizes[document.package] = sizes.get(document.package, 0) + len(document.text)
@@ -105,6 +112,7 @@ def split_by_package(
       taken += sizes[package]
   train = [(d, h) for d, h in kept if d.package not in held_out]
   validation = [(d, h) for d, h in kept if d.package in held_out]
+  # 3. What a held-out document shares with training would be scored by memory.
   shares = overlap.shared([h for _, h in validation], [h for _, h in train])
   clean = shares <= _MOST_SHARED
   counts = np.array([len(h) for _, h in validation])
@@ -123,8 +131,8 @@ def split_by_package(
 
 
 def _read() -> list[docstrings.SourceDocs]:
-  """All documents; files that Python cannot parse are counted and said."""
-  found, unreadable = [], 0
+  """All documents; files that Python cannot parse are counted and reported."""
+  documents, unreadable = [], 0
   for document in tqdm(
     docstrings.documents(),
     desc='reading documentation',
@@ -135,9 +143,9 @@ def _read() -> list[docstrings.SourceDocs]:
     if document is None:
       unreadable += 1
     else:
-      found.append(document)
+      documents.append(document)
   if unreadable:
     print(
       f'{_SAYS}{unreadable} Python files could not be parsed and are left out', flush=True
     )
-  return found
+  return documents

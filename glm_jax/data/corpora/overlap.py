@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WORDS = 13  # as GPT-3's and others' decontamination
+# Words of a run, as in the decontamination of GPT-3 (appendix C) and others.
+WORDS = 13
 
 
 def grams(texts: Sequence[str]) -> list[np.ndarray]:
@@ -21,6 +22,8 @@ def grams(texts: Sequence[str]) -> list[np.ndarray]:
     >>> len(a), bool((a == b).all())
     (1, True)
   """
+  # A word is hashed once, however often it comes up. The hash of a run is a polynomial in
+  # an odd factor, modulo 2^64: uint64 wraps, as meant.
   number = functools.lru_cache(maxsize=None)(_hash)
   factors = np.array(
     [pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in range(WORDS)], np.uint64
@@ -30,6 +33,7 @@ def grams(texts: Sequence[str]) -> list[np.ndarray]:
     words = np.array([number(word) for word in text.split()], np.uint64)
     count = max(len(words) - WORDS + 1, 1)
     total = np.zeros(count, np.uint64)
+    # Thirteen vector sums instead of a loop over runs.
     for i in range(min(WORDS, len(words))):
       total += words[i : i + count] * factors[i]
     hashes.append(total)
@@ -38,6 +42,8 @@ def grams(texts: Sequence[str]) -> list[np.ndarray]:
 
 def near_duplicates(hashes: Sequence[np.ndarray]) -> np.ndarray:
   """[documents] bool: more than half of its 13-grams stand in documents before it."""
+  # The document of each hash. np.unique tells where a hash is first, and documents are in
+  # order, so owner[first] is the first document that has it.
   owner = np.repeat(np.arange(len(hashes)), [len(h) for h in hashes])
   _, first, inverse = np.unique(
     np.concatenate(hashes), return_index=True, return_inverse=True
@@ -49,10 +55,11 @@ def near_duplicates(hashes: Sequence[np.ndarray]) -> np.ndarray:
 def shared(hashes: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
   """[documents] share of each one's 13-grams that stand in any of `others`."""
   known = np.unique(np.concatenate(others))
-  found = np.isin(np.concatenate(hashes), known)
+  is_known = np.isin(np.concatenate(hashes), known)
   owner = np.repeat(np.arange(len(hashes)), [len(h) for h in hashes])
-  return np.bincount(owner, found) / np.bincount(owner)
+  return np.bincount(owner, is_known) / np.bincount(owner)
 
 
 def _hash(word: str) -> int:
+  # Python's own hash of a string differs from process to process.
   return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), 'little')

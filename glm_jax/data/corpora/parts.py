@@ -20,8 +20,10 @@ from glm_jax.data.corpora import text_files
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.text_files import Document
 
-_SEARCH = 2**20  # bytes read at a time to find where a line ends
-_EXAMPLES = 100_000  # of a TFDS data set in a part
+# Bytes that are read at a time to find where a line ends.
+_SEARCH = 2**20
+# Of a TFDS data set in a part.
+_EXAMPLES = 100_000
 
 
 class ByteRange(NamedTuple):
@@ -66,8 +68,9 @@ def find(config: CorpusConfig, part_bytes: int) -> list[CorpusPart]:
   if config.corpus == 'documentation' or config.corpus.startswith('tfds:'):
     builder = corpora.tfds_builder(config)
     counts = {name: info.num_examples for name, info in builder.info.splits.items()}
+    # Without a validation split, documents are held out from training by their hash.
     both = 'validation' in counts
-    found = [
+    corpus_parts = [
       CorpusPart(0, min(_EXAMPLES, n - first), name if both else '', source=(name, first))
       for name, n in counts.items()
       if name in ('train', 'validation')
@@ -76,18 +79,19 @@ def find(config: CorpusConfig, part_bytes: int) -> list[CorpusPart]:
   elif config.corpus.startswith(corpora.TASK):
     task = corpora.find_task(config)
     both = 'validation' in task.splits
-    found = []
+    # The shards of a task's source are its parts: seqio cuts no finer.
+    corpus_parts = []
     for split in ('train', 'validation')[: 1 + both]:
       n = len(task.source.list_shards(split))
-      found += [
+      corpus_parts += [
         CorpusPart(0, 1, split if both else '', source=(split, i, n)) for i in range(n)
       ]
   elif config.validation:
-    found = _of_files(config.corpus, 'train', part_bytes)
-    found += _of_files(config.validation, 'validation', part_bytes)
+    corpus_parts = _file_parts(config.corpus, 'train', part_bytes)
+    corpus_parts += _file_parts(config.validation, 'validation', part_bytes)
   else:
-    found = _of_files(config.corpus, '', part_bytes)
-  return [dataclasses.replace(part, number=i) for i, part in enumerate(found)]
+    corpus_parts = _file_parts(config.corpus, '', part_bytes)
+  return [dataclasses.replace(part, number=i) for i, part in enumerate(corpus_parts)]
 
 
 def read(config: CorpusConfig, part: CorpusPart) -> Iterator[tuple[str, Document]]:
@@ -98,6 +102,7 @@ def read(config: CorpusConfig, part: CorpusPart) -> Iterator[tuple[str, Document
   Raises:
     UserError: text that cannot be read: the file and the line or byte are named.
   """
+  # By a threshold, not by rank as in `corpus`: no part knows the documents of the others.
   limit = int(config.validation_fraction * 2**48)
   for document in _documents(config, part):
     if part.split:
@@ -127,8 +132,9 @@ def _documents(config: CorpusConfig, part: CorpusPart) -> Iterator[Document]:
         yield from text_files.cut(document) if part.cut else [document]
 
 
-def _of_files(pattern: str, split: str, part_bytes: int) -> list[CorpusPart]:
+def _file_parts(pattern: str, split: str, part_bytes: int) -> list[CorpusPart]:
   paths = text_files.find(pattern)
+  # 1. Ranges of at most part_bytes; a .txt file that is one document is never divided.
   cut = text_files.are_few(paths)
   ranges = []
   for path in paths:
@@ -137,6 +143,7 @@ def _of_files(pattern: str, split: str, part_bytes: int) -> list[CorpusPart]:
     ranges += [
       ByteRange(str(path), at, min(at + step, size)) for at in range(0, size, step)
     ]
+  # 2. Consecutive ranges together, until they are a part: files may be small and many.
   parts, group, total = [], [], 0
   for piece in ranges:
     group.append(piece)
@@ -151,6 +158,8 @@ def _of_files(pattern: str, split: str, part_bytes: int) -> list[CorpusPart]:
 
 def _borders(path: epath.Path, piece: ByteRange, cut: bool) -> tuple[int, int]:
   """Where the first document that begins in a piece does, and where the last one ends."""
+  # The end of a part and the start of the next are found by the same search from the same
+  # offset, so each document is read exactly once however the file is divided.
   if path.suffix == '.txt' and not cut:
     return piece.start, piece.end
   separator = b'\n\n' if path.suffix == '.txt' else b'\n'
@@ -162,12 +171,15 @@ def _next(file: Any, offset: int, separator: bytes) -> int:
   """The first place from `offset` on that is behind a separator, or the start or end."""
   if offset == 0:
     return 0
+  # From a separator's length before: a document may begin at `offset` itself. `at` is the
+  # place in the file behind what was read, and `tail` the end of it that may hold the first
+  # byte of a separator.
   at, tail = max(offset - len(separator), 0), b''
   file.seek(at)
   while data := file.read(_SEARCH):
-    found = (tail + data).find(separator)
-    if found >= 0:
-      return at - len(tail) + found + len(separator)
+    index = (tail + data).find(separator)
+    if index >= 0:
+      return at - len(tail) + index + len(separator)
     at += len(data)
     tail = data[len(data) - len(separator) + 1 :]
   return at

@@ -16,7 +16,8 @@ from glm_jax.data.corpora.config import CorpusConfig
 
 # With fewer documents than this, long ones are cut so that some can be held out.
 _FEW = 20
-_PIECE = 2000  # characters, at least, of such a part
+# Characters, at least, of such a part.
+_PIECE = 2000
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 
 
@@ -38,14 +39,14 @@ def find(pattern: str) -> list[epath.Path]:
     folder, _, last = pattern.rpartition('/')
     paths = sorted(epath.Path(folder).glob(last))
   else:
-    found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    paths = [epath.Path(path) for path in found if not os.path.isdir(path)]
+    names = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    paths = [epath.Path(name) for name in names if not os.path.isdir(name)]
   configs.check(
     bool(paths),
     'CorpusConfig.corpus must be a glob of .txt or .jsonl files, '
     "'documentation', 'shards:DIR', 'tfds:NAME' or 'task:NAME'",
     f'{pattern!r}, which matches no file',
-    'correct it, or the permissions of its folder',
+    'give a pattern that matches files, or make their folder readable',
   )
   for path in paths:
     configs.check(
@@ -75,8 +76,8 @@ def read_bytes(path: epath.Path, start: int, end: int | None) -> bytes:
       return file.read() if end is None else file.read(max(end - start, 0))
   except OSError as error:
     raise UserError(
-      f'text files must be readable, got {path} ({error.strerror or error}); correct '
-      'its permissions.'
+      f'text files must be readable, got {path} ({error.strerror or error}); give this '
+      'user permission to read it.'
     ) from error
 
 
@@ -92,7 +93,8 @@ def parse(
     start: byte of the file that the part begins with.
   """
   if start == 0:
-    content = content.removeprefix(_BYTE_ORDER_MARK)  # it is no text
+    # Some editors begin UTF-8 with one; it is no text.
+    content = content.removeprefix(_BYTE_ORDER_MARK)
   try:
     text = content.decode('utf-8', config.errors)
   except UnicodeDecodeError as error:
@@ -104,6 +106,7 @@ def parse(
   if path.suffix == '.txt':
     yield Document(text)
     return
+  # Not splitlines(): JSON strings may hold U+2028 and the like as they are.
   for number, line in enumerate(text.split('\n')):
     if line.strip():
       yield _parse_line(line, path, start, number)
@@ -111,6 +114,7 @@ def parse(
 
 def are_few(paths: Sequence[epath.Path]) -> bool:
   """Whether there are so few documents that they are cut."""
+  # Files are read only until it is clear that there are enough.
   count = 0
   for path in paths:
     if path.suffix == '.txt':
@@ -126,9 +130,9 @@ def are_few(paths: Sequence[epath.Path]) -> bool:
   return True
 
 
-def cut_if_few(found: list[Document]) -> list[Document]:
-  """Few long documents become many."""
-  return found if len(found) >= _FEW else [part for d in found for part in cut(d)]
+def cut_if_few(documents: list[Document]) -> list[Document]:
+  """The documents, cut at blank lines if they are too few to hold some out."""
+  return documents if len(documents) >= _FEW else [p for d in documents for p in cut(d)]
 
 
 def cut(document: Document) -> list[Document]:
@@ -146,6 +150,7 @@ def cut(document: Document) -> list[Document]:
 
 
 def _parse_line(line: str, path: epath.Path, start: int, number: int) -> Document:
+  # Called for an error alone: it reads the file again, to count the lines before the part.
   def where() -> str:
     before = read_bytes(path, 0, start).count(b'\n')
     return f'{path} line {before + number + 1}'
@@ -155,7 +160,7 @@ def _parse_line(line: str, path: epath.Path, start: int, number: int) -> Documen
   except json.JSONDecodeError as error:
     raise UserError(
       f'a .jsonl file must have a JSON object a line, got {where()}: '
-      f'{error.msg} (column {error.colno}); correct it.'
+      f'{error.msg} (column {error.colno}); write {{"text": "..."}} there.'
     ) from error
   if not (
     isinstance(fields, dict)
@@ -164,7 +169,7 @@ def _parse_line(line: str, path: epath.Path, start: int, number: int) -> Documen
   ):
     raise UserError(
       "a .jsonl line must be an object with a string 'text' and, optionally, a string "
-      f"'prompt', got {line[:80]!r} in {where()}; correct it."
+      f"'prompt', got {line[:80]!r} in {where()}; make it one."
     )
   # A lone surrogate can be written in JSON but is no character.
   for value in (fields['text'], fields.get('prompt', '')):
@@ -172,6 +177,6 @@ def _parse_line(line: str, path: epath.Path, start: int, number: int) -> Documen
       value.encode('utf-8')
     except UnicodeEncodeError as error:
       raise UserError(
-        f'text must be Unicode characters, got a lone surrogate in {where()}; correct it.'
+        f'text must be Unicode characters, got a lone surrogate in {where()}; remove it.'
       ) from error
   return Document(fields['text'], fields.get('prompt', ''))

@@ -29,14 +29,14 @@ def causal(
   length = sequence_length['tokens']
 
   @tf.autograph.experimental.do_not_convert
-  def make(x: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    made = causal_examples(x['tokens'], x['lengths'], x['scored'], x['starts'])
-    return {**made, 'index': x['index'], 'corpus': x['corpus']}
+  def make(rows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    batch = causal_examples(rows['tokens'], rows['lengths'], rows['scored'], rows['starts'])
+    return {**batch, 'index': rows['index'], 'corpus': rows['corpus']}
 
   if dataset.element_spec['tokens'].shape.as_list()[1:] != [length + 1]:
     raise UserError(
       f'causal rows must have one token more than the feature length {length}, got '
-      f'{dataset.element_spec["tokens"].shape}; make them so.'
+      f'{dataset.element_spec["tokens"].shape}; plan them by prepare.row_plan.'
     )
   return dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
@@ -57,15 +57,18 @@ def causal_examples(
   """
   L = tokens.shape[1] - 1
   t = tf.broadcast_to(tf.range(L), [tf.shape(tokens)[0], L])
-  inside = t + 1 < lengths[:, None]  # the last token of a row predicts nothing
+  # The last token of a row predicts nothing.
+  inside = t + 1 < lengths[:, None]
+  # Where the document of each token begins: the running maximum of the starts, in log L
+  # doublings. After a step, each place knows the largest of the 2 * step before it.
   start = tf.where(starts[:, :-1], t, 0)
   step = 1
-  while step < L:  # the largest so far, in log L steps
+  while step < L:
     start = tf.maximum(start, tf.pad(start, [[0, 0], [step, 0]])[:, :L])
     step *= 2
   start = tf.where(inside, start, 0)
   # The first token of a document is not predicted from the one before it: `scored` says
-  # so already, since a prefix carries no loss.
+  # so already where documents open with a prefix, which carries no loss.
   weights = tf.cast(inside & scored[:, 1:], tf.float32)
   return {
     'tokens': tokens[:, :-1],

@@ -21,8 +21,10 @@ from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream import stateless
 from glm_jax.text.vocabulary import Vocabulary
 
-_SCORED = 1 << 24  # more than there are pieces
-(_OBJECTIVE, _ORDER, _DBLOCK, _SHORT) = range(16, 20)  # purposes, apart from spans'
+# The bit above a token's id that says whether it is scored; more than there are pieces.
+_SCORED = 1 << 24
+# Purposes of random numbers, apart from those of `spans` (0 to 7).
+(_OBJECTIVE, _ORDER, _DBLOCK, _SHORT) = range(16, 20)
 
 _SAMPLERS = {
   'blank': spans.blank_spans,
@@ -70,6 +72,7 @@ def make_examples(
     tf.errors.InvalidArgumentError: an example longer than `length` (never trimmed).
   """
   N = source.tokens.shape[1]
+  # Each span adds two tokens: its mask in Part A, and [sop] in Part B.
   max_spans = (length - N) // 2
   if max_spans < 1:
     raise UserError(
@@ -90,7 +93,7 @@ def make_examples(
   room = tf.fill(tf.shape(full), max_spans) if source.room is None else source.room
   rows = spans.Maskable(source.lengths, is_text, ends, source.keys, room)
   objective = _draw(source, config)
-  kept = _sample(rows, objective, config, max_spans)
+  drawn = _sample(rows, objective, config, max_spans)
   masks = (s.mask, s.gmask, s.smask) if config.task_masks else (s.mask,) * 3
   configs.check(
     None not in masks and (s.dblock is not None or not config.dblock_probability),
@@ -100,7 +103,7 @@ def make_examples(
   )
   example = _assemble(
     source,
-    kept,
+    drawn,
     tf.gather(tf.constant(masks), objective),
     length,
     config,
@@ -110,7 +113,7 @@ def make_examples(
   example['objective'] = tf.broadcast_to(objective[:, None], tf.shape(example['tokens']))
   example['loss_weights'] = _weigh(example['loss_weights'], objective, config)
   example['lost'] = full - source.lengths
-  example['capped'] = kept.capped
+  example['capped'] = drawn.capped
   return example
 
 
@@ -123,8 +126,10 @@ def _draw(source: TextRows, config: ObjectiveConfig) -> tf.Tensor:
   shares = shares / shares.sum(1, keepdims=True)
   below = np.cumsum(shares, axis=1)
   below[below > 1 - 1e-9] = 2.0  # whatever the rounding, the last one takes the rest
+  # Rows that are not indexed have step -1; they are of the first phase.
   phase = tf.searchsorted(starts, tf.maximum(source.step, 0), side='right') - 1
   below = tf.gather(tf.constant(below, tf.float32), phase)
+  # The number of the objective is the number of cumulative shares that u has passed.
   u = stateless.uniform(source.keys, _OBJECTIVE, 1)
   return tf.reduce_sum(tf.cast(u >= below, tf.int32), axis=1)
 
@@ -135,11 +140,12 @@ def _sample(rows, objective, config, max_spans) -> spans.Spans:
     return _SAMPLERS[config.objectives[0]](rows, config, max_spans)
   numbers, drawn = [], []
   for name in config.objectives:
-    own = tf.where(objective == MIXED.index(name))[:, 0]
-    some = spans.Maskable(*(tf.gather(x, own) for x in rows))
-    numbers.append(tf.cast(own, tf.int32))
-    drawn.append(_SAMPLERS[name](some, config, max_spans))
-  return spans.Spans(*(tf.dynamic_stitch(numbers, x) for x in zip(*drawn, strict=True)))
+    number = tf.where(objective == MIXED.index(name))[:, 0]
+    subset = spans.Maskable(*(tf.gather(field, number) for field in rows))
+    numbers.append(tf.cast(number, tf.int32))
+    drawn.append(_SAMPLERS[name](subset, config, max_spans))
+  # Field by field, back into the order of the batch.
+  return spans.Spans(*(tf.dynamic_stitch(numbers, f) for f in zip(*drawn, strict=True)))
 
 
 def _weigh(weights: tf.Tensor, objective: tf.Tensor, config: ObjectiveConfig) -> tf.Tensor:
@@ -164,7 +170,9 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
   starts, lengths, eop = drawn.starts, drawn.lengths, drawn.ends_with_eop
   B, used = tf.shape(starts)[0], lengths > 0
 
-  # Part A: the text before each span, then its mask; the text behind the last.
+  # Part A: the text before each span, then its mask; the text behind the last. [B, K + 1]
+  # tables: piece k of the text is before[k] .. limits[k], between the spans k - 1 and k.
+  # Unused spans stand at the end of the last used one, where their pieces are empty.
   stops = tf.where(used, starts + lengths, 0)
   stops = tf.where(used, stops, tf.reduce_max(stops, axis=1, keepdims=True))
   before = tf.pad(stops, [[0, 0], [1, 0]])
@@ -176,9 +184,10 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
   # Part B: the spans in their order, each opened by [sop].
   if config.shuffle_spans:
     u = stateless.uniform(source.keys, _ORDER, lengths.shape[1])
+    # u < 1: the unused stay last.
     order = tf.argsort(tf.where(used, u, 2.0))
     b_starts, b_lengths, b_places = (
-      tf.gather(x, order, batch_dims=1) for x in (starts, lengths, mask_places)
+      tf.gather(value, order, batch_dims=1) for value in (starts, lengths, mask_places)
     )
   else:
     b_starts, b_lengths, b_places = starts, lengths, mask_places
@@ -192,28 +201,35 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
   with tf.control_dependencies([fits] if fits is not None else []):
     p = tf.range(length)
 
-  # Behind a row's tokens stand its mask, [sop] and padding; each token carries whether it
-  # is scored. One position more than there are, for the target of the last.
+  # The string of ranges, of indices into `content`. Behind a row's N tokens stand its mask,
+  # [sop] and padding; each token carries whether it is scored. The string has one position
+  # more than the example, for the target of the last. For spans of 'c' and 'f g' in
+  # 'a b c d e f g' it reads
+  #   a b [MASK] d e [MASK] | [sop] c [sop] f g | padding
+  # with 0 1 N 3 4 N | N+1 2 N+1 5 6 | N+2 N+2 ... as indices.
   MASK, SOP, PAD = N, N + 1, N + 2
   flagged = source.tokens + tf.where(source.scored, _SCORED, 0)
-  others = tf.stack([mask_ids, tf.fill([B], s.sop), tf.fill([B], s.pad)], axis=1)
-  content = tf.reshape(tf.concat([flagged, others], axis=1), [-1])
+  specials = tf.stack([mask_ids, tf.fill([B], s.sop), tf.fill([B], s.pad)], axis=1)
+  content = tf.reshape(tf.concat([flagged, specials], axis=1), [-1])
   index = _ranges(
     [_alternate(before, MASK), _alternate(SOP, b_starts), tf.fill([B, 1], PAD)],
     [_alternate(text, masks), _alternate(opens, b_lengths)],
     length + 1,
   )
+  # The range that fills up counts on from PAD.
   index = tf.minimum(index, PAD)
-  found = tf.gather(content, index + (N + 3) * tf.range(B)[:, None])
-  ids, flags = tf.bitwise.bitwise_and(found, _SCORED - 1), found >= _SCORED
+  coded = tf.gather(content, index + (N + 3) * tf.range(B)[:, None])
+  ids, flags = tf.bitwise.bitwise_and(coded, _SCORED - 1), coded >= _SCORED
   tokens, following = ids[:, :-1], ids[:, 1:]
   in_a, inside = p < part_a[:, None], p < example_length[:, None]
   in_b = inside & ~in_a
+  # Inputs of blank spans are replaced, never their targets and never [sop] (index >= N).
   if config.dblock_probability:
     u = stateless.uniform(source.keys, _DBLOCK, length)
     noisy = (objective == MIXED.index('blank'))[:, None] & (index[:, :-1] < N)
     tokens = tf.where(noisy & in_b & (u < config.dblock_probability), s.dblock, tokens)
-  # The target of [eop] is scored as the last token of its span.
+  # A span's last token is followed by the next [sop] or by padding; its target is [eop],
+  # scored as the token is.
   at_eop = index[:, 1:] >= SOP
   targets = tf.where(at_eop, s.eop, following)
   scored = in_b & tf.where(at_eop, flags[:, :-1], flags[:, 1:])
@@ -221,17 +237,20 @@ def _assemble(source, drawn, mask_ids, length, config, vocabulary, objective):
   if config.one_dimensional:
     positions, blocks = tf.broadcast_to(p, tf.shape(tokens)), tf.zeros_like(tokens)
   elif config.original_positions:
+    # Masks and their spans stand where the spans stood in the text.
     firsts = _alternate(before, tf.pad(starts, [[0, 0], [0, 1]]))
     positions, blocks = _positions(
       firsts, _alternate(text, masks), b_starts, pieces, length
     )
   else:
+    # Part A is one range from 0; a span of Part B has the position of its mask throughout.
     positions, blocks = _positions(
       tf.zeros([B, 1], tf.int32), part_a[:, None], b_places, pieces, length
     )
   if not config.block_positions:
     goes_on = (objective == MIXED.index('document'))[:, None] & in_b
     positions = tf.where(goes_on, p, positions)
+  # Part A sees all of itself; Part B sees Part A and itself up to here.
   key_end = tf.where(inside, tf.maximum(part_a[:, None], p + 1), 0)
   return {
     'tokens': tf.where(inside, tokens, s.pad),
@@ -257,8 +276,11 @@ def _positions(a_firsts, a_sizes, b_places, pieces, length):
     pieces: [B, K] their lengths.
     length: L.
   """
+  # Two numbers below 2^15 fit an int32, which is half the memory of an int64.
   bits, dtype = (15, tf.int32) if length < 2**15 else (31, tf.int64)
   high = tf.constant(1 << bits, dtype)
+  # Part A counts (0, 0), (1, 0), ..., in steps of `high`; a span of Part B counts
+  # (place, 1), (place, 2), ... from its [sop] on, in steps of 1.
   a_starts = tf.cast(a_firsts, dtype) * high
   b_starts = tf.cast(b_places, dtype) * high + 1
   both = _ranges(
@@ -291,22 +313,26 @@ def _ranges(firsts, sizes, width, steps=None):
     deltas = tf.concat([*steps, tf.ones_like(rest)], axis=1)
     limits = firsts + sizes * deltas
     deltas = tf.reshape(deltas, [-1])
-  found = tf.raw_ops.RaggedRange(
+  # The op behind tf.ragged.range: all ranges of all rows in one flat tensor. The sizes of
+  # each row add up to `width`, so that is the table, and its row splits are not needed.
+  ranges = tf.raw_ops.RaggedRange(
     starts=tf.reshape(firsts, [-1]), limits=tf.reshape(limits, [-1]), deltas=deltas
   )
-  return tf.reshape(found.rt_dense_values, [-1, width])
+  return tf.reshape(ranges.rt_dense_values, [-1, width])
 
 
 def _alternate(a, b):
   """[B, 2 n]: columns of `a` and `b` in turn; one of them may be a number."""
   table = a if isinstance(b, int) else b
-  a, b = (tf.fill(tf.shape(table), x) if isinstance(x, int) else x for x in (a, b))
+  a, b = (tf.fill(tf.shape(table), c) if isinstance(c, int) else c for c in (a, b))
+  # [B, n, 2], flattened row by row.
   return tf.reshape(tf.stack([a, b], axis=2), [tf.shape(table)[0], -1])
 
 
 def _shorten(source: TextRows, config: ObjectiveConfig, vocabulary: Vocabulary) -> TextRows:
   """Some rows become a random window of themselves, opened as a document is."""
   N, prefix = source.tokens.shape[1], vocabulary.prefix[:1]
+  # Three numbers a row: whether it is cut short, to what size, and where the window is.
   u = stateless.uniform(source.keys, _SHORT, 3)
   shortest = tf.minimum(32, source.lengths)
   room = tf.cast(source.lengths - shortest, tf.float32)
@@ -315,9 +341,11 @@ def _shorten(source: TextRows, config: ObjectiveConfig, vocabulary: Vocabulary) 
   size = tf.where(short, size, source.lengths)
   room = tf.cast(source.lengths - size + 1, tf.float32)
   start = tf.minimum(tf.cast(u[:, 2] * room, tf.int32), source.lengths - size)
+  # Beyond the window the gather repeats the last token; `lengths` says it is padding.
   index = tf.minimum(start[:, None] + tf.range(N), N - 1)
   tokens = tf.gather(source.tokens, index, batch_dims=1)
   scored = tf.gather(source.scored, index, batch_dims=1)
+  # The opening takes the place of the window's first token, so the size stays.
   if prefix:
     opening = short[:, None] & (tf.range(N) == 0)
     tokens, scored = tf.where(opening, prefix[0], tokens), scored & ~opening

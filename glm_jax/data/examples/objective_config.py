@@ -14,10 +14,9 @@ from glm_jax.data.rows.table import RowPlan
 LONGEST_SPAN = 39
 """Longest token span that is ever drawn (THUDM/GLM blocklm_utils.py)."""
 
-# Deviations of the number of spans that a row has room for: at 512 tokens 0.5 % of
+# Deviations of the number of spans that a row has room for: at 512 tokens 1.3 % of
 # the rows draw more and are cut short there, for 2.3 % of padding.
 _SPAN_DEVIATIONS = 2.3
-
 
 _PROBABILITY = within('[0, 1]').but('give a probability')
 
@@ -118,6 +117,7 @@ class ObjectiveConfig:
   @property
   def objectives(self) -> tuple[str, ...]:
     """Those that come up in some phase."""
+    # zip(*...) turns weights by phase into weights by objective.
     totals = map(sum, zip(*(weights for _, weights in self.phases), strict=True))
     return tuple(name for name, total in zip(MIXED, totals, strict=True) if total)
 
@@ -152,6 +152,7 @@ class ObjectiveConfig:
     The number drawn has, by renewal theory, mean `m / mu + (s^2 / mu^2 + 1) / 2 - 1/2`
     and variance `m s^2 / mu^3` for m masked tokens and spans of mean mu, variance s^2.
     """
+    # A document span is one, however long the row.
     if self.objectives == ('document',):
       return 1
     mean, variance = self._span_moments()
@@ -161,10 +162,13 @@ class ObjectiveConfig:
 
   def packing(self, length: int) -> RowPlan:
     """The plan of packed rows of `length` positions: each document with its own spans."""
+    # room[n]: positions of a document of n tokens and its spans, at most one a token. The
+    # table grows until a document no longer fits, and that one is left out.
     room = [0]
     while room[-1] <= length:
       n = len(room)
       room.append(n + 2 * min(self.max_spans(n), n))
+    # Even a row of one document has a span, hence two tokens less than positions.
     _check_text(len(room) - 2, length)
     return RowPlan(row_length=length - 2, positions=length, room=tuple(room[:-1]))
 
@@ -179,6 +183,7 @@ class ObjectiveConfig:
       >>> ObjectiveConfig(blank=0, document=1).row_length(512)
       510
     """
+    # `max_spans` is a formula with a square root, rounded: it is searched, not inverted.
     row = length - 2
     while row > 0 and row + 2 * self.max_spans(row) > length:
       row -= 1
@@ -188,6 +193,7 @@ class ObjectiveConfig:
 
 def causal_packing(length: int) -> RowPlan:
   """The plan of packed rows for next tokens, which need one token more than positions."""
+  # A row of L + 1 tokens makes L positions; a document of n tokens takes n of the L + 1.
   _check_text(length, length)
   return RowPlan(length + 1, length + 1, tuple(range(length + 2)))
 
@@ -213,6 +219,7 @@ def _check_weights(name: str, weights: tuple[float, ...]) -> None:
 def _check_schedule(name: str, schedule: tuple[tuple[int | float, ...], ...]) -> None:
   end = 0
   for phase in schedule:
+    # Steps are ints, and only the last phase may be without an end.
     whole = len(phase) == 5 and all(isinstance(step, int) for step in phase[:2])
     configs.check(
       whole and (phase[1] > phase[0] or (phase[1] == -1 and phase is schedule[-1])),

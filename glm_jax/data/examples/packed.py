@@ -28,33 +28,36 @@ class Places(NamedTuple):
   number: tf.Tensor
 
 
-def take_apart(x: dict[str, tf.Tensor], plan: RowPlan) -> tuple[TextRows, Places]:
+def take_apart(batch: dict[str, tf.Tensor], plan: RowPlan) -> tuple[TextRows, Places]:
   """The documents of packed rows as rows of their own.
 
   Args:
-    x: a batch of `IndexedRows`.
+    batch: a batch of `IndexedRows`.
     plan: of the rows.
   """
-  N = x['tokens'].shape[1]
-  inside = tf.range(N) < x['lengths'][:, None]
-  starts = x['starts'] & inside
-  at = tf.cast(tf.where(starts), tf.int32)
-  row, first = at[:, 0], at[:, 1]
-  # A document ends where the next one of its row begins.
+  N = batch['tokens'].shape[1]
+  inside = tf.range(N) < batch['lengths'][:, None]
+  starts = batch['starts'] & inside
+  # [D, 2], (row, place) of each document's first token, in row-major order.
+  cells = tf.cast(tf.where(starts), tf.int32)
+  row, first = cells[:, 0], cells[:, 1]
+  # A document ends where the next one of its row begins, the last one with the row;
+  # the -1 behind the last document is no row.
   same_row = tf.concat([row[1:], [-1]], 0) == row
   following = tf.concat([first[1:], [0]], 0)
-  lengths = tf.where(same_row, following, tf.gather(x['lengths'], row)) - first
+  lengths = tf.where(same_row, following, tf.gather(batch['lengths'], row)) - first
+  # [D, W] places in the flattened rows; W, the longest a document can be, is static.
   W = min(plan.longest, N)
   index = tf.minimum(first[:, None] + tf.range(W), N - 1) + N * row[:, None]
-  own = tf.range(W) < lengths[:, None]
+  in_document = tf.range(W) < lengths[:, None]
   ranks = tf.cumsum(tf.cast(starts, tf.int32), axis=1)
-  number = tf.gather_nd(ranks, at) - 1
+  number = tf.gather_nd(ranks, cells) - 1
   source = TextRows(
-    tokens=tf.where(own, tf.gather(tf.reshape(x['tokens'], [-1]), index), 0),
+    tokens=tf.where(in_document, tf.gather(tf.reshape(batch['tokens'], [-1]), index), 0),
     lengths=lengths,
-    scored=own & tf.gather(tf.reshape(x['scored'], [-1]), index),
-    keys=stateless.child_keys(tf.gather(x['keys'], row), number),
-    step=tf.gather(x['step'], row),
+    scored=in_document & tf.gather(tf.reshape(batch['scored'], [-1]), index),
+    keys=stateless.child_keys(tf.gather(batch['keys'], row), number),
+    step=tf.gather(batch['step'], row),
     room=tf.gather(tf.constant(_spans(plan)), lengths),
   )
   return source, Places(row, number)
@@ -77,6 +80,8 @@ def put_together(
   Raises:
     tf.errors.InvalidArgumentError: a row longer than `length` (never trimmed).
   """
+  # Documents ascend by row, so cumulative sizes tell where each begins: `ends` counts the
+  # tokens of the whole batch, `first` those of the row.
   sizes = tf.reduce_sum(tf.cast(examples['key_end'] > 0, tf.int32), axis=1)
   ends = tf.cumsum(sizes)
   row_sizes = tf.math.unsorted_segment_sum(sizes, places.row, rows)
@@ -94,19 +99,20 @@ def put_together(
   offset = tf.gather(tf.pad(first, [[0, 1]]), number)
   width = examples['tokens'].shape[1]
   index = number * width + tf.clip_by_value(p - offset, 0, width - 1)
-  made = {}
+  features = {}
   for name, value in examples.items():
     if value.shape.rank == 1:
       value = tf.cast(value, tf.int32)
-      made[name] = tf.math.unsorted_segment_sum(value, places.row, rows)
+      features[name] = tf.math.unsorted_segment_sum(value, places.row, rows)
       continue
     # One more element, for a batch that has no document at all.
     flat = tf.pad(tf.reshape(value, [-1]), [[0, 1]])
     value = tf.gather(flat, index)
+    # What an example sees moves with it; its positions still count from 0.
     if name in ('key_start', 'key_end'):
       value += offset
-    made[name] = tf.where(inside, value, tf.zeros([], value.dtype))
-  return made
+    features[name] = tf.where(inside, value, tf.zeros([], value.dtype))
+  return features
 
 
 def spans_of_longest(plan: RowPlan) -> int:

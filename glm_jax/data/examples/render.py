@@ -10,7 +10,8 @@ import numpy as np
 from glm_jax.batch import OBJECTIVES
 from glm_jax.text.vocabulary import Vocabulary
 
-_WIDTH = 96  # characters a line
+# Characters a line.
+_WIDTH = 96
 
 
 def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
@@ -26,8 +27,10 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
   part_a = int((block[:length] == 0).sum())
   if not length:
     return '(an empty row)'
+  # A packed row holds several examples; it is named by its first.
   name = OBJECTIVES[int(example['objective'][0])]
   if name == 'causal':
+    # What a token sees begins with its document, so `key_start` changes where one begins.
     starts = np.flatnonzero(np.diff(example['key_start'][:length], prepend=-1))
     scored = int(example['loss_weights'].sum())
     lines = [f'causal: {length} tokens, {len(starts)} document(s), {scored} scored']
@@ -39,6 +42,7 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
     f'{int((block == 1).sum())} span(s), {int(example["loss_weights"].sum())} scored'
   ]
   lines += _wrap('Part A  ', _text(tokens[:part_a], vocabulary))
+  # Second positions count from 1 in each span, at its [sop].
   starts = [t for t in range(part_a, length) if block[t] == 1]
   for start, end in zip(starts, [*starts[1:], length], strict=True):
     seen = f'sees {example["key_start"][start]}..{example["key_end"][start] - 1}'
@@ -70,6 +74,7 @@ def statistics(batch: Mapping[str, np.ndarray], skipped: int) -> str:
     if not rows.any():
       continue
     if name == 'causal':
+      # An empty row is -1 throughout, as is what is prepended: no document begins in it.
       starts = np.diff(np.where(inside, batch['key_start'], -1)[rows], prepend=-1)
       documents = ((starts != 0) & inside[rows]).sum() / rows.sum()
       lines.append(
@@ -78,6 +83,7 @@ def statistics(batch: Mapping[str, np.ndarray], skipped: int) -> str:
       continue
     # A span of n tokens has n + 1 positions, or n where it runs to the end of its row.
     hidden = _span_lengths({k: v[rows] for k, v in batch.items()})
+    # Less a mask and an [sop] a span; the last token of an open span is no input.
     text = inside[rows].sum() - 2 * spans[rows].sum()
     text += int((hidden['open']).sum())
     lines.append(
@@ -100,6 +106,7 @@ def statistics(batch: Mapping[str, np.ndarray], skipped: int) -> str:
 
 def picture(example: Mapping[str, np.ndarray], path: Path) -> None:
   """Saves the visibility of one example as a PNG: rows see the dark columns."""
+  # The Figure alone, not pyplot, which would pick a backend with windows.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -126,6 +133,7 @@ def _span_lengths(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   lengths, is_open = [], []
   for block, target in zip(batch['block_positions'], batch['targets'], strict=True):
     starts = np.flatnonzero(block == 1)
+    # A span ends where the next one begins, the last one with the example.
     ends = np.append(starts[1:], np.flatnonzero(block > 0)[-1:] + 1)
     for start, end in zip(starts, ends, strict=True):
       closed = target[end - 1] == batch['eop'][0]

@@ -16,9 +16,11 @@ import tensorflow as tf
 from glm_jax.data.examples.objective_config import LONGEST_SPAN, ObjectiveConfig
 from glm_jax.data.stream import stateless
 
-_FAR = 1 << 28  # sorts behind every position
+# Sorts behind every position.
+_FAR = 1 << 28
 
-# Purposes of random numbers; each draw has its own.
+# Purposes of random numbers, one for each draw: two that shared one would be the same
+# numbers, and a span's length would tell its place.
 (_LENGTHS, _MIX_LENGTHS, _PLACES, _SINGLE, _SENTENCES, _RATIO, _INFILL, _PLACE) = range(8)
 
 
@@ -66,7 +68,8 @@ def blank_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> Span
   original fills the shorter ones first; spans that do not fit go to the longest one.
   """
   B, K = tf.shape(rows.lengths)[0], max_spans
-  # Lengths, until their sum reaches the budget.
+  # 1. Draw K lengths and keep them until their sum reaches the budget. The law is a Poisson
+  # truncated to 1..39, so the factor exp(-mean) of the pmf cancels in the cdf.
   pmf = [
     math.exp(k * math.log(config.span_mean) - math.lgamma(k + 1))
     for k in range(1, LONGEST_SPAN + 1)
@@ -78,6 +81,7 @@ def blank_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> Span
   lengths = tf.reshape(tf.minimum(lengths, LONGEST_SPAN - 1) + 1, [-1, K])
   budget = _budget(rows, config)
   lengths = tf.where(tf.range(K) < rows.room[:, None], lengths, 0)
+  # Exclusive: the length that crosses the budget is kept.
   drawn = tf.cumsum(lengths, axis=1, exclusive=True) < budget[:, None]
   drawn &= lengths > 0
   capped = tf.reduce_sum(lengths, axis=1) < budget
@@ -90,7 +94,9 @@ def blank_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> Span
   order = tf.argsort(tf.where(drawn, stateless.uniform(rows.keys, _MIX_LENGTHS, K), 2.0))
   lengths = tf.gather(tf.where(drawn, lengths, 0), order, batch_dims=1)
 
-  # A document (run of text) for each span, by the middle of its share of the total.
+  # 2. A document (run of text) for each span. Laid end to end and stretched to the text of
+  # the row, the spans fall on documents in proportion to length; the middle of a span
+  # decides.
   run_starts, run_lengths = _runs(rows.is_text)
   R = tf.shape(run_lengths)[1]
   longest = tf.argmax(run_lengths, axis=1, output_type=tf.int32)[:, None]
@@ -103,28 +109,36 @@ def blank_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> Span
     tf.cumsum(run_lengths, axis=1), middle * text // total, side='right'
   )
   run = tf.minimum(run, R - 1)
+  # A span needs a token behind it, but for the last of a run: hence the + 1 on both sides.
+  # The spans of a run that is overfull all go to the longest; what that has no room for
+  # is dropped.
   needed = _sum_by_run(tf.where(lengths > 0, lengths + 1, 0), run, R)
   overfull = tf.gather(needed > run_lengths + 1, run, batch_dims=1)
   run = tf.where(overfull, longest, run)
-  here = (run == longest) & (lengths > 0)
-  used = tf.cumsum(tf.where(here, lengths + 1, 0), axis=1)
-  fits = ~here | (used <= room + 1)
+  in_longest = (run == longest) & (lengths > 0)
+  used = tf.cumsum(tf.where(in_longest, lengths + 1, 0), axis=1)
+  fits = ~in_longest | (used <= room + 1)
   capped |= tf.reduce_any(~fits, axis=1)
   lengths = tf.where(fits, lengths, 0)
 
-  # Places: sorted draws, each behind the spans (and a token a span) before it.
+  # 3. Places by stars and bars. Of a run, `free` tokens are in no span and separate none.
+  # Each span draws how many of them precede it; the draws are sorted, and a span begins
+  # behind them and behind the spans before it, each with its separating token.
   needed = _sum_by_run(tf.where(lengths > 0, lengths + 1, 0), run, R)
   free = tf.gather(run_lengths + 1 - needed, run, batch_dims=1)
-  place = tf.cast(
+  draw = tf.cast(
     stateless.uniform(rows.keys, _PLACES, K) * tf.cast(free + 1, tf.float32), tf.int32
   )
-  place = tf.minimum(place, free)
-  key = run * (rows.is_text.shape[1] + 1) + place
+  # uniform * n may round to n itself.
+  draw = tf.minimum(draw, free)
+  # By run, then by draw (at most N); the unused last.
+  key = run * (rows.is_text.shape[1] + 1) + draw
   order = tf.argsort(tf.where(lengths > 0, key, _FAR), stable=True)
-  run, place, lengths = (tf.gather(x, order, batch_dims=1) for x in (run, place, lengths))
+  run, draw, lengths = (tf.gather(v, order, batch_dims=1) for v in (run, draw, lengths))
+  # Summed through the whole row, then less what earlier runs hold.
   before = tf.cumsum(tf.where(lengths > 0, lengths + 1, 0), axis=1, exclusive=True)
   before -= tf.gather(tf.cumsum(needed, axis=1, exclusive=True), run, batch_dims=1)
-  starts = tf.gather(run_starts, run, batch_dims=1) + place + before
+  starts = tf.gather(run_starts, run, batch_dims=1) + draw + before
   return Spans(starts, lengths, tf.ones([B], tf.bool), capped)
 
 
@@ -134,6 +148,7 @@ def sentence_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> S
   A sentence ends with a piece that holds a sentence-ending mark, or with the row. One
   that a document's end cuts short counts only in a row that has no other.
   """
+  # 1. Sentences: runs of text, cut behind the pieces that end one.
   following, preceding = _neighbours(rows.is_text)
   last = rows.is_text & (rows.ends_sentence | ~following)
   first = rows.is_text & (tf.pad(last, [[0, 0], [1, 0]])[:, :-1] | ~preceding)
@@ -144,21 +159,24 @@ def sentence_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> S
   any_finished = tf.reduce_any(finished, axis=1, keepdims=True)
   eligible = (lengths > 0) & (finished | ~any_finished)
 
+  # 2. The largest of random numbers, in their order, are a random choice in random order.
   u = stateless.uniform(rows.keys, _SENTENCES, tf.shape(starts)[1])
   _, chosen = tf.math.top_k(tf.where(eligible, u, -1.0), k=max_spans)
   eligible, starts, lengths = (
-    tf.gather(x, chosen, batch_dims=1) for x in (eligible, starts, lengths)
+    tf.gather(v, chosen, batch_dims=1) for v in (eligible, starts, lengths)
   )
   more = tf.reduce_any(eligible & (tf.range(max_spans) >= rows.room[:, None]), axis=1)
   eligible &= tf.range(max_spans) < rows.room[:, None]
   lengths = tf.where(eligible, lengths, 0)
   budget = _budget(rows, config)
+  # With every slot taken, some sentences may have had none.
   more |= tf.reduce_all(eligible, axis=1)
   capped = (tf.reduce_sum(lengths, axis=1) < budget) & more
+  # 3. Keep them until they reach the budget, and put them back in text order.
   taken = tf.cumsum(lengths, axis=1, exclusive=True) < budget[:, None]
   lengths = tf.where(taken, lengths, 0)
   order = tf.argsort(tf.where(lengths > 0, starts, _FAR))
-  starts, lengths = (tf.gather(x, order, batch_dims=1) for x in (starts, lengths))
+  starts, lengths = (tf.gather(v, order, batch_dims=1) for v in (starts, lengths))
   return Spans(starts, lengths, tf.ones_like(capped), capped)
 
 
@@ -171,14 +189,17 @@ def document_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> S
   """
   lengths = rows.lengths
   u = stateless.uniform(rows.keys, _RATIO, 1)[:, 0]
+  # Two tokens remain to be seen, but for rows that have hardly more.
   longest = tf.maximum(lengths - 2, 1)
   shortest = tf.cast(config.document_min_ratio * tf.cast(lengths, tf.float64), tf.int32)
   shortest = tf.clip_by_value(shortest, 1, longest)
   size = shortest + tf.cast(u * tf.cast(longest - shortest + 1, tf.float32), tf.int32)
-  size = tf.minimum(tf.minimum(size, longest), lengths)  # nothing of an empty row
+  # An empty row has no span at all.
+  size = tf.minimum(tf.minimum(size, longest), lengths)
 
   run_starts, run_lengths = _runs(rows.is_text)
   one_document = tf.reduce_sum(tf.cast(run_lengths > 0, tf.int32), axis=1) == 1
+  # Looked at only where there is one document, which is then the first run.
   run_start, text = run_starts[:, 0], run_lengths[:, 0]
   infill = (
     stateless.uniform(rows.keys, _INFILL, 1)[:, 0] < config.document_infill_probability
@@ -187,12 +208,13 @@ def document_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> S
   size = tf.where(infill, tf.minimum(size, text), size)
   free = tf.maximum(text - size, 0)
   u = stateless.uniform(rows.keys, _PLACE, 1)[:, 0]
-  place = tf.minimum(tf.cast(u * tf.cast(free + 1, tf.float32), tf.int32), free)
-  starts = tf.where(infill, run_start + place, lengths - size)
-  others = [[0, 0], [0, max_spans - 1]]
+  offset = tf.minimum(tf.cast(u * tf.cast(free + 1, tf.float32), tf.int32), free)
+  starts = tf.where(infill, run_start + offset, lengths - size)
+  # The other objectives' tables have K columns, and `infilling` stitches them together.
+  unused = [[0, 0], [0, max_spans - 1]]
   return Spans(
-    tf.pad(starts[:, None], others),
-    tf.pad(size[:, None], others),
+    tf.pad(starts[:, None], unused),
+    tf.pad(size[:, None], unused),
     infill,
     tf.zeros_like(infill),
   )
@@ -200,6 +222,7 @@ def document_spans(rows: Maskable, config: ObjectiveConfig, max_spans: int) -> S
 
 def _budget(rows: Maskable, config: ObjectiveConfig) -> tf.Tensor:
   """int(mask_ratio * length), at least one token."""
+  # In float64, as Python computes it: int(0.29 * 100) is 28, and 29 in float32.
   budget = tf.cast(config.mask_ratio * tf.cast(rows.lengths, tf.float64), tf.int32)
   return tf.maximum(budget, 1)
 
@@ -231,16 +254,19 @@ def _segments(
     least: R is this, or the most segments of a row.
   """
   B = tf.shape(first)[0]
+  # [S, 2] (row, column) each, in row-major order, so that first s and last s belong to one
+  # segment.
   starts, ends = tf.where(first), tf.where(last)
   row = tf.cast(starts[:, 0], tf.int32)
   counts = tf.math.unsorted_segment_sum(tf.ones_like(row), row, B)
   R = tf.maximum(tf.reduce_max(tf.pad(counts, [[0, 1]])), least)
+  # Of each segment in its row.
   number = tf.range(tf.size(row)) - tf.gather(tf.cumsum(counts, exclusive=True), row)
-  place = tf.stack([row, number], axis=1)
+  cells = tf.stack([row, number], axis=1)
   size = tf.cast(ends[:, 1] - starts[:, 1] + 1, tf.int32)
   flags = tf.cast(tf.gather_nd(flag, ends), tf.int32)
   table = tf.scatter_nd(
-    place,
+    cells,
     tf.stack([tf.cast(starts[:, 1], tf.int32), size, flags], axis=1),
     tf.stack([B, R, 3]),
   )
@@ -248,6 +274,7 @@ def _segments(
 
 
 def _sum_by_run(values, number, count):
+  # Run r of row b is segment b * count + r; negative segments are left out of the sum.
   total = tf.math.unsorted_segment_sum(
     tf.reshape(values, [-1]),
     tf.reshape(_flat_numbers(number, count), [-1]),

@@ -32,7 +32,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], options: str
   Raises:
     UserError: Beam is not installed; text that cannot be read.
   """
-  # It warns of clouds that are not used, and logs what it raises besides.
+  # Beam warns of clouds that are not used, and logs what it raises besides.
   logging.getLogger().setLevel(logging.CRITICAL)
   try:
     import apache_beam as beam
@@ -45,10 +45,13 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], options: str
   folder.mkdir(parents=True, exist_ok=True)
   try:
     with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
+      # A shard that no row falls to is still written: GroupByKey yields only keys that it
+      # has seen, so every shard is sent a None.
       empty = pipeline | 'shards' >> beam.Create([(name, None) for name in job.names])
       buckets = (
         pipeline
         | 'parts' >> beam.Create(todo)
+        # Without it Beam fuses the steps, and one worker may tokenise everything.
         | beam.Reshuffle()
         | 'tokenise' >> beam.FlatMap(_work, job)
       )
@@ -60,6 +63,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], options: str
         | beam.combiners.ToList()
         | 'index' >> beam.Map(_index, job, str(folder))
       )
+  # A runner raises a worker's error as one of its own, of any type: its text is searched.
   except Exception as error:
     message = _of_worker(f'{type(error).__name__}: {error}')
     if message is None:
@@ -68,30 +72,31 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], options: str
 
 
 def _of_worker(text: str) -> str | None:
-  """The message of a UserError in what Beam raises: a worker's traceback, as text.
+  """The message of a UserError in what Beam raises, which is a worker's traceback as text.
 
   Example:
     >>> text = "glm_jax.configs.UserError: x [while running 'tokenise']"
     >>> _of_worker(f'Traceback ...\\n  File ...\\n{text}')
     'x'
   """
-  found = re.findall(
+  messages = re.findall(
     r"^[\w.]*UserError: (.*?)(?: \[while running '.*)?$", text, re.MULTILINE
   )
-  return found[-1] if found else None
+  return messages[-1] if messages else None
 
 
 def _work(part: parts.CorpusPart, job: Job) -> list[tuple[tuple[str, int], tuple]]:
+  # Beam's default coder takes plain tuples apart; a NamedTuple it would pickle.
   return [(key, tuple(bucket)) for key, bucket in shard_job.work(job, part).items()]
 
 
 def _write(item: tuple[tuple[str, int], Any], job: Job, folder: str) -> tuple:
-  name, found = item
-  buckets = [Bucket(*bucket) for bucket in found if bucket is not None]
+  name, values = item
+  buckets = [Bucket(*value) for value in values if value is not None]
   file, counts = shard_job.write(job, epath.Path(folder), name, buckets)
   return name, (tuple(file), counts)
 
 
-def _index(found: list[Any], job: Job, folder: str) -> None:
-  made = {name: (shards.File(*file), counts) for name, (file, counts) in found}
-  shard_job.finish(job, epath.Path(folder), made)
+def _index(files: list[Any], job: Job, folder: str) -> None:
+  written = {name: (shards.File(*file), counts) for name, (file, counts) in files}
+  shard_job.finish(job, epath.Path(folder), written)

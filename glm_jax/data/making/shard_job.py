@@ -102,7 +102,7 @@ def of_config(
   """
   held_out = max(1, round(count * corpus.validation_fraction))
   return Job(
-    # Where its cache is does not change what is in it.
+    # Spelled out, so that a folder below ~ has one fingerprint however it was written.
     corpus=dataclasses.replace(corpus, cache_dir=os.path.expanduser(corpus.cache_dir)),
     corpus_fingerprint=corpora.fingerprint(corpus),
     vocabulary=vocabulary.to_dict(),
@@ -120,6 +120,7 @@ def work(job: Job, part: parts.CorpusPart) -> dict[tuple[str, int], Bucket]:
     UserError: text that cannot be read.
   """
   vocabulary = _vocabulary(job)
+  # Text files need no TensorFlow, which costs every worker seconds and memory.
   if part.source:
     startup.import_tensorflow()
     startup.import_modules(job.imports)
@@ -135,14 +136,18 @@ def work(job: Job, part: parts.CorpusPart) -> dict[tuple[str, int], Bucket]:
     encoded = tokenized.encode(documents[split], vocabulary, counts)
     table = make_rows(encoded, vocabulary.prefix, vocabulary.specials.eos, job.plan)
     records = layout.encode(table)
+    # A key for each row, from (seed, part, split, row): its remainder is the shard, and the
+    # whole of it the place there, since `write` sorts by it.
     keys = hashing.keys(job.seed, len(records), part.number, number)
     count = job.shards[split]
     shard_of = (keys % np.uint64(count)).astype(np.int64)
-    first = part.number % count
-    for shard in sorted({first, *np.unique(shard_of).tolist()}):
-      here = shard_of == shard
-      own = counts if shard == first else tokenized.new_counts()
-      buckets[split, shard] = Bucket(keys[here], records[here], own)
+    # The counts of the part go with one bucket, even an empty one: a part whose documents
+    # were all skipped is still counted.
+    counting = part.number % count
+    for shard in sorted({counting, *np.unique(shard_of).tolist()}):
+      in_shard = shard_of == shard
+      bucket_counts = counts if shard == counting else tokenized.new_counts()
+      buckets[split, shard] = Bucket(keys[in_shard], records[in_shard], bucket_counts)
   return buckets
 
 
@@ -157,6 +162,8 @@ def write(
     name: its split and number.
     buckets: of all parts, in any order; none for an empty shard.
   """
+  # Sorted by key, rows are in an order that depends neither on their part nor on when it
+  # came. Keys have 64 bits, so two of a shard are hardly ever equal.
   records = np.zeros((0, 0), np.uint8)
   if buckets:
     keys = np.concatenate([bucket.keys for bucket in buckets])
@@ -169,24 +176,24 @@ def write(
 def finish(
   job: Job,
   folder: epath.Path,
-  made: dict[tuple[str, int], tuple[shards.File, dict[str, int]]],
+  written: dict[tuple[str, int], tuple[shards.File, dict[str, int]]],
 ) -> None:
   """Writes the index of a job whose shards are all there.
 
   Args:
     job: of them.
     folder: that holds them.
-    made: what `write` returned, by split and number.
+    written: what `write` returned, by split and number.
 
   Raises:
     UserError: a split without rows.
   """
   splits = {}
   for split in SPLITS:
-    own = [made[name] for name in job.names if name[0] == split]
-    files, counts = [file for file, _ in own], _sum([counts for _, counts in own])
+    results = [written[name] for name in job.names if name[0] == split]
+    files, counts = [file for file, _ in results], _sum([counts for _, counts in results])
     total = sum(file.rows for file in files)
-    tokenized.check_some(total, counts, split, job.corpus)
+    tokenized.check_not_empty(total, counts, split, job.corpus)
     splits[split] = {**counts, 'files': files}
   about = {'corpus': job.corpus.corpus, 'seed': job.seed}
   shards.write_index(folder, _vocabulary(job), job.plan, BLOCK, splits, about)
@@ -195,13 +202,15 @@ def finish(
 def check_folder(folder: epath.Path) -> None:
   """Raises UserError for a folder of finished shards, or in a bucket that is not."""
   scheme, separator, rest = str(folder).partition('://')
-  if separator:  # making a folder there would be tried for minutes
+  # Asked before any work: making a folder in a bucket that is not there is retried for
+  # minutes.
+  if separator:
     bucket = f'{scheme}://{rest.split("/")[0]}'
     configs.check(
       epath.Path(bucket).exists(),
       'the output folder must be in a bucket that there is, and that you may read',
       bucket,
-      'correct it, or its permissions',
+      'give --output_dir a bucket that exists, or ask for permission to read this one',
     )
   configs.check(
     not (folder / shards.INDEX).exists(),
@@ -216,12 +225,15 @@ def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
 
 
 def _vocabulary(job: Job) -> Vocabulary:
+  # As text, since a dict cannot be the key of a cache. A worker loads it once, not for each
+  # part.
   return _load_vocabulary(json.dumps(job.vocabulary))
 
 
 @functools.lru_cache(maxsize=2)
 def _load_vocabulary(fields: str) -> Vocabulary:
+  # There is a process for each core: threads in it would only compete.
   os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
   vocabulary = loading.from_dict(json.loads(fields))
-  vocabulary.threads = 1  # there is a process for each core
+  vocabulary.threads = 1
   return vocabulary

@@ -40,6 +40,8 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], processes: i
   Raises:
     UserError: a folder that holds something else; text that cannot be read.
   """
+  # 1. Tokenise the parts that an earlier call has not: a file that has its final name is
+  # complete.
   _begin(job, folder)
   work = folder / _WORK
   missing = [part for part in todo if not (work / _part_name(part.number)).exists()]
@@ -58,30 +60,34 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], processes: i
     )
     with bar:
       for part in each(_work, [(job, folder, part) for part in missing]):
+        # Parts are numbered as they are listed.
         bar.update(todo[part].size)
+    # 2. Gather each shard from the parts, when all of them are there.
     left = [name for name in job.names if not (work / _note_name(*name)).exists()]
     merged = each(_merge, [(job, folder, len(todo), name) for name in left])
     for _ in tqdm(merged, 'writing shards', len(left), leave=False, disable=None):
       pass
-  made = {}
+  # 3. Write the index of all of them, and only then remove what a next call would need.
+  written = {}
   for name in job.names:
     file, counts = json.loads((work / _note_name(*name)).read_text())
-    made[name] = shards.File(*file), counts
-  shard_job.finish(job, folder, made)
+    written[name] = shards.File(*file), counts
+  shard_job.finish(job, folder, written)
   work.rmtree()
   for path in folder.iterdir():
-    if path.name.startswith('.'):  # what a killed process was writing
+    # What a killed process was writing.
+    if path.name.startswith('.'):
       path.unlink()
 
 
 def _begin(job: Job, folder: epath.Path) -> None:
-  """Makes the folder, or finds what an interrupted call left in it."""
+  """Makes the folder, or checks that what is unfinished in it is of the same job."""
   shard_job.check_folder(folder)
   note = folder / _WORK / _JOB
   if note.exists():
-    theirs = json.loads(note.read_text())['fingerprint']
+    fingerprint = json.loads(note.read_text())['fingerprint']
     configs.check(
-      theirs == job.fingerprint,
+      fingerprint == job.fingerprint,
       'an unfinished folder is gone on with by the same job: corpus, vocabulary, rows, '
       'shards and seed',
       f'{folder} of another one',
@@ -89,6 +95,7 @@ def _begin(job: Job, folder: epath.Path) -> None:
     )
     return
   others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  # `unfinished` alone is of a call that was killed before its note was there.
   configs.check(
     not [name for name in others if name != _WORK],
     'the output folder must be new or empty',
@@ -102,18 +109,21 @@ def _begin(job: Job, folder: epath.Path) -> None:
 
 def _work(job: Job, folder: epath.Path, part: parts.CorpusPart) -> int:
   """Writes the buckets of a part, one after the other behind their sizes."""
+  # A part file is: the size of its head, 8 bytes little-endian; the head, JSON of where
+  # each bucket begins behind it, its shape and counts; then each bucket's keys and records.
+  # So a shard reads its bucket of every part without reading the others.
   buckets = shard_job.work(job, part)
-  names, blobs, at = {}, [], 0
+  entries, blobs, at = {}, [], 0
   for name, bucket in buckets.items():
     blob = [bucket.keys.tobytes(), bucket.records.tobytes()]
-    names[_note_name(*name)] = {
+    entries[_note_name(*name)] = {
       'at': at,
       'shape': bucket.records.shape,
       'counts': bucket.counts,
     }
     blobs += blob
     at += sum(map(len, blob))
-  head = json.dumps(names).encode('utf-8')
+  head = json.dumps(entries).encode('utf-8')
   content = b''.join([len(head).to_bytes(8, 'little'), head, *blobs])
   shards.write_atomically(folder / _WORK / _part_name(part.number), content)
   return part.number
@@ -133,13 +143,14 @@ def _merge(job: Job, folder: epath.Path, count: int, name: tuple[str, int]) -> N
 def _read(path: epath.Path, name: str) -> Iterator[Bucket]:
   with path.open('rb') as file:
     size = int.from_bytes(file.read(8), 'little')
-    place = json.loads(file.read(size)).get(name)
-    if place is not None:
-      n, record_bytes = place['shape']
-      file.seek(8 + size + place['at'])
+    entry = json.loads(file.read(size)).get(name)
+    if entry is not None:
+      n, record_bytes = entry['shape']
+      file.seek(8 + size + entry['at'])
+      # n keys of 8 bytes, then n records.
       data = np.frombuffer(file.read(n * (8 + record_bytes)), np.uint8)
       keys, records = data[: 8 * n].view(np.uint64), data[8 * n :]
-      yield Bucket(keys, records.reshape(n, record_bytes), place['counts'])
+      yield Bucket(keys, records.reshape(n, record_bytes), entry['counts'])
 
 
 @contextlib.contextmanager
@@ -148,7 +159,8 @@ def _pool(processes: int) -> Iterator[Callable[[Any, Iterable[tuple]], Iterable[
   if processes == 1:
     yield lambda function, calls: (function(*call) for call in calls)
     return
-  context = multiprocessing.get_context('spawn')  # threads and forks do not mix
+  # Libraries have threads by now, and a forked child would inherit their locks.
+  context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
 
     def each(function: Any, calls: Iterable[tuple]) -> Iterator[Any]:
@@ -161,6 +173,7 @@ def _pool(processes: int) -> Iterator[Callable[[Any, Iterable[tuple]], Iterable[
           'a worker process was killed, for want of memory perhaps; what is done stays, '
           'and the same command with fewer --processes goes on'
         ) from error
+      # Whatever ended the loop, the generator's closing included: begin no further part.
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise

@@ -23,8 +23,10 @@ from glm_jax.data.rows import shards
 from glm_jax.data.rows.table import Encoded, RowPlan, make_rows
 from glm_jax.text.vocabulary import Vocabulary
 
+# Counts up when the same text and plan would make other rows: caches are made again.
 _FORMAT = 4
-_AT_ONCE = 256  # documents
+# Documents that are encoded together, which the vocabulary does in threads.
+_AT_ONCE = 256
 
 
 def encode(
@@ -39,12 +41,14 @@ def encode(
   """
   documents = iter(documents)
   while group := list(itertools.islice(documents, _AT_ONCE)):
+    # Only what needs encoding goes in; the loop below takes the results in the same order.
     texts = vocabulary.encode_batch([d.text for d in group if d.ids is None])
     prompts = vocabulary.encode_batch([d.prompt for d in group if d.prompt])
     texts, prompts = iter(texts), iter(prompts)
     for document in group:
       text = next(texts) if document.ids is None else document.ids
       prompt = next(prompts) if document.prompt else []
+      # A single token leaves nothing to see or nothing to predict.
       if len(text) < 2:
         counts['skipped'] += 1
         continue
@@ -61,7 +65,7 @@ def new_counts() -> dict[str, int]:
 def cached_rows(
   config: CorpusConfig, vocabulary: Vocabulary, split: str, plan: RowPlan
 ) -> shards.StoredRows:
-  """Tokenises a split of the corpus into one file in the cache, or finds it done.
+  """The rows of a split, tokenised into one file of the cache at first use.
 
   Args:
     config: the corpus.
@@ -72,6 +76,7 @@ def cached_rows(
   Raises:
     UserError: no document of two tokens or more; a cache that is damaged.
   """
+  # All that decides what is in the rows is in the name of their folder.
   key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split]
   key += [plan.row_length, plan.positions, plan.room]
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -89,6 +94,8 @@ def cached_rows(
 
 def _write(config, vocabulary, split, plan, folder) -> None:
   began = time.perf_counter()
+  # Runs that begin at the same time each write a folder of their own; the first to be done
+  # gives it the name that all look for.
   temporary = folder.with_name(f'.{folder.name}.{os.getpid()}')
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
@@ -105,18 +112,20 @@ def _write(config, vocabulary, split, plan, folder) -> None:
       encode(bar, vocabulary, counts), vocabulary.prefix, vocabulary.specials.eos, plan
     )
     count = len(table.lengths)
-    check_some(count, counts, split, config)
+    check_not_empty(count, counts, split, config)
     layout = shards.layout_of(vocabulary, plan.row_length)
     path = epath.Path(temporary) / shards.file_name(split, 0, 1)
     file = shards.write_file(path, layout.encode(table))
     splits: dict[str, dict[str, Any]] = {split: {**counts, 'files': [file]}}
     about = {'corpus': config.corpus}
     shards.write_index(epath.Path(temporary), vocabulary, plan, 1, splits, about)
+    # What stands there has no index, or is the same rows by another process.
     shutil.rmtree(folder, ignore_errors=True)
     try:
       os.replace(temporary, folder)
     except OSError:
-      if not (folder / shards.INDEX).exists():  # else another process was first
+      # A folder that is not empty is not replaced: another process was first.
+      if not (folder / shards.INDEX).exists():
         raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -128,7 +137,7 @@ def _write(config, vocabulary, split, plan, folder) -> None:
   )
 
 
-def check_some(
+def check_not_empty(
   count: int, counts: dict[str, int], split: str, config: CorpusConfig
 ) -> None:
   """Raises UserError if a split has no rows."""

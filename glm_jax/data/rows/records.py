@@ -1,4 +1,4 @@
-"""StoredRows of shards by number, in TensorFlow ops alone.
+"""Rows of shards by number, in TensorFlow ops alone.
 
 No Python function runs in the pipeline (one that does can hang at the process's exit,
 and cannot be checkpointed). Files on this machine are mapped into memory; others are
@@ -14,14 +14,18 @@ import tensorflow as tf
 
 from glm_jax.data.rows.shards import HEAD, TAIL, RecordLayout, StoredRows
 
-# A batch takes from each mapped file in an op of its own: with more, runs are cheaper.
+# A batch takes from each mapped file in an op of its own: with more files, runs are
+# cheaper.
 _MOST_MAPPED = 64
-_AT_ONCE = 32  # runs read at a time, since each waits for storage
+# Runs that are read at a time. Each spends its time waiting for storage, not computing.
+_RUNS_AT_ONCE = 32
 
 
 def reader(rows: StoredRows) -> Callable[[tf.Tensor], tf.Tensor]:
   """A function from row numbers, [B] int64, to their records, [B, record_bytes] uint8."""
+  # Only a file of this machine can be mapped; storage is addressed as scheme://path.
   mapped = '://' not in str(rows.folder) and len(rows.files) <= _MOST_MAPPED
+  # A shard that no row fell to is an empty file, which cannot be mapped.
   files = [file for file in rows.files if file.rows]
   paths = [str(rows.folder / file.name) for file in files]
   counts = [file.rows for file in files]
@@ -39,27 +43,34 @@ def decode(records: tf.Tensor, layout: RecordLayout) -> dict[str, tf.Tensor]:
     tokens [B, N] int32, lengths [B] int32, scored and starts [B, N] bool.
   """
   N, size = layout.row_length, layout.token_bytes
-  at = 4 + N * size
-  tokens = tf.reshape(records[:, 4:at], [-1, N, size])
+  # The frame of `shards`: a length of 4 bytes, the tokens, two bitmaps.
+  end = 4 + N * size
+  # [B, N, size] bytes; a bitcast takes the last axis away.
+  tokens = tf.reshape(records[:, 4:end], [-1, N, size])
   tokens = tf.cast(tf.bitcast(tokens, tf.uint16 if size == 2 else tf.int32), tf.int32)
+  # Bit i of a byte is flag i of its eight: NumPy's bitorder='little'.
   bits = tf.constant([1 << i for i in range(8)], tf.uint8)
 
   def bitmap(first: int) -> tf.Tensor:
     packed = records[:, first : first + layout.bitmap_bytes, None]
+    # [B, bytes, 8]; the last byte may hold more flags than the row has tokens.
     flags = tf.bitwise.bitwise_and(packed, bits) > 0
     return tf.reshape(flags, [-1, 8 * layout.bitmap_bytes])[:, :N]
 
   return {
     'tokens': tokens,
     'lengths': tf.bitcast(records[:, :4], tf.int32),
-    'scored': bitmap(at),
-    'starts': bitmap(at + layout.bitmap_bytes),
+    'scored': bitmap(end),
+    'starts': bitmap(end + layout.bitmap_bytes),
   }
 
 
 def _mapped(
   paths: list[str], counts: list[int], layout: RecordLayout
 ) -> Callable[[tf.Tensor], tf.Tensor]:
+  # ImmutableConst maps a file into memory as a tensor, here of [rows, stride]. Nothing is
+  # read until a page of it is touched, and processes of one machine share the pages. No
+  # public function wraps the op.
   files = [
     tf.raw_ops.ImmutableConst(
       dtype=tf.uint8, shape=[count, layout.stride], memory_region_name=path
@@ -70,14 +81,15 @@ def _mapped(
     return lambda numbers: tf.gather(files[0], numbers)[:, HEAD:-TAIL]
 
   def read(numbers: tf.Tensor) -> tf.Tensor:
-    which, place = _place(numbers, counts)
+    shard, row = _locate(numbers, counts)
+    # Each file is asked once for its rows of the batch; stitching by the places in the
+    # batch restores the order asked for.
     order = tf.range(tf.shape(numbers)[0])
-    parts = tf.dynamic_partition(order, which, len(files))
-    found = [
-      tf.gather(file, tf.gather(place, part))
-      for file, part in zip(files, parts, strict=True)
+    parts = tf.dynamic_partition(order, shard, len(files))
+    framed = [
+      tf.gather(file, tf.gather(row, part)) for file, part in zip(files, parts, strict=True)
     ]
-    return tf.dynamic_stitch(parts, found)[:, HEAD:-TAIL]
+    return tf.dynamic_stitch(parts, framed)[:, HEAD:-TAIL]
 
   return read
 
@@ -88,44 +100,49 @@ def _runs(
   names, size, stride = tf.constant(paths), layout.record_bytes, layout.stride
 
   @tf.autograph.experimental.do_not_convert
-  def read_run(which: tf.Tensor, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    # Records of fixed length would be read from the beginning of the file; TFRecords can
-    # be begun anywhere.
+  def read_run(shard: tf.Tensor, first: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    # FixedLengthRecordDataset would read the file from its beginning; TFRecords can be
+    # begun anywhere, but only the raw op takes `byte_offsets`. The buffer is as large as
+    # the run, so that storage sees a single request.
     run = tf.raw_ops.TFRecordDatasetV2(
-      filenames=names[which][None],
+      filenames=names[shard][None],
       compression_type='',
       buffer_size=count * stride,
       byte_offsets=first[None] * stride,
     )
+    # The raw op yields a variant; this makes it a Dataset again.
     run = tf.data.experimental.from_variant(run, tf.TensorSpec([], tf.string))
     return tf.strings.reduce_join(run.take(count).batch(count).get_single_element())
 
-  def read_some(numbers: tf.Tensor) -> tf.Tensor:
-    which, place = _place(numbers, counts)
-    joined = (which[:-1] == which[1:]) & (place[:-1] + 1 == place[1:])
-    at = tf.where(tf.concat([[True], ~joined], 0))[:, 0]
+  def read_runs(numbers: tf.Tensor) -> tf.Tensor:
+    shard, row = _locate(numbers, counts)
+    # A run goes on where a row follows the one before it, in the same file.
+    joined = (shard[:-1] == shard[1:]) & (row[:-1] + 1 == row[1:])
+    run_starts = tf.where(tf.concat([[True], ~joined], 0))[:, 0]
     count = tf.shape(numbers, tf.int64)
-    lengths = tf.concat([at[1:], count], 0) - at
-    runs = (tf.gather(which, at), tf.gather(place, at), lengths)
+    lengths = tf.concat([run_starts[1:], count], 0) - run_starts
+    runs = (tf.gather(shard, run_starts), tf.gather(row, run_starts), lengths)
     parts = tf.data.Dataset.from_tensor_slices(runs).map(
-      read_run, num_parallel_calls=_AT_ONCE, deterministic=True
+      read_run, num_parallel_calls=_RUNS_AT_ONCE, deterministic=True
     )
-    # No more runs than rows: a batch of this size holds them all.
+    # There are no more runs than rows, so a batch of `count` holds them all.
     data = tf.strings.reduce_join(parts.batch(count[0]).get_single_element())
     return tf.reshape(tf.io.decode_raw(data, tf.uint8), [-1, size])
 
   def read(numbers: tf.Tensor) -> tf.Tensor:
+    # A corpus of a mixture may have no row in this batch, and then there is no run to join.
     return tf.cond(
       tf.size(numbers) > 0,
-      lambda: read_some(numbers),
+      lambda: read_runs(numbers),
       lambda: tf.zeros([0, size], tf.uint8),
     )
 
   return read
 
 
-def _place(numbers: tf.Tensor, counts: list[int]) -> tuple[tf.Tensor, tf.Tensor]:
-  """The file of each row, and its number there."""
+def _locate(numbers: tf.Tensor, counts: list[int]) -> tuple[tf.Tensor, tf.Tensor]:
+  """The file of each row, [B] int32, and its number in that file, [B] int64."""
   ends = np.cumsum(counts)
-  which = tf.searchsorted(tf.constant(ends, tf.int64), numbers, side='right')
-  return which, numbers - tf.gather(tf.constant(ends - counts, tf.int64), which)
+  # side='right': row number ends[i] is the first of the next file.
+  shard = tf.searchsorted(tf.constant(ends, tf.int64), numbers, side='right')
+  return shard, numbers - tf.gather(tf.constant(ends - counts, tf.int64), shard)

@@ -36,8 +36,10 @@ FORMAT = 2
 HEAD, TAIL = 12, 4
 """Bytes before and behind a record in a TFRecord file: its size and checksums."""
 INDEX, VOCABULARY = 'index.json', 'vocabulary.json'
+# Pieces of the largest vocabulary whose ids are written as uint16.
 _LARGEST_NARROW = 2**16
-_CHUNK = 2**24  # bytes of a file hashed or written at once
+# Bytes of a file that are hashed or written at a time.
+_CHUNK = 2**24
 
 
 class RecordLayout(NamedTuple):
@@ -82,6 +84,8 @@ class RecordLayout(NamedTuple):
       >>> bool((layout.decode(records).tokens == rows.tokens).all())
       True
     """
+    # Views of bytes, [n, ...] uint8 each: `view` needs the last axis contiguous, and the
+    # dtype's '<' makes a record the same on any machine.
     parts = [
       np.ascontiguousarray(rows.lengths, '<i4').view(np.uint8).reshape(-1, 4),
       np.ascontiguousarray(rows.tokens, self.dtype).view(np.uint8),
@@ -92,16 +96,17 @@ class RecordLayout(NamedTuple):
 
   def decode(self, records: np.ndarray) -> RowTable:
     """The inverse of `encode`."""
-    N, at = self.row_length, 4 + self.row_length * self.token_bytes
+    N, end = self.row_length, 4 + self.row_length * self.token_bytes
+    # `count` drops the flags that fill up the last byte.
     bitmaps = [
-      np.unpackbits(x, axis=1, count=N, bitorder='little').astype(bool)
-      for x in (
-        records[:, at : at + self.bitmap_bytes],
-        records[:, at + self.bitmap_bytes :],
+      np.unpackbits(bitmap, axis=1, count=N, bitorder='little').astype(bool)
+      for bitmap in (
+        records[:, end : end + self.bitmap_bytes],
+        records[:, end + self.bitmap_bytes :],
       )
     ]
     return RowTable(
-      tokens=np.ascontiguousarray(records[:, 4:at]).view(self.dtype).astype(np.int32),
+      tokens=np.ascontiguousarray(records[:, 4:end]).view(self.dtype).astype(np.int32),
       scored=bitmaps[0],
       starts=bitmaps[1],
       lengths=np.ascontiguousarray(records[:, :4]).view('<i4')[:, 0].astype(np.int32),
@@ -141,18 +146,19 @@ class StoredRows:
     return sum(file.rows for file in self.files)
 
   def read(self, first: int = 0, count: int | None = None) -> RowTable:
-    """StoredRows by number, for looking at them; training reads through `reading`."""
-    parts, at = [], 0
+    """Rows by number, for looking at them; training reads through `records`."""
+    # `before` counts the rows of earlier files; low and high are numbers in this one.
+    parts, before = [], 0
     stop = len(self) if count is None else first + count
     for file in self.files:
-      low, high = max(first - at, 0), min(stop - at, file.rows)
+      low, high = max(first - before, 0), min(stop - before, file.rows)
       if low < high:
         with (self.folder / file.name).open('rb') as opened:
           opened.seek(low * self.layout.stride)
           data = opened.read((high - low) * self.layout.stride)
         framed = np.frombuffer(data, np.uint8).reshape(high - low, -1)
         parts.append(framed[:, HEAD:-TAIL])
-      at += file.rows
+      before += file.rows
     return self.layout.decode(np.concatenate(parts))
 
 
@@ -178,6 +184,7 @@ def write_file(path: epath.Path, records: np.ndarray) -> File:
     path: of the file.
     records: [n, record_bytes] uint8.
   """
+  # The hash is of the bytes in memory: a write that storage spoils is found by `verify`.
   data = _framed(records).reshape(-1).data
   write_atomically(path, data)
   return File(path.name, len(records), hashlib.sha256(data).hexdigest())
@@ -185,9 +192,13 @@ def write_file(path: epath.Path, records: np.ndarray) -> File:
 
 def _framed(records: np.ndarray) -> np.ndarray:
   """[n, stride] uint8: a size, its checksum, the record, its checksum (TFRecord)."""
+  # TFRecord frames a record as: its size, uint64; the masked CRC-32C of these 8 bytes,
+  # uint32; the record; the masked CRC-32C of the record, uint32. It is written by hand so
+  # that workers need no TensorFlow, and all at once, since records are of one size.
   n, size = records.shape
   framed = np.empty((n, HEAD + size + TAIL), np.uint8)
   head = struct.pack('<Q', size)
+  # One head serves all records.
   framed[:, :8] = np.frombuffer(head, np.uint8)
   sums = np.array([google_crc32c.value(head)], np.uint32)
   framed[:, 8:HEAD] = _masked(sums)
@@ -199,12 +210,15 @@ def _framed(records: np.ndarray) -> np.ndarray:
 
 def _masked(sums: np.ndarray) -> np.ndarray:
   """[n, 4] uint8, as TFRecord keeps a CRC-32C: rotated, and a constant added."""
+  # Mask and kMaskDelta of tensorflow/core/lib/hash/crc32c.h: the CRC of data that itself
+  # holds CRCs is a poor check, so stored ones are disguised. uint32 wraps, as meant.
   rotated = (sums >> np.uint32(15)) | (sums << np.uint32(17))
   return (rotated + np.uint32(0xA282EAD8)).astype('<u4').view(np.uint8).reshape(-1, 4)
 
 
 def write_atomically(path: epath.Path, data: bytes | memoryview) -> None:
-  """Bytes under a name of their own first, which readers leave alone."""
+  """Writes bytes under a temporary name, which readers ignore, then renames the file."""
+  # A process id alone is not unique: workers of several machines share a folder.
   temporary = path.parent / f'.{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}'
   with temporary.open('wb') as file:
     for at in range(0, len(data), _CHUNK):
@@ -244,6 +258,8 @@ def write_index(
     },
     'about': about,
   }
+  # Whoever finds an index finds all that it names: the shards were written before, the
+  # vocabulary is written now, the index last.
   text = json.dumps(vocabulary.to_dict())
   write_atomically(folder / VOCABULARY, text.encode('utf-8'))
   write_atomically(folder / INDEX, (json.dumps(index, indent=1) + '\n').encode('utf-8'))
@@ -262,8 +278,10 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
   """
   folder = epath.Path(os.path.expanduser(path))
   index = _read_index(folder)
+  # An index is read whole before any of it is used: a hand-edited or truncated one fails
+  # here, in one sentence, and not later with a KeyError.
   try:
-    found = index['vocabulary']['fingerprint']
+    fingerprint = index['vocabulary']['fingerprint']
     layout = RecordLayout(int(index['row_length']), int(index['token_bytes']))
     fields = index['plan']
     plan = RowPlan(
@@ -283,14 +301,15 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
     ) from error
   if vocabulary is not None:
     configs.check(
-      found == vocabulary.fingerprint,
+      fingerprint == vocabulary.fingerprint,
       f'the shards in {folder} must be of the vocabulary of the run',
-      f'{found} there, {vocabulary.fingerprint} here',
+      f'{fingerprint} there, {vocabulary.fingerprint} here',
       'leave VocabularyConfig.path empty to use theirs, or make shards with this one',
     )
   rows = {}
   for name, (files, split) in splits.items():
     for file in files:
+      # A name with a slash or of dots alone could read outside the folder.
       configs.check(
         re.fullmatch(r'[\w.-]+', file.name) is not None and file.name.strip('.') != '',
         f'an index of shards must name files of its own folder {folder}',
@@ -298,6 +317,8 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
         'make the shards again',
       )
     _check_sizes(folder, layout, files)
+    # Contents are told apart by the checksums of the files, and how they are shuffled by
+    # `block`: a run that goes on must find both as they were.
     digest = hashlib.sha256(json.dumps([*files, layout, block]).encode()).hexdigest()[:16]
     stats = {key: split.get(key, 0) for key in ('documents', 'skipped', 'tokens')}
     rows[name] = StoredRows(folder, layout, files, block, plan, {**stats, 'digest': digest})
@@ -313,11 +334,11 @@ def vocabulary_of(path: str) -> Vocabulary:
   folder = epath.Path(os.path.expanduser(path))
   index = _read_index(folder)
   vocabulary = loading.from_dict(_read_json(folder / VOCABULARY))
-  wanted = index.get('vocabulary', {}).get('fingerprint')
+  expected = index.get('vocabulary', {}).get('fingerprint')
   configs.check(
-    vocabulary.fingerprint == wanted,
+    vocabulary.fingerprint == expected,
     f'{folder / VOCABULARY} must be the vocabulary that {INDEX} names',
-    f'{vocabulary.fingerprint} instead of {wanted}',
+    f'{vocabulary.fingerprint} instead of {expected}',
     'make the shards again',
   )
   return vocabulary
@@ -353,6 +374,7 @@ def verify(rows: StoredRows, part: int = 0, parts: int = 1) -> int:
     )
     return size
 
+  # Threads suffice: hashlib and file reads release the GIL.
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     return sum(pool.map(check, rows.files[part::parts]))
 
@@ -362,7 +384,7 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     (folder / INDEX).exists(),
     f'a folder of shards must hold {INDEX}',
     f'{folder}, which does not',
-    'correct the path, or run make_shards again, which goes on where it stopped',
+    'give the folder that make_shards wrote, or run it again: it goes on where it stopped',
   )
   index = _read_json(folder / INDEX)
   configs.check(
@@ -392,11 +414,12 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 def _check_sizes(folder: epath.Path, layout: RecordLayout, files: tuple[File, ...]) -> None:
   for file in files:
-    path, wanted = folder / file.name, file.rows * layout.stride
+    # Records of one size: a file that was cut short shows by its length, without reading.
+    path, expected = folder / file.name, file.rows * layout.stride
     size = path.stat().length if path.exists() else None
     configs.check(
-      size == wanted,
-      f'the shard {path} must have {wanted:,} bytes',
+      size == expected,
+      f'the shard {path} must have {expected:,} bytes',
       'no such file' if size is None else f'{size:,}',
       'copy it again, or make the shards again',
     )

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-_GROW = 1024  # rows
-_LEAST_PART = 16  # of the longest part, the share that a document's last one has at least
+# Rows that a table grows by at first; later it doubles, so adding one costs O(1).
+_GROW = 1024
+# The last part of a cut document has at least one such share of the longest part.
+_LEAST_PART = 16
 
 Encoded = tuple[np.ndarray, np.ndarray]
 """Ids of a document's prompt, which carries no loss, and of its text."""
@@ -93,20 +95,25 @@ def stream_rows(
   """
   table = _Table(row_length)
   opening = np.array(prefix, np.int32)
-  at = row_length  # of the row being filled; a full one is followed by the next
+  # Place in the row being filled; at first as if that were full, so that the first
+  # document opens one.
+  at = row_length
   for prompt, text in documents:
     tokens = np.concatenate([opening, prompt, text, [eos]]).astype(np.int32)
     unscored = len(opening) + len(prompt)
-    # A row may not end with a prefix that has nothing behind it.
+    # A row may not end with a prefix that has nothing behind it: its next row would open
+    # with the prefix again, and this one would teach nothing.
     if at >= row_length - len(opening):
       at = table.new()
     done = 0
     while done < len(tokens):
       if at == row_length:
         at = table.new()
+        # Inside a document: the row opens as one does, and starts a part of it.
         if done:
           at = table.add(at, opening, len(opening), starts=True)
       part = tokens[done : done + row_length - at]
+      # With no prefix, a part begins at place 0 of its row; with one, it was marked above.
       starts = done == 0 or at == 0
       at = table.add(at, part, max(0, unscored - done), starts=starts)
       done += len(part)
@@ -124,34 +131,44 @@ def packed_rows(
     >>> packed_rows(documents, (), 2, plan).tokens.tolist()
     [[8, 9, 8, 9, 2, 0], [5, 6, 2, 7, 2, 0]]
   """
+  # 1. Cut what is longer than a row.
   pieces = [
     piece
     for prompt, text in documents
     for piece in _cut(np.asarray(prompt), np.asarray(text), prefix, eos, plan.longest)
   ]
+  # 2. Place the longest first. `sorted` is stable, so the rows depend on the documents'
+  # order alone.
   order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))
   table = _Table(plan.row_length)
-  # Rows by the positions that they have left, and which such numbers there are, as bits.
-  rows_with: dict[int, list[int]] = {}
-  there = 0
-  used: list[int] = []  # tokens of each row
+  # Rows by the positions that they have left. Bit p of `sizes_left` is set exactly where
+  # rows_by_left[p] holds a row: a shift and a lowest bit then find the best fit without a
+  # search through the sizes.
+  rows_by_left: dict[int, list[int]] = {}
+  sizes_left = 0
+  # Tokens of each row; never more than positions, since `room` counts a document's tokens
+  # and, where spans are masked, what these add.
+  used: list[int] = []
   for i in order:
     tokens, unscored = pieces[i]
     need = plan.room[len(tokens)]
-    fitting = there >> need
+    # Bit i: some row has need + i positions left. x & -x is the lowest bit of x, hence the
+    # row that wastes the least.
+    fitting = sizes_left >> need
     if fitting:
       left = need + (fitting & -fitting).bit_length() - 1
-      row = rows_with[left].pop()
-      if not rows_with[left]:
-        there &= ~(1 << left)
+      row = rows_by_left[left].pop()
+      if not rows_by_left[left]:
+        sizes_left &= ~(1 << left)
     else:
       left, row = plan.positions, len(used)
       used.append(table.new())
     used[row] = table.add(used[row], tokens, unscored, starts=True, row=row)
     left -= need
+    # A full row is not kept: nothing needs 0 positions.
     if left:
-      rows_with.setdefault(left, []).append(row)
-      there |= 1 << left
+      rows_by_left.setdefault(left, []).append(row)
+      sizes_left |= 1 << left
   return table.finish()
 
 
@@ -161,21 +178,23 @@ def _cut(
   """Parts of a document, each with a prefix, and how many tokens carry no loss.
 
   All parts but the last are the longest, since equal parts of a little more than half a
-  row leave room that few documents fit. A last part of some tokens would be hardly an
+  row leave room that few documents fit. A last part of a few tokens would hardly be an
   example: it takes what it lacks from the one before.
   """
   body = np.concatenate([prompt, text, [eos]]).astype(np.int32)
   opening = np.array(prefix, np.int32)
   most = longest - len(opening)
   cuts = np.arange(most, len(body), most)
+  # `-1:` leaves a document that is not cut alone, where `-1` would raise.
   cuts[-1:] = np.minimum(cuts[-1:], len(body) - most // _LEAST_PART)
   for first, part in zip([0, *cuts], np.split(body, cuts), strict=True):
+    # A long prompt may reach into several parts.
     unscored = min(max(len(prompt) - first, 0), len(part))
     yield np.concatenate([opening, part]), len(opening) + unscored
 
 
 class _Table:
-  """Rows that grow."""
+  """A `RowTable` that grows by a row at a time."""
 
   def __init__(self, row_length: int):
     self._tokens = np.zeros((0, row_length), np.int32)
@@ -198,10 +217,11 @@ class _Table:
   def add(
     self, at: int, tokens: np.ndarray, unscored: int, *, starts: bool, row: int = -1
   ) -> int:
-    """Writes tokens at a place of a row, by default the last; returns the place behind."""
+    """Writes tokens at a place in a row, by default the last; returns the place behind."""
     row = self._count - 1 if row < 0 else row
     end = at + len(tokens)
     self._tokens[row, at:end] = tokens
+    # What is unscored may reach beyond these tokens: then none of them is scored.
     self._scored[row, min(at + unscored, end) : end] = True
     if starts:
       self._starts[row, at] = True
@@ -209,6 +229,7 @@ class _Table:
     return end
 
   def finish(self) -> RowTable:
+    # Without the rows that were allocated but never begun.
     return RowTable(
       self._tokens[: self._count],
       self._scored[: self._count],

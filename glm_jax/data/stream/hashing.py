@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+# 2^64 over the golden ratio: multiples of it are spread evenly over the uint64s.
 GOLDEN = 0x9E3779B97F4A7C15
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 """Shifts and factors of SplitMix64's finaliser."""
@@ -24,6 +25,7 @@ def keys(seed: int, count: int, *more: int) -> np.ndarray:
     >>> len({*a.tolist(), *b.tolist()})
     2000
   """
+  # Each number is absorbed in turn; `view` takes negative seeds, too.
   state = np.zeros(1, np.uint64)
   for number in (seed, *more):
     state = mix(state + np.uint64(GOLDEN) + np.array([number], np.int64).view(np.uint64))

@@ -17,6 +17,7 @@ from glm_jax import configs
 from glm_jax.configs import at_least
 from glm_jax.data.stream import hashing
 
+# Examples of a pattern, at least.
 _BLOCK = 1000
 
 
@@ -70,9 +71,9 @@ class MixtureConfig:
       >>> config.shares({'a': 900, 'b': 100})
       {'a': 0.75, 'b': 0.25}
     """
-    found = self.rates or {k: n ** (1 / self.temperature) for k, n in sizes.items()}
-    total = sum(found.values())
-    return {name: found[name] / total for name in sizes}
+    weights = self.rates or {k: n ** (1 / self.temperature) for k, n in sizes.items()}
+    total = sum(weights.values())
+    return {name: weights[name] / total for name in sizes}
 
 
 class Pattern(NamedTuple):
@@ -104,13 +105,20 @@ def pattern(shares: list[float], seed: int) -> Pattern:
     [750, 250]
   """
   smallest = min(share for share in shares if share > 0)
-  size = max(_BLOCK, math.ceil(10 / smallest))  # a share is met within a twentieth
+  # The smallest share has ten examples or more: rounding changes it by a twentieth at most.
+  size = max(_BLOCK, math.ceil(10 / smallest))
+  # Largest remainder: every corpus gets the whole part of what is due to it, and those with
+  # the largest fractions one each of the examples left. The 1e-9 is for whole numbers that
+  # the product of floats falls short of.
   exact = np.array(shares) * size
   quotas = np.floor(exact + 1e-9).astype(np.int64)
   for i in np.argsort(quotas - exact, kind='stable')[: size - int(quotas.sum())]:
     quotas[i] += 1
+  # The examples of the block, corpus after corpus, and then in random order.
   corpus = np.repeat(np.arange(len(shares), dtype=np.int32), quotas)
   corpus = corpus[np.argsort(hashing.keys(seed, size))]
+  # Blocks before * quota + rank thus numbers the examples of a corpus without a gap, and
+  # those that are near in the stream are near in the corpus.
   rank = np.zeros(size, np.int64)
   for i, quota in enumerate(quotas):
     rank[corpus == i] = np.arange(quota)

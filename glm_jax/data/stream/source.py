@@ -1,4 +1,4 @@
-"""StoredRows of tokens as a seqio source in which example g is a function of (seed, g).
+"""Rows of tokens as a seqio source in which example g is a function of (seed, g).
 
 The endless training stream has no state: g says which corpus its row is from and which
 row of an epoch of it, and every epoch has a permutation of its own. So a run resumes from
@@ -40,7 +40,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """StoredRows of one corpus in a mixture.
+  """The rows of one corpus in a mixture.
 
   Attributes:
     name: of it.
@@ -88,7 +88,8 @@ class IndexedRows(seqio.DataSource):
     return [split]
 
   def num_input_examples(self, split: str) -> None:
-    return None  # else seqio would cache the endless stream in memory
+    # seqio caches small data sets in memory, and would do so with the endless stream.
+    return None
 
   def get_dataset(
     self,
@@ -113,6 +114,7 @@ class IndexedRows(seqio.DataSource):
         f'the global batch must divide by the processes, got batch size '
         f'{size} and {shard.num_shards} processes; change one of them.'
       )
+    # Places in the global batch, [local]: consecutive, so that blocks of rows stay whole.
     local = size // shard.num_shards
     first = tf.range(shard.index * local, (shard.index + 1) * local, dtype=tf.int64)
     rows = [corpus.rows[split] for corpus in self.corpora]
@@ -128,11 +130,11 @@ class IndexedRows(seqio.DataSource):
       index = step * size + first
       if not shuffle:
         index = tf.where(index < total, index, -1)
-      found, corpus = fetch(index)
-      fields = records.decode(tf.ensure_shape(found, [local, layout.record_bytes]), layout)
+      raw, corpus = fetch(index)
+      fields = records.decode(tf.ensure_shape(raw, [local, layout.record_bytes]), layout)
       return {
         **fields,
-        # StoredRows that fill up are empty.
+        # Rows that fill up the last batch are empty.
         'lengths': tf.where(index >= 0, fields['lengths'], 0),
         'keys': stateless.example_keys(seed, index),
         'index': index,
@@ -152,6 +154,8 @@ class IndexedRows(seqio.DataSource):
     corpus_of, rank_of = tf.constant(block.corpus), tf.constant(block.rank)
     quotas = tf.constant(block.quotas)
 
+    # Which example of its corpus example g is, a function of g alone: the quotas of all the
+    # blocks before it, and its rank in its own.
     def fetch(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
       corpus = tf.gather(corpus_of, index % size)
       number = (index // size) * tf.gather(quotas, corpus) + tf.gather(
@@ -176,10 +180,11 @@ class IndexedRows(seqio.DataSource):
     firsts = tf.constant(ends - counts, tf.int64)
 
     def fetch(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-      at = tf.maximum(index, 0)
-      corpus = tf.searchsorted(tf.constant(ends, tf.int64), at, side='right')
+      # What fills up the batch (-1) reads row 0, which `batch` then empties.
+      row = tf.maximum(index, 0)
+      corpus = tf.searchsorted(tf.constant(ends, tf.int64), row, side='right')
       same = [lambda number: number] * len(rows)
-      return _by_corpus(readers, same, corpus, at - tf.gather(firsts, corpus)), corpus
+      return _by_corpus(readers, same, corpus, row - tf.gather(firsts, corpus)), corpus
 
     return fetch, int(ends[-1])
 
@@ -189,11 +194,11 @@ def _by_corpus(readers, orders, corpus: tf.Tensor, number: tf.Tensor) -> tf.Tens
   if len(readers) == 1:
     return readers[0](orders[0](number))
   parts = tf.dynamic_partition(tf.range(tf.shape(corpus)[0]), corpus, len(readers))
-  found = [
+  content = [
     read(order(tf.gather(number, part)))
     for read, order, part in zip(readers, orders, parts, strict=True)
   ]
-  return tf.dynamic_stitch(parts, found)
+  return tf.dynamic_stitch(parts, content)
 
 
 def _order(n: int, block: int, seed: int, corpus: int) -> Callable:
@@ -207,19 +212,24 @@ def _order(n: int, block: int, seed: int, corpus: int) -> Callable:
   blocks = n // block
 
   def order(number: tf.Tensor) -> tf.Tensor:
-    epoch, place = number // n, number % n
+    epoch, position = number // n, number % n
+    # The op behind tf.random.experimental.index_shuffle: the place of an index in a random
+    # permutation, computed without the permutation. The public function fixes one of the
+    # three numbers of the seed; all are needed here: seed, epoch and corpus.
     count = tf.shape(number)
     seed_of = tf.fill(count, tf.cast(seed, tf.int64))
     which = tf.raw_ops.RandomIndexShuffle(
-      index=tf.minimum(place // block, blocks - 1),
+      index=tf.minimum(position // block, blocks - 1),
       seed=tf.stack([seed_of, epoch, tf.fill(count, tf.cast(corpus, tf.int64))], axis=1),
       max_index=tf.fill(count, tf.cast(blocks - 1, tf.int64)),
       rounds=4,
     )
     if block == 1:
       return which
-    whole = place < blocks * block
-    row = tf.where(whole, which * block + place % block, place)
+    # The rows behind the last whole block keep their place. Then all are turned round by a
+    # number of the epoch's own, so that other rows are left over and others share a block.
+    whole = position < blocks * block
+    row = tf.where(whole, which * block + position % block, position)
     turn = stateless.example_keys(seed + _ROTATION + corpus, epoch)
     turn = tf.cast(turn % tf.constant(n, tf.uint64), tf.int64)
     return (row + turn) % n

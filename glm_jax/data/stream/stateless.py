@@ -43,8 +43,11 @@ def uniform(keys: tf.Tensor, purpose: int, count: int | tf.Tensor) -> tf.Tensor:
     purpose: a small number; calls with the same one return the same numbers.
     count: numbers an example, below 2**32.
   """
+  # The purpose is in the high half of the counter and the number in the low one: no two
+  # draws of a key share a counter.
   counter = tf.range(1, tf.cast(count, tf.int64) + 1, dtype=tf.int64) + (purpose << 32)
   counter = tf.cast(counter, tf.uint64) * _constant(GOLDEN)
+  # The upper 24 bits: as many as a float32 holds exactly, so that 1.0 never comes up.
   bits = tf.bitwise.right_shift(mix(keys[:, None] + counter), _constant(40))
   return tf.cast(tf.cast(bits, tf.int32), tf.float32) * (2.0**-24)
 
