@@ -22,6 +22,7 @@ REMAT_POLICIES = (
 )
 
 
+# 0.1 is the rate of THUDM/GLM's arguments.py.
 _DROPOUT = within('[0, 1)').but('use 0.1 as the original, or 0 for none')
 
 
@@ -160,6 +161,7 @@ class ChatGLMConfig(Compute):
   def __post_init__(self):
     super().__post_init__()
     _check_divides(self, 'hidden_size', 'num_heads')
+    # Pairs of dimensions are rotated, in each half of a head if there are two positions.
     parts = 4 if self.two_positions else 2
     configs.check(
       self.head_size % parts == 0,
@@ -230,7 +232,9 @@ class ChatGLM2Config(Compute):
   def __post_init__(self):
     super().__post_init__()
     _check_divides(self, 'num_heads', 'num_kv_heads')
-    if not self.rotated_size:  # one number from here on, whoever compares
+    # The default is resolved once, so that configurations with 0 and with the number itself
+    # are equal, in a checkpoint and out of it.
+    if not self.rotated_size:
       object.__setattr__(self, 'rotated_size', self.head_size // 2)
     configs.check(
       self.rotated_size % 2 == 0 and 0 < self.rotated_size <= self.head_size,
