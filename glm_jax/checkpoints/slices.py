@@ -24,7 +24,7 @@ from glm_jax.checkpoints.manager import FORMAT
 LeafPath = tuple[str, ...]
 
 _CHUNK_BYTES = 2**26
-# A chunk of a run's checkpoint can hold several layers: the next layer finds it in the cache.
+# A chunk of a run's checkpoint can hold several layers: the next one finds it in the cache.
 _CACHE_BYTES = 2**29
 # On their way to the disk while the next arrays are read.
 _WRITING_BYTES = 2**29
