@@ -35,7 +35,8 @@ def train(config: TrainConfig, config_text: str) -> None:
 
   Raises:
     UserError: something in the configuration or the data that a user can mend.
-    FloatingPointError: the loss is no longer finite; nothing is saved after it was.
+    FloatingPointError: the loss or the gradient's norm is no longer finite; nothing is
+      saved from that step on.
   """
   began = time.perf_counter()
   say = print if distributed.is_leader() else lambda *_, **__: None
@@ -201,7 +202,7 @@ def train(config: TrainConfig, config_text: str) -> None:
 
     # Reports; again if the run was complete but killed before it had reported.
     if first < config.train_steps or not (Path(config.model_dir) / 'summary.json').exists():
-      report.report(config, data, current['params'], process, say)
+      report.report(config, data, current['params'], say)
   writer.close()
   distributed.barrier('done')
   say(

@@ -47,7 +47,7 @@ class Seen:
 
   Attributes:
     visibility: [B, T] intervals into the T keys of a row, in the order of the text.
-    metadata: of the backend, for each device's part; None if it needs none.
+    metadata: what the backend computed, on each device for its part; None if it needs none.
     backend: never 'auto'.
     spread: whether the rows are in the order of `sharding.spread`.
   """
@@ -174,7 +174,7 @@ def attend(
     [B, T, N, H] in the dtype of `q_BTNH`.
 
   Raises:
-    UserError: a backend that there is not, or one that cannot do what is asked.
+    UserError: an unknown backend, or one that cannot do what is asked.
   """
   B, T, _, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]

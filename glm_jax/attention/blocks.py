@@ -43,7 +43,7 @@ def tiles(length: int, largest: int = LARGEST_BLOCK) -> Tiles:
 
 
 class Active(NamedTuple):
-  """Of a row's blocks [query blocks, key blocks], bool.
+  """Two properties of a row's blocks, bool [query blocks, key blocks].
 
   Attributes:
     visited: some query may see some key.

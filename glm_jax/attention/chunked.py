@@ -1,7 +1,7 @@
 """Chunked attention: blocks of queries, each over blocks of keys, in plain JAX.
 
-Memory is O(T * chunk) forward and, since each block of queries is recomputed in the
-backward pass, O(T * chunk) there too: no [T, S] array exists in either.
+Memory is O(T * chunk) in the forward pass, and in the backward pass too, since each block
+of queries is computed again there: no [T, S] array exists in either.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def read_context(
     model: a Flax module.
     params: its parameters.
     cache: empty.
-    tokens_BT: the contexts, padded behind.
-    lengths_B: of them.
+    tokens_BT: the contexts, padded at the end.
+    lengths_B: tokens of each context.
     causal: each token sees those before it; else all of its context (Part A).
   """
   B, T = tokens_BT.shape
@@ -126,8 +126,9 @@ def generate_span(
     params: its parameters.
     cache: context and spans so far.
     first_B: token that opens the span: `[sop]`, or the last of a causal context.
-    position_B: its first position: its mask's place in the context.
-    stride_B: by how much that grows a token: 0 for a span, 1 where positions go on.
+    position_B: its first position: where its mask stands in the context.
+    stride_B: by how much the position grows with each token: 0 for a span, 1 where
+      positions go on.
     slot_B: first free slot of each row.
     active_B: rows that take part; the others keep their slot.
     key: consumed.

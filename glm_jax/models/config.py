@@ -270,7 +270,7 @@ def from_dict(fields: dict[str, Any]) -> Any:
     family in FAMILIES,
     f'model family must be one of {tuple(FAMILIES)}',
     repr(family),
-    'the checkpoint was written by another version',
+    'use the version that wrote the checkpoint',
   )
   known = {field.name for field in dataclasses.fields(FAMILIES[family])}
   unknown = sorted(set(fields) - known)
@@ -278,20 +278,16 @@ def from_dict(fields: dict[str, Any]) -> Any:
     not unknown,
     f'{FAMILIES[family].__name__} has the fields {sorted(known)}',
     str(unknown),
-    'the checkpoint was written by another version',
+    'use the version that wrote the checkpoint',
   )
   return FAMILIES[family](**fields)
-
-
-def _name(config: Any, field: str) -> str:
-  return f'{type(config).__name__}.{field}'
 
 
 def _check_divides(config: Any, whole: str, part: str) -> None:
   values = {name: getattr(config, name) for name in (whole, part)}
   configs.check(
     values[whole] % values[part] == 0,
-    f'{_name(config, whole)} must be divisible by {part}',
+    f'{type(config).__name__}.{whole} must be divisible by {part}',
     ', '.join(f'{name}={value}' for name, value in values.items()),
     'choose a number that divides it',
   )

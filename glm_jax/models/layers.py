@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class Table(nn.Module):
-  """A table [rows, D]: look-up of embeddings, and a linear head, tied to it or its own."""
+  """A table [rows, D], in which embeddings are looked up or which is a linear head."""
 
   rows: int
   size: int

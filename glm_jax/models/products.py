@@ -1,5 +1,5 @@
-"""Products of activations and weights: where dtype, sharding, and later adapters and
-integers are decided, once for all layers.
+"""Products of activations and weights: where dtype and sharding are decided, once for all
+layers.
 
 Weights are float32 arrays with a name for each axis; the mesh axes behind the names
 stand in `glm_jax.sharding`. Flax's DenseGeneral cannot hold such weights under

@@ -13,9 +13,9 @@ from glm_jax.sharding.mesh import Layout, product_of
 
 
 def shardings(logical: Any, shapes: Any, layout: Layout) -> Any:
-  """Trees of logical PartitionSpecs and of shapes to NamedShardings.
+  """Turns trees of logical PartitionSpecs and of shapes into one of NamedShardings.
 
-  Key heads that are fewer than their devices are whole on each.
+  Key heads that do not divide over their devices are whole on each.
   """
 
   def sharding_of(spec: PartitionSpec, shape: Any) -> NamedSharding:

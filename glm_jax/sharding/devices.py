@@ -41,8 +41,8 @@ def per_device(
     in_axes: for each argument, a tuple of logical axes (of every array in it), or a
       PartitionSpec.
     out_axes: the same for the result, or a list of them for several results.
-    kernels: whether `f` calls kernels of its own, of which JAX cannot tell which axes
-      their results vary over.
+    kernels: whether `f` calls kernels or has a derivative of its own, so that JAX cannot
+      tell which axes its results vary over.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return f

@@ -215,7 +215,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
 
 @contextlib.contextmanager
 def active(layout: Layout) -> Iterator[None]:
-  """Inside, activations are constrained and jit runs over the mesh."""
+  """A context in which activations are constrained and jit runs over the mesh."""
   with jax.set_mesh(layout.mesh), nn.logical_axis_rules(layout.rules):
     yield
 

@@ -24,16 +24,13 @@ from glm_jax.training.config import TrainConfig
 _BASELINE_POSITIONS = 4_000_000
 
 
-def report(
-  config: TrainConfig, data: Any, params: Any, process: Any, say: Callable[..., None]
-) -> None:
+def report(config: TrainConfig, data: Any, params: Any, say: Callable[..., None]) -> None:
   """Prints the tables and writes summary.json and loss.png.
 
   Args:
     config: of the run.
     data: a `glm_jax.data.prepare.Prepared`.
     params: the trained parameters; all processes must take part.
-    process: this process's share of each batch.
     say: prints, on the leader.
   """
   validation = (

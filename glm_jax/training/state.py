@@ -19,7 +19,7 @@ State = dict[str, Any]
 
 
 def init_params(config: Any, key: jax.Array) -> Any:
-  """Fresh parameters, boxed with their logical axes."""
+  """Fresh float32 parameters, boxed with their logical axes."""
   # Parameters do not depend on the batch: the smallest is traced fastest.
   ids = jnp.zeros((1, 2), jnp.int32)
   visibility = prefix_visibility(jnp.array([1]), jnp.array([2]), 2)

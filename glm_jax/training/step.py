@@ -28,7 +28,7 @@ def make_train_step(
   (seed, step) alone, so a resumed run repeats it.
 
   Args:
-    loss: see `LossFn`; SFT, DPO and PPO bring their own.
+    loss: see `LossFn`.
     optimizer: any optax transformation.
     microbatches: parts of the batch worked on one after the other to save memory.
     seed: of dropout.
