@@ -58,6 +58,7 @@ def prefix_visibility(prefix_end: Any, length: Any, size: int) -> Visibility:
     >>> prefix_visibility(jnp.array([2]), jnp.array([3]), 4).key_end.tolist()
     [[2, 2, 3, 0]]
   """
+  # Part A, t < prefix_end, sees to prefix_end; a token of Part B sees to itself.
   t = jnp.arange(size)
   end = jnp.maximum(jnp.asarray(prefix_end)[:, None], t + 1)
   end = jnp.where(t < jnp.asarray(length)[:, None], end, 0).astype(jnp.int32)

@@ -42,6 +42,7 @@ def initialize(processes: Processes) -> None:
     processes.process_count,
     processes.process_index,
   )
+  # Before anything asks for a device: JAX joins processes only while no backend is up.
   if all(value is None for value in explicit):
     if processes.multiprocess:
       jax.distributed.initialize()
@@ -76,6 +77,7 @@ def barrier(name: str) -> None:
 @contextlib.contextmanager
 def leader_first() -> Iterator[None]:
   """The body runs in process 0, then in all others at once."""
+  # The others wait before the body, the leader after it: one and the same barrier.
   if not is_leader():
     barrier('leader_first')
   yield
@@ -87,6 +89,7 @@ def check_equal(name: str, value: str) -> None:
   """Raises UserError if the processes do not have the same value."""
   if jax.process_count() == 1:
     return
+  # Processes exchange arrays, not text: 28 bits of a hash, which an int32 holds.
   number = int(hashlib.sha256(value.encode()).hexdigest()[:7], 16)
   numbers = np.asarray(multihost_utils.process_allgather(np.int32(number))).ravel()
   configs.check(

@@ -35,7 +35,8 @@ def train(config: TrainConfig, config_text: str) -> None:
 
   Raises:
     UserError: something in the configuration or the data that a user can mend.
-    FloatingPointError: the loss is no longer finite; nothing is saved after it was.
+    FloatingPointError: the loss or the gradient's norm is no longer finite; nothing is
+      saved from that step on.
   """
   began = time.perf_counter()
   say = print if distributed.is_leader() else lambda *_, **__: None
@@ -46,9 +47,11 @@ def train(config: TrainConfig, config_text: str) -> None:
   # Mesh.
   layout = sharding.make_mesh(config.mesh)
   built = program.build(config, layout)
+  # The optimizer has the same schedule inside; this one is for the log.
   rate = optimizer.schedule(config.optimizer, config.train_steps)
 
   # Data. The leader goes first, so that the others find its caches.
+  # TensorFlow writes to stderr as it is imported, and only data needs it.
   with startup.silenced_stderr():
     from glm_jax.data import pipeline, prepare, shares
   index, count = sharding.row_share(layout)
@@ -89,8 +92,8 @@ def train(config: TrainConfig, config_text: str) -> None:
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
-  found = checkpoints.latest_step(config.model_dir)
-  if found is None:
+  saved_step = checkpoints.latest_step(config.model_dir)
+  if saved_step is None:
     current = state.init_state(config.model, built.optimizer, layout, config.seed)
     if config.init_from:
       params = start.params_from(
@@ -98,6 +101,7 @@ def train(config: TrainConfig, config_text: str) -> None:
       )
       current = state.with_params(current, params)
       say(f'parameters from {config.init_from}')
+  # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
     folder.write(config.model_dir, identity, settings, config_text)
@@ -107,14 +111,14 @@ def train(config: TrainConfig, config_text: str) -> None:
     config.feature_lengths,
     batch_size=config.batch_size,
     seed=config.seed,
-    start_step=(found or 0) if data.indexed else 0,
+    start_step=(saved_step or 0) if data.indexed else 0,
     process=process,
   )
   # A task of the user's keeps a place in its stream.
   keeps_place = {} if data.indexed else {'stream': stream}
-  if found is not None:
-    current = manager.restore(found, built.state, **keeps_place)
-    say(f'resumed {config.model_dir} at step {found}')
+  if saved_step is not None:
+    current = manager.restore(saved_step, built.state, **keeps_place)
+    say(f'resumed {config.model_dir} at step {saved_step}')
   first = int(current['step'])
   backend, why = built.attention
   say(
@@ -148,21 +152,26 @@ def train(config: TrainConfig, config_text: str) -> None:
       config, data.evaluation_tasks, built.loss, layout, process
     )
     meter = Meter(first, config.train_steps)
-    waiting: list[Any] = []  # metrics of the latest step, not looked at yet
+    # Metrics of the latest steps, still being computed: to look at one is to wait for it.
+    waiting: list[Any] = []
+    # Sums since the last progress line.
     since: dict[str, Any] = {}
     validated: dict[str, float] = {}
     for number in range(first + 1, config.train_steps + 1):
       batch = meter.wait_for(stream, waiting)
       tokens, flops = _tokens(batch), step_flops(config.model, batch)
       meter.count(process.count * tokens, process.count * flops)
-      current, found_metrics = built.train_step(
+      # Returns at once. The state before is donated: `current` is the only one.
+      current, step_metrics = built.train_step(
         current, sharding.place(batch._replace(index=None), layout)
       )
-      waiting.append(found_metrics)
+      waiting.append(step_metrics)
       last = number == config.train_steps
       saves = last or number % config.checkpoint.every == 0
       validates = last or number % config.evaluation.every == 0
       logs = last or number % config.log_every == 0 or number == first + 1
+      # One step is left running, unless its state is about to be used: nothing is saved or
+      # reported whose loss has not been looked at.
       while len(waiting) > (0 if saves or validates or logs else 1):
         since = metrics.add(since, jax.device_get(waiting.pop(0)))
         _check_finite(since, number - len(waiting), config.model_dir)
@@ -178,20 +187,22 @@ def train(config: TrainConfig, config_text: str) -> None:
         say(progress_line(number, config.train_steps, values), flush=True)
         writer.write(number, 'train', values)
         since = {}
+      # Validation and saving do not count as training time.
       meter.stop()
       if validates:
         validated = validate(current['params'])
         writer.write(number, 'validation', validated)
         say(evaluation.line(validated), flush=True)
       if saves:
+        # An older validation says nothing of this checkpoint.
         scores = validated if validates else {}
         manager.save(current, {**meta, 'step': number}, scores, **keeps_place)
       meter.restart()
     manager.close()
 
-    # Reports.
+    # Reports; again if the run was complete but killed before it had reported.
     if first < config.train_steps or not (Path(config.model_dir) / 'summary.json').exists():
-      report.report(config, data, current['params'], process, say)
+      report.report(config, data, current['params'], say)
   writer.close()
   distributed.barrier('done')
   say(
@@ -225,13 +236,13 @@ def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
       c.causal == (config.task == 'glm_causal'),
       'MIXTURE_OR_TASK_NAME must be glm_causal for a causal model, and for no other',
       f'{config.task!r} for {name}',
-      'set it so',
+      'use glm_causal with a causal model, and glm_mixture with any other',
     )
     configs.check(
       c.causal or c.two_positions == config.objectives.block_positions,
       "ObjectiveConfig.block_positions must be the model's two_positions",
       f'{config.objectives.block_positions} and {c.two_positions}',
-      'set it so',
+      f'set ObjectiveConfig.block_positions = {c.two_positions}',
     )
   configs.check(
     vocabulary.size <= c.vocab_size,
@@ -239,6 +250,8 @@ def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
     f'vocab_size={c.vocab_size}, vocabulary of {vocabulary.size}',
     f'set {name}.vocab_size to {math.ceil(vocabulary.size / 128) * 128}',
   )
+  # One more than the table's largest index, since positions begin at 0. A GLM row may be
+  # longer than its text, whose spans repeat the positions of their masks.
   longest = config.length
   configs.check(
     longest <= c.max_positions + 1 or _row_length(config) <= c.max_positions + 1,
@@ -258,6 +271,7 @@ def _row_length(config: TrainConfig) -> int:
 
 
 def _tokens(batch: Any) -> float:
+  # Padding has the empty interval [0, 0).
   return float((batch.key_end > 0).sum())
 
 

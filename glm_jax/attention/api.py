@@ -32,7 +32,7 @@ _BEST = {
   'TPU7x': 'tpu_tokamax',
 }
 
-# Up to here the score array is small, and one matmul beats a loop of chunks.
+# Up to this length the score array is small, and one matmul beats a loop of chunks.
 _DENSE_LENGTH = 1024
 
 
@@ -47,7 +47,7 @@ class Seen:
 
   Attributes:
     visibility: [B, T] intervals into the T keys of a row, in the order of the text.
-    metadata: of the backend, for each device's part; None if it needs none.
+    metadata: what the backend computed, on each device for its part; None if it needs none.
     backend: never 'auto'.
     spread: whether the rows are in the order of `sharding.spread`.
   """
@@ -81,12 +81,14 @@ def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
       f"set it to 'auto', or {plain!r}",
     )
     return model.attention, 'as set'
-  wanted = {
+  # In order of preference. JAX's own kernel is the fallback on every TPU, since it needs
+  # no further package and takes rows of any length.
+  candidates = {
     'tpu': (_BEST.get(device.device_kind, 'tpu_splash'), 'tpu_splash'),
     'gpu': ('gpu_tokamax',),
   }.get(platform, ())
   why = f'best on {device.device_kind}'
-  for backend in wanted:
+  for backend in candidates:
     lacking = _lacks(backend, model, platform, device, length)
     if not lacking:
       return backend, why
@@ -100,6 +102,7 @@ def _lacks(backend: str, model: Any, platform: str, device: Any, length: int) ->
     return ''
   if _PLATFORM[backend] != platform:
     return f'it runs on {_PLATFORM[backend]}, and this is {platform}'
+  # A flash kernel never holds the probabilities that dropout would act on.
   if getattr(model, 'attention_dropout', 0):
     return f'attention_dropout={model.attention_dropout} needs the probabilities'
   if backend == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
@@ -127,6 +130,9 @@ def prepare(visibility: Visibility, backend: str = 'auto', *, spread: bool = Fal
     return Seen(visibility, None, backend, spread)
 
   def metadata(visibility: Visibility) -> Any:
+    # A token's interval begins where its document does, so the starts of the queries are
+    # the documents of the keys. The kernels need those of all keys of a row, while the
+    # intervals of the queries stay cut over devices.
     start, end = visibility
     documents = jnp.where(end > start, start, -1)
     documents = sharding.gather_length(documents, spread=spread)
@@ -168,12 +174,13 @@ def attend(
     [B, T, N, H] in the dtype of `q_BTNH`.
 
   Raises:
-    UserError: a backend that there is not, or one that cannot do what is asked.
+    UserError: an unknown backend, or one that cannot do what is asked.
   """
   B, T, _, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   chex.assert_shape([k_BSKH, v_BSKH], (B, S, K, H))
   if isinstance(seen, Visibility):
+    # A cache: nothing was prepared, and XLA decides what moves between devices.
     _check_backend(backend)
     if backend == 'auto':
       backend = _plain(T)
@@ -183,21 +190,25 @@ def attend(
   if K % parts:  # every device gets the one head that its queries use
     k_BSKH, v_BSKH = (jnp.repeat(x, parts // K, axis=2) for x in (k_BSKH, v_BSKH))
   heads = ('act_batch', 'act_length', 'act_heads', None)
+  # shard_map wants an array for every argument: without dropout, a key that nobody uses.
   key = jax.random.key(0) if dropout_key is None else dropout_key
 
-  def here(q, k, v, visibility, metadata, key):
+  def attend_part(q, k, v, visibility, metadata, key):
+    # This device's queries see keys of the whole row, in the order of the text, which is
+    # the order that intervals count in.
     k, v = (sharding.gather_length(x, spread=seen.spread) for x in (k, v))
-    used = None if dropout_key is None else jax.random.fold_in(key, _device())
-    return _local(seen.backend, q, k, v, visibility, metadata, dropout_rate, used)
+    used_key = None if dropout_key is None else jax.random.fold_in(key, _device())
+    return _local(seen.backend, q, k, v, visibility, metadata, dropout_rate, used_key)
 
   rows = ('act_batch', 'act_length')
   run = sharding.per_device(
-    here, (heads, heads, heads, rows, _by_device(), ()), heads, kernels=True
+    attend_part, (heads, heads, heads, rows, _by_device(), ()), heads, kernels=True
   )
   return run(q_BTNH, k_BSKH, v_BSKH, seen.visibility, seen.metadata, key)
 
 
 def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
+  """Calls the backend on the arrays of one device."""
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   configs.check(
@@ -216,6 +227,7 @@ def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
         "use 'dense' or 'chunked' for a cache",
       )
       return module.attend(q_BTNH, k_BSKH, v_BSKH, metadata)
+    # Query heads of one key head are neighbours, n = k G + g, as `attend` promises.
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     if backend == 'gpu_tokamax':  # names what remat may save itself, as Splash does
       return gpu.flash(q_BTKGH, k_BSKH, v_BSKH, visibility).reshape(B, T, N, H)
@@ -238,7 +250,9 @@ def _check_backend(backend: str) -> None:
 
 
 def _by_device() -> PartitionSpec:
-  """Of metadata: each device that has rows of its own, or tokens, has its own."""
+  """The sharding of metadata: a part for each device with rows, or tokens, of its own."""
+  # On its first axis alone: what a device prepared for its own rows and tokens is laid end
+  # to end there, whatever the other axes of an array mean.
   axes = (*sharding.axes_of('act_batch'), *sharding.axes_of('act_length'))
   return PartitionSpec(axes)
 

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+# A TPU's vector registers have 128 lanes: a kernel's blocks are multiples of it.
 LANES = 128
+# Scores of 1,024 x 1,024 in float32 are 4 MiB of a core's fast memory.
 LARGEST_BLOCK = 1024
 
 
@@ -41,7 +43,7 @@ def tiles(length: int, largest: int = LARGEST_BLOCK) -> Tiles:
 
 
 class Active(NamedTuple):
-  """Of a row's blocks [query blocks, key blocks], bool.
+  """Two properties of a row's blocks, bool [query blocks, key blocks].
 
   Attributes:
     visited: some query may see some key.
@@ -66,12 +68,16 @@ def active(start_T: jax.Array, end_T: jax.Array, q: Tiles, k: Tiles) -> Active:
     >>> active(jnp.zeros_like(t), t + 1, Tiles(128, 2), Tiles(128, 2)).visited.tolist()
     [[True, False], [True, True]]
   """
-  some = end_T > start_T
+  sees = end_T > start_T
   rows = lambda x: x.reshape(q.count, q.block)
-  lowest = rows(jnp.where(some, start_T, k.size)).min(1)[:, None]
-  highest = rows(jnp.where(some, end_T, 0)).max(1)[:, None]
-  latest_start = rows(jnp.where(some, start_T, k.size)).max(1)[:, None]
-  earliest_end = rows(jnp.where(some, end_T, 0)).min(1)[:, None]
+  # The union of the intervals of a block's queries. A query that sees nothing is given
+  # what is neutral in a minimum and a maximum, and widens it by nothing.
+  lowest = rows(jnp.where(sees, start_T, k.size)).min(1)[:, None]
+  highest = rows(jnp.where(sees, end_T, 0)).max(1)[:, None]
+  # Their intersection. The same values make it empty: a block with such a query is masked.
+  latest_start = rows(jnp.where(sees, start_T, k.size)).max(1)[:, None]
+  earliest_end = rows(jnp.where(sees, end_T, 0)).min(1)[:, None]
+  # Compared with the keys of each column, [1, key blocks] against [query blocks, 1].
   first = jnp.arange(k.count) * k.block
   last = first + k.block
   return Active(

@@ -1,7 +1,7 @@
 """Chunked attention: blocks of queries, each over blocks of keys, in plain JAX.
 
-Memory is O(T * chunk) forward and, since each block of queries is recomputed in the
-backward pass, O(T * chunk) there too: no [T, S] array exists in either.
+Memory is O(T * chunk) in the forward pass, and in the backward pass too, since each block
+of queries is computed again there: no [T, S] array exists in either.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from glm_jax.attention.dense import MASKED, drop
 from glm_jax.batch import Visibility
 
+# A chunk of scores is [B, 512, K, G, 512] float32: 1 MiB a row and query head.
 QUERY_CHUNK = 512
 KEY_CHUNK = 512
 
@@ -40,6 +41,7 @@ def attend(
     return _online_softmax(q, start, end, k, v, dropout_rate, key)
 
   out = jax.lax.map(block_of_queries, (jnp.arange(q.shape[0]), q, start, end))
+  # [chunks, B, size, K, G, H] -> [B, chunks x size, K, G, H]
   out = jnp.moveaxis(out, 0, 1).reshape(q_BTKGH.shape[0], -1, *q_BTKGH.shape[2:])
   return out[:, :T].astype(q_BTKGH.dtype)
 
@@ -67,8 +69,11 @@ def _online_softmax(q, start, end, k_chunks, v_chunks, dropout_rate, dropout_key
     scores = jnp.einsum('BTKGH,BSKH->BTKGS', q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(visible, scores, MASKED)
     new_highest = jnp.maximum(highest, scores.max(-1))
+    # While a query has seen nothing, its highest score is MASKED and exp(0) would be 1.
     weights = jnp.where(visible, jnp.exp(scores - new_highest[..., None]), 0)
+    # What was summed so far is relative to the old maximum.
     shrink = jnp.exp(highest - new_highest)
+    # Dropout comes after the sum: it drops probabilities, whose denominator is whole.
     total = total * shrink + weights.sum(-1)
     weights = weights.astype(v.dtype)
     if dropout_key is not None:
@@ -80,4 +85,5 @@ def _online_softmax(q, start, end, k_chunks, v_chunks, dropout_rate, dropout_key
   (_, total, out), _ = jax.lax.scan(
     jax.checkpoint(block_of_keys), (highest, total, out), (numbers, k_chunks, v_chunks)
   )
+  # A query without keys has out = 0 and total = 0.
   return out / jnp.where(total > 0, total, 1)[..., None]

@@ -24,10 +24,11 @@ DTYPES = ('bfloat16', 'float16')
 LARGEST_HEAD = 128
 """Up to which every kernel fits into the shared memory of every GPU."""
 
-_TILE = 128  # lengths are padded to a multiple of it: Mosaic's queries of a block
+# Lengths are padded to a multiple of it: the queries of a block in Mosaic's kernel.
+_TILE = 128
 
 # Queries whose masks exist at a time in Triton's backward.
-_MASKED = 1024
+_MASKED_QUERIES = 1024
 
 
 def lacks(head_size: int, dtype: Any, device: Any = None) -> str:
@@ -82,9 +83,12 @@ def flash(
   sees = end > start
   # The statistics of a softmax over nothing are infinite. Such a query, mostly padding at
   # the end, sees the row's last visible key, and its output and gradient are dropped.
+  # In a row of padding alone that is key 0: an interval is never empty below.
   end = jnp.where(sees, end, 1)
   last = end.max(1, keepdims=True)
   start, end = jnp.where(sees, start, last - 1), jnp.where(sees, end, last)
+  # Padded queries repeat the last interval, not to be empty either; padded keys are behind
+  # the end of every interval.
   out_BTNH = _kernel(
     _pad(q_BTKGH.reshape(B, T, K * G, H)),
     _pad(k_BSKH),
@@ -108,7 +112,11 @@ def _kernel(q, k, v, start, end):
 
 
 def _forward(q, k, v, start, end):
-  """tokamax's own rule keeps what remat cannot save by name."""
+  """The forward pass and what the backward one needs, by names that remat can save.
+
+  tokamax has a rule of its own, but what it keeps bears no name.
+  """
+  # `Mask` is not exported by tokamax; its public function takes no interval a query.
   from tokamax._src.ops.attention.base import Mask
 
   mask = Mask(k_start=start[:, None], k_end=end[:, None])
@@ -124,14 +132,17 @@ def _backward(saved, d_out):
   if _is_hopper():
     mask = Mask(k_start=start[:, None], k_end=end[:, None])
     return *_gradients(q, k, v, mask, out, statistics, d_out), None, None
-  size = math.gcd(q.shape[1], _MASKED)
+  # Lengths are multiples of _TILE, and so is this: at least 128 queries a block.
+  size = math.gcd(q.shape[1], _MASKED_QUERIES)
 
+  # [.., T, ..] -> [T / size, .., size, ..], for a scan over blocks of queries.
   def split(x, axis):
     x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
     return jnp.moveaxis(x, axis, 0)
 
   def block(totals, args):
     q, start, end, out, d_out, *statistics = args
+    # A bool [B, 1, size, S], the one form that Triton's backward takes.
     mask = Mask(Visibility(start, end).mask(k.shape[1])[:, None])
     d_q, *d_kv = _gradients(q, k, v, mask, out, tuple(statistics), d_out)
     return [total + d for total, d in zip(totals, d_kv, strict=True)], d_q
@@ -148,6 +159,9 @@ _kernel.defvjp(_forward, _backward)
 
 
 def _gradients(q, k, v, mask, out, statistics, d_out):
+  # An op's `vjp` wants the arguments as its forward call normalised them, which `bind`
+  # does without running it. Both are internal to tokamax; tests/gpu_attention_test.py
+  # compares the gradients with those of dense attention.
   op = _op()
   bound = op.bind(q, k, v, mask=mask)
   settings = {name: x for name, x in bound.kwargs.items() if name != 'return_residuals'}

@@ -55,11 +55,14 @@ def prepare(visibility: Visibility, documents_BS: jax.Array) -> SplashMetadata:
   """
   T, S = visibility.key_start.shape[1], documents_BS.shape[1]
   q, k = blocks.tiles(T), blocks.tiles(S)
+  # Queries that fill up the last block have the empty interval [0, 0).
   start, end = (jnp.pad(x, [(0, 0), (0, q.size - T)]) for x in visibility)
   packed = S <= LONGEST_PACKED
 
   def row(start_T: jax.Array, end_T: jax.Array) -> tuple[jax.Array, jax.Array]:
     visited = blocks.active(start_T, end_T, q, k).visited
+    # In a row of blocks that sees nothing the forward kernel would divide by a softmax sum
+    # of 0, so one block is visited. The backward kernel has no such division.
     forward = blocks.one_a_row(visited)
     return (
       jnp.stack([_next_in_rows(forward), forward.astype(jnp.int32)]),
@@ -68,6 +71,7 @@ def prepare(visibility: Visibility, documents_BS: jax.Array) -> SplashMetadata:
 
   forward, backward = jax.vmap(row)(start, end)
   return SplashMetadata(
+    # start < 2**15, so the sign bit stays clear, and `>> 16` brings it back.
     code=(start << 16) | end if packed else end,
     sees=visibility.key_end > visibility.key_start,
     q_segments=None if packed else start,
@@ -87,6 +91,7 @@ def attend(
   S, K = k_BSKH.shape[1:3]
   q, k = blocks.tiles(T), blocks.tiles(S)
   padded_q = jnp.pad(q_BTNH * H**-0.5, [(0, 0), (0, q.size - T), (0, 0), (0, 0)])
+  # [B, T', N, H] -> [B, T', K, G, H]: the kernel takes the G queries of one key head.
   padded_q = padded_q.reshape(B, q.size, K, N // K, H)
   padded_k, padded_v = (
     jnp.pad(x, [(0, 0), (0, k.size - S), (0, 0), (0, 0)]) for x in (k_BSKH, v_BSKH)
@@ -107,7 +112,10 @@ def attend(
 
 
 def _kernel(row: SplashMetadata, q: Tiles, k: Tiles) -> tuple[Any, Any]:
-  # Hidden names of jax: their tests are in tests/attention_test.py.
+  # The factories that jax exports make MaskInfo from masks that are known when the program
+  # is built; intervals are known in each step alone. The fields of MaskInfo may change with
+  # any release, which tests/attention_test.py would notice: it compares outputs and
+  # gradients with dense attention.
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
   )
@@ -116,6 +124,8 @@ def _kernel(row: SplashMetadata, q: Tiles, k: Tiles) -> tuple[Any, Any]:
   )
 
   def info(table: jax.Array) -> MaskInfo:
+    # The leading axis is of heads, which share one table. Without `partial_mask_blocks`,
+    # every visited block is masked by `mask_function(q_sequence, key)`.
     return MaskInfo(
       data_next=table[0][None],
       mask_next=None,
@@ -160,15 +170,17 @@ def before(end: jax.Array, key: jax.Array) -> jax.Array:
 def _next_in_rows(visited: jax.Array) -> jax.Array:
   """The key block to fetch at each step: its own where visited, else the next one's."""
   nq, nk = visited.shape
-  place = jnp.where(visited.reshape(-1), jnp.arange(nq * nk), nq * nk)
-  following = jax.lax.cummin(place, reverse=True)
+  # Steps go row by row. A minimum from the end backwards is the next step that is visited;
+  # naming its block early hides the fetch behind the steps that are skipped.
+  visited_step = jnp.where(visited.reshape(-1), jnp.arange(nq * nk), nq * nk)
+  following = jax.lax.cummin(visited_step, reverse=True)
   return jnp.where(following < nq * nk, following % nk, 0).reshape(nq, nk)
 
 
 def _next_in_columns(visited: jax.Array) -> jax.Array:
   """The query block to fetch: the next visited one of the column, or else its first."""
   nq = visited.shape[0]
-  place = jnp.where(visited, jnp.arange(nq)[:, None], nq)
-  following = jax.lax.cummin(place, axis=0, reverse=True)
-  following = jnp.where(following < nq, following, place.min(0))
+  visited_row = jnp.where(visited, jnp.arange(nq)[:, None], nq)
+  following = jax.lax.cummin(visited_row, axis=0, reverse=True)
+  following = jnp.where(following < nq, following, visited_row.min(0))
   return jnp.where(following < nq, following, 0)

@@ -17,6 +17,8 @@ from glm_jax.attention import blocks, splash
 from glm_jax.attention.blocks import Tiles
 from glm_jax.batch import Visibility
 
+# Kinds of blocks, as the kernel reads them; the docstring of its MaskInfo has them the
+# other way round.
 _PARTIAL, _FULL = 1, 2
 
 INTERPRET: Any = False
@@ -32,7 +34,7 @@ class TokamaxMetadata(NamedTuple):
     sees: [B, T] bool, whether a query sees anything.
     forward: [B, 3, blocks] int32: rows and columns of the visited blocks in the order of
       the grid, then -1; what the kernel does there (1: masked, 2: without mask).
-    backward: the same with columns first, in their order; 0 there is nothing to do.
+    backward: the same with columns first, in their order; kind 0 means nothing to do.
     counts: [B, 2] int32, visited blocks of both.
   """
 
@@ -86,6 +88,7 @@ def attend(
   padded_k, padded_v = (
     jnp.pad(x, [(0, 0), (0, k.size - S), (0, 0), (0, 0)]) for x in (k_BSKH, v_BSKH)
   )
+  # A loop, since each row has metadata of its own; see `splash.attend`.
   rows = []
   for b in range(B):
     kernel = _kernel(jax.tree.map(lambda x, b=b: x[b], metadata), q, k)
@@ -97,13 +100,16 @@ def attend(
 
 def _walk(visited: jax.Array, kinds: jax.Array) -> jax.Array:
   """[3, blocks]: rows, columns and kinds of the visited blocks, row by row, then -1."""
+  # The number of visited blocks is traced, so the list has room for all of them.
   rows, columns = jnp.nonzero(visited, size=visited.size, fill_value=-1)
-  found = jnp.where(rows >= 0, kinds[rows, columns], -1)
-  return jnp.stack([rows, columns, found]).astype(jnp.int32)
+  visited_kinds = jnp.where(rows >= 0, kinds[rows, columns], -1)
+  return jnp.stack([rows, columns, visited_kinds]).astype(jnp.int32)
 
 
 def _kernel(row: TokamaxMetadata, q: Tiles, k: Tiles) -> Any:
-  # Hidden names of tokamax: their tests are in tests/attention_test.py.
+  # tokamax exports neither: its public attention takes no mask function, and lists blocks
+  # when the program is built. tests/attention_test.py would notice another meaning of these
+  # fields: it compares outputs and gradients with dense attention.
   from tokamax._src.ops.experimental.tpu.splash_attention import (
     base,
     splash_attention_kernel,
@@ -139,6 +145,7 @@ def _kernel(row: TokamaxMetadata, q: Tiles, k: Tiles) -> Any:
     save_residuals=False,
     mask_value=base.DEFAULT_MASK_VALUE,
     mask_function=splash.sees,
+    # These two only tell XLA's scheduler what the kernel costs at most.
     fwd_mask_sparsity=1.0,
     dkv_mask_sparsity=1.0,
   )

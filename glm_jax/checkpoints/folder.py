@@ -53,14 +53,12 @@ def identity(
   }
 
 
-def check_same(
-  model_dir: str, wanted: dict[str, Any], settings: dict[str, Any]
-) -> list[str]:
+def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) -> list[str]:
   """Whether the folder is new, or this run's.
 
   Args:
     model_dir: the folder.
-    wanted: an `identity`.
+    run: this run's `identity`.
     settings: what may change, but not without a word.
 
   Returns:
@@ -82,14 +80,14 @@ def check_same(
     )
     return []
   try:
-    found = json.loads(path.read_text(encoding='utf-8'))
+    stored = json.loads(path.read_text(encoding='utf-8'))
   except ValueError as error:
     raise UserError(
       f'{path} must be readable JSON, got {error}; restore it or choose another MODEL_DIR.'
     ) from error
-  # As it was written: JSON knows no tuples.
-  wanted, settings = json.loads(json.dumps([wanted, settings]))
-  differences = _differences(found['identity'], wanted)
+  # As it was written: JSON knows no tuples, and a list does not equal one.
+  run, settings = json.loads(json.dumps([run, settings]))
+  differences = _differences(stored['identity'], run)
   configs.check(
     not differences,
     f'MODEL_DIR {model_dir!r} holds a run of another configuration; a resumed run keeps '
@@ -97,39 +95,42 @@ def check_same(
     '; '.join(differences),
     'set them back, or choose another MODEL_DIR',
   )
-  return _differences(found['settings'], settings)
+  return _differences(stored['settings'], settings)
 
 
 def write(
-  model_dir: str, wanted: dict[str, Any], settings: dict[str, Any], config_text: str
+  model_dir: str, run: dict[str, Any], settings: dict[str, Any], config_text: str
 ) -> None:
-  """Creates the folder with run.json and config.gin.
+  """Creates the folder with run.json and config.gin; arguments as `check_same`.
 
   Raises:
     OSError: no permission, or a file in the way.
   """
   folder = Path(model_dir)
   folder.mkdir(parents=True, exist_ok=True)
-  # First what says whose folder this is.
-  content = {'identity': wanted, 'settings': settings}
+  # run.json first: a folder that holds anything else, and no run.json, is refused as
+  # somebody else's, even if this run began it.
+  content = {'identity': run, 'settings': settings}
   write_atomically(folder / FILE, json.dumps(content, indent=2) + '\n')
   write_atomically(folder / 'config.gin', config_text)
 
 
 def write_atomically(path: Path, text: str) -> None:
   """All of the file or nothing of it, whenever the process dies."""
+  # In the same folder, since a rename is atomic within one file system alone.
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   temporary.write_text(text, encoding='utf-8')
   os.replace(temporary, path)
 
 
-def _differences(found: Any, wanted: Any, name: str = '') -> list[str]:
-  if isinstance(found, dict) and isinstance(wanted, dict):
+def _differences(before: Any, now: Any, name: str = '') -> list[str]:
+  """A line for each leaf of two nested dicts that differs."""
+  if isinstance(before, dict) and isinstance(now, dict):
     return [
       line
-      for key in sorted({*found, *wanted})
+      for key in sorted({*before, *now})
       for line in _differences(
-        found.get(key), wanted.get(key), f'{name}.{key}' if name else key
+        before.get(key), now.get(key), f'{name}.{key}' if name else key
       )
     ]
-  return [] if found == wanted else [f'{name} was {found!r} and is now {wanted!r}']
+  return [] if before == now else [f'{name} was {before!r} and is now {now!r}']

@@ -29,6 +29,8 @@ from glm_jax.configs import ResourceError, UserError, at_least
 FORMAT = 1
 FOLDER = 'checkpoints'
 _ITEMS = ('params', 'optimizer', 'meta', ITEM)
+# Large enough that a file system is not flooded with files, small enough that a device
+# reads little more than its part.
 _CHUNK_BYTES = 2**26
 
 
@@ -63,6 +65,8 @@ class Checkpoints:
     """
     self.folder = epath.Path(model_dir) / FOLDER
     policies = [checkpoint_managers.LatestN(config.keep)]
+    # BestN keeps the end of its sorted list: of descending losses, the lowest. Checkpoints
+    # between validations have no metrics and are not kept for it.
     if config.keep_best:
       policies.append(
         checkpoint_managers.BestN(
@@ -111,6 +115,7 @@ class Checkpoints:
           **({} if stream is None else {ITEM: SavePlace(stream)}),
         ),
         metrics=metrics or None,
+        # The run decides which steps are saved, not Orbax's own interval.
         force=True,
       )
 
@@ -118,6 +123,7 @@ class Checkpoints:
     self, step: int, abstract: dict[str, Any], stream: Any = None
   ) -> dict[str, Any]:
     """The state of a step, on the shardings of `abstract`; `stream` goes to its place."""
+    # `params` lies apart, so that inference and `init_from` read nothing else.
     optimizer = _optimizer_dict(abstract)
     with _unreadable(self.folder / str(step)):
       items = self._manager.restore(
@@ -161,6 +167,7 @@ def find(path: str) -> epath.Path:
     UserError: there is none.
   """
   path = epath.Path(path)
+  # A MODEL_DIR, its folder of checkpoints, or else one checkpoint.
   for folder in (path / FOLDER, path):
     steps = _complete_steps(folder)
     if steps:
@@ -169,7 +176,7 @@ def find(path: str) -> epath.Path:
     _complete(path),
     'a checkpoint must be a folder with params and meta, or a MODEL_DIR that holds some',
     str(path),
-    'correct the path',
+    'give the folder of a checkpoint, or the MODEL_DIR of a run that has saved one',
   )
   return path
 
@@ -202,14 +209,15 @@ def read_params(folder: epath.Path, abstract: Any, *, as_stored: bool = False) -
   Raises:
     UserError: they do not have the shapes of `abstract`, or are damaged.
   """
-  wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
+  shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
   with _unreadable(folder), ocp.StandardCheckpointer() as reader:
     stored = reader.metadata(folder.absolute() / 'params').item_metadata.tree
-    found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
-    if found != wanted:
+    stored_shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
+    # Orbax would give arrays of the stored shapes without a word, whatever was asked for.
+    if stored_shapes != shapes:
       raise UserError(
         f'the parameters in {folder} must have the shapes of the model, but differ in '
-        f'{_first_difference(found, wanted)}; use the model configuration it was '
+        f'{_first_difference(stored_shapes, shapes)}; use the model configuration it was '
         'trained with.'
       )
     if as_stored:
@@ -228,6 +236,7 @@ def _save_args(tree: Any) -> ocp.args.StandardSave:
 
 
 def _optimizer_dict(state: dict[str, Any]) -> dict[str, Any]:
+  # As plain dicts: files that spelt optax's classes could not be read once these change.
   return {
     'step': state['step'],
     'opt_state': serialization.to_state_dict(state['opt_state']),
@@ -243,26 +252,30 @@ def _complete_steps(folder: epath.Path) -> list[int]:
 
 
 def _complete(path: epath.Path) -> bool:
+  # Orbax's files: `_METADATA` of arrays and `metadata` of JSON. A run saves a step under a
+  # temporary name, a conversion writes `meta` last: a folder with both is whole.
   return all(
     (path / item / '_METADATA').exists() or (path / item / 'metadata').exists()
     for item in ('params', 'meta')
   )
 
 
-def _first_difference(found: Any, wanted: Any) -> str:
-  flat = {
+def _first_difference(stored_shapes: Any, shapes: Any) -> str:
+  # A shape is a leaf, though JAX would walk into a tuple.
+  stored = {
     jax.tree_util.keystr(path): shape
     for path, shape in jax.tree_util.tree_leaves_with_path(
-      found, is_leaf=lambda x: isinstance(x, tuple)
+      stored_shapes, is_leaf=lambda node: isinstance(node, tuple)
     )
   }
   for path, shape in jax.tree_util.tree_leaves_with_path(
-    wanted, is_leaf=lambda x: isinstance(x, tuple)
+    shapes, is_leaf=lambda node: isinstance(node, tuple)
   ):
     name = jax.tree_util.keystr(path)
-    if flat.get(name) != shape:
-      return f'{name}: {flat.get(name)} there, {shape} here'
-  return f'names: {sorted(flat)[:3]} ... there'
+    if stored.get(name) != shape:
+      return f'{name}: {stored.get(name)} there, {shape} here'
+  # All of the model's parameters agree: the checkpoint has others besides.
+  return f'names: {sorted(stored)[:3]} ... there'
 
 
 @contextlib.contextmanager
@@ -271,6 +284,7 @@ def _unreadable(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
+    # A refusal that names the checkpoint says more than this one would.
     if isinstance(error, UserError) and str(folder) in str(error):
       raise
     raise UserError(
@@ -284,7 +298,8 @@ def _storage_errors() -> Iterator[None]:
   """Storage failures of TensorStore as ResourceError, which commands report in one line."""
   try:
     yield
-  except Exception as error:  # TensorStore has no kind of its own
+  # TensorStore raises RuntimeError, ValueError and others, with the errno in the text.
+  except Exception as error:
     number = re.search(r"\[os_error_code='?(\d+)", str(error))
     if number is None:
       raise

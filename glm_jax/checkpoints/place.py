@@ -20,16 +20,17 @@ ITEM = 'place'
 
 
 class PlaceHandler(ocp.CheckpointHandler):
-  """Orbax's item of it."""
+  """Writes and reads the item `place`: every process its own file."""
 
   def save(self, directory: epath.Path, args: SavePlace) -> None:
     args.stream.save(str(directory / _name(jax.process_index(), jax.process_count())))
 
   def restore(self, directory: epath.Path, args: RestorePlace) -> None:
-    files = [
+    # A stream saves a TensorFlow checkpoint: NAME.index, with NAME.data-* beside it.
+    matches = [
       re.fullmatch(r'process-\d+-of-(\d+)\.index', f.name) for f in directory.iterdir()
     ]
-    counts = {int(found[1]) for found in files if found}
+    counts = {int(match[1]) for match in matches if match}
     count = jax.process_count()
     configs.check(
       counts == {count},
@@ -40,6 +41,7 @@ class PlaceHandler(ocp.CheckpointHandler):
     args.stream.restore(str(directory / _name(jax.process_index(), count)))
 
 
+# Orbax finds the handler of a Composite's item by the type of its arguments.
 @ocp.args.register_with_handler(PlaceHandler, for_save=True)
 @dataclasses.dataclass
 class SavePlace(ocp.args.CheckpointArgs):

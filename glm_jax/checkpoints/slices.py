@@ -21,11 +21,13 @@ import tensorstore as ts
 
 from glm_jax.checkpoints.manager import FORMAT
 
-Tree = tuple[str, ...]
+LeafPath = tuple[str, ...]
 
 _CHUNK_BYTES = 2**26
+# A chunk of a run's checkpoint can hold several layers: the next one finds it in the cache.
 _CACHE_BYTES = 2**29
-_WRITING_BYTES = 2**29  # on their way to the disk while the next are read
+# On their way to the disk while the next arrays are read.
+_WRITING_BYTES = 2**29
 
 
 class LeafSpec(NamedTuple):
@@ -55,17 +57,20 @@ class StoredLeaves:
       for path, leaf in flat(tree).items()
     }
     self._context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
-    self._open: dict[Tree, Any] = {}
+    self._open: dict[LeafPath, Any] = {}
 
-  def read(self, path: Tree, layer: int | None) -> np.ndarray:
+  def read(self, path: LeafPath, layer: int | None) -> np.ndarray:
     """A leaf, or one layer of a stacked one, in its stored dtype."""
     if path not in self._open:
+      # Two layouts of Orbax's: a folder for each leaf, as `write` below makes them, or
+      # OCDBT, a database in which the same files are keys, as a run saves it.
       name = '.'.join(path)
       if (self._params / name).is_dir():
         store = {'driver': 'file', 'path': f'{self._params / name}/'}
       else:
         base = f'file://{self._params}/'
         store = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
+      # A chunk that is missing is damage, not zeros.
       spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
       self._open[path] = ts.open(spec, context=self._context).result()
     array = self._open[path]
@@ -74,8 +79,8 @@ class StoredLeaves:
 
 def write(
   folder: Path,
-  specs: dict[Tree, LeafSpec],
-  read: Callable[[Tree, int | None], np.ndarray],
+  specs: dict[LeafPath, LeafSpec],
+  read: Callable[[LeafPath, int | None], np.ndarray],
   meta: dict[str, Any],
   progress: Callable[[int], Any],
 ) -> None:
@@ -88,6 +93,12 @@ def write(
     meta: the description that the checkpoint carries.
     progress: told of bytes that are done.
   """
+  # 1. The frame. Orbax writes `_METADATA`, which lists the paths of the tree, and a zarr
+  # folder for each leaf, 'layers.mlp.up.weight', whose shape and dtype stand in its own
+  # `.zarray`. So Orbax is given one byte a leaf, and its folders make room for arrays of
+  # the true shapes. Folders rather than OCDBT's database: a second call finds them as the
+  # first left them. The journal is made last: without it the frame may be half done, and is
+  # begun again.
   params, journal = folder / 'params', folder / 'leaves.txt'
   if not journal.exists():
     shutil.rmtree(params, ignore_errors=True)
@@ -102,6 +113,9 @@ def write(
     for path in specs:
       shutil.rmtree(params / '.'.join(path))
     journal.touch()
+  # 2. The arrays. TensorStore writes `.zarray` when it opens them, and chunks as they come.
+  # The journal has a line for each layer that is on the disk, and for the leaves outside
+  # the layers ('rest').
   done = set(journal.read_text(encoding='utf-8').split())
   stores = {k: _store(params / '.'.join(k), k, spec) for k, spec in specs.items()}
   stacked = [path for path in specs if path[0] == 'layers']
@@ -118,15 +132,19 @@ def write(
           store = stores[path] if layer is None else stores[path][layer]
           array = read(path, layer)
           writing.append((store.write(array), array))
+          # The oldest first: it has had the most time.
           while sum(array.nbytes for _, array in writing) > _WRITING_BYTES:
             writing.pop(0)[0].result()
+        # Told of layers of an earlier call, too: a bar goes on from there.
         size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
         progress(size if layer is None else size // count)
+      # A line is written after the data that it vouches for.
       for future, _ in writing:
         future.result()
       if name not in done:
         finished.write(f'{name}\n')
         finished.flush()
+  # 3. The description comes last: a folder is a checkpoint once it has `params` and `meta`.
   shutil.rmtree(folder / 'meta', ignore_errors=True)
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
     content = json.loads(json.dumps({'format': FORMAT, **meta}))
@@ -134,7 +152,7 @@ def write(
   journal.unlink()
 
 
-def _store(folder: Path, path: Tree, spec: LeafSpec) -> Any:
+def _store(folder: Path, path: LeafPath, spec: LeafSpec) -> Any:
   """An array on disk, opened where an interrupted call began it."""
   return ts.open(
     {
@@ -144,16 +162,18 @@ def _store(folder: Path, path: Tree, spec: LeafSpec) -> Any:
         'shape': list(spec.shape),
         'chunks': _chunks(path, spec),
         'dtype': 'bfloat16' if spec.dtype == ml_dtypes.bfloat16 else spec.dtype.str,
-        'compressor': None,  # weights hardly compress
+        # Weights hardly compress.
+        'compressor': None,
       },
-      'store_data_equal_to_fill_value': True,  # what is missing is an error, not zero
+      # Chunks of zeros are written, too, or readers could not tell them from missing ones.
+      'store_data_equal_to_fill_value': True,
     },
     open=True,
     create=True,
   ).result()
 
 
-def _chunks(path: Tree, spec: LeafSpec) -> list[int]:
+def _chunks(path: LeafPath, spec: LeafSpec) -> list[int]:
   """One layer a chunk, halved along its longest axis until it is small."""
   chunks = list(spec.shape)
   if path[0] == 'layers':
@@ -164,8 +184,8 @@ def _chunks(path: Tree, spec: LeafSpec) -> list[int]:
   return chunks
 
 
-def flat(tree: Any, path: Tree = ()) -> dict[Tree, Any]:
-  """A tree of dicts as {path: leaf}."""
+def flat(tree: Any, path: LeafPath = ()) -> dict[LeafPath, Any]:
+  """A tree of dicts as {path: leaf}, in the tree's order."""
   if not isinstance(tree, dict):
     return {path: tree}
   return {k: v for name, node in tree.items() for k, v in flat(node, (*path, name)).items()}

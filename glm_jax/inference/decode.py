@@ -56,11 +56,13 @@ def read_context(
     model: a Flax module.
     params: its parameters.
     cache: empty.
-    tokens_BT: the contexts, padded behind.
-    lengths_B: of them.
+    tokens_BT: the contexts, padded at the end.
+    lengths_B: tokens of each context.
     causal: each token sees those before it; else all of its context (Part A).
   """
   B, T = tokens_BT.shape
+  # Keys of padding are written, too, but into slots behind the row's context, which no
+  # interval reaches before a generated token has overwritten them.
   positions = jnp.broadcast_to(jnp.arange(T), (B, T))
   inside = positions < lengths_B[:, None]
   positions = jnp.where(inside, positions, 0)
@@ -87,6 +89,7 @@ def read_token(
   slot_B: jax.Array,
 ) -> tuple[Cache, jax.Array]:
   """Reads one more token a row into its slot; returns the cache and logits [B, V]."""
+  # Slots are filled without gaps: a new token sees all before its own, and itself.
   end = slot_B[:, None] + 1
   logits_BTV, cache = model.apply(
     {'params': params},
@@ -123,8 +126,9 @@ def generate_span(
     params: its parameters.
     cache: context and spans so far.
     first_B: token that opens the span: `[sop]`, or the last of a causal context.
-    position_B: its first position: its mask's place in the context.
-    stride_B: by how much that grows a token: 0 for a span, 1 where positions go on.
+    position_B: its first position: where its mask stands in the context.
+    stride_B: by how much the position grows with each token: 0 for a span, 1 where
+      positions go on.
     slot_B: first free slot of each row.
     active_B: rows that take part; the others keep their slot.
     key: consumed.
@@ -142,8 +146,11 @@ def generate_span(
     step, _, _, _, done_B, *_ = carry
     return (step < max_tokens) & ~done_B.all()
 
-  def one(carry):
+  # One token a row and iteration: reads the last one, samples the next. `count_B` is of
+  # tokens kept, `done_B` of rows that met a stop token or do not take part.
+  def advance(carry):
     step, cache, tokens, token_B, done_B, count_B, slot_B = carry
+    # Block positions begin at 1 inside a span; 0 is the context's.
     block_B = jnp.full_like(position_B, step + 1)
     cache, logits_BV = read_token(
       model, params, cache, token_B, position_B + step * stride_B, block_B, slot_B
@@ -152,6 +159,7 @@ def generate_span(
     slot_B = slot_B + ~done_B
     logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
     token_B = sample(logits_BV, sampling, jax.random.fold_in(key, step))
+    # Once done, always done: a finished row goes on sampling, but nothing is kept of it.
     done_B |= jnp.isin(token_B, jnp.array(stop))
     tokens = tokens.at[:, step].set(jnp.where(done_B, 0, token_B))
     return step + 1, cache, tokens, token_B, done_B, count_B + ~done_B, slot_B
@@ -165,7 +173,7 @@ def generate_span(
     jnp.zeros((B,), jnp.int32),
     slot_B,
   )
-  _, cache, tokens, _, _, count_B, slot_B = jax.lax.while_loop(unfinished, one, start)
+  _, cache, tokens, _, _, count_B, slot_B = jax.lax.while_loop(unfinished, advance, start)
   return cache, tokens, count_B, slot_B
 
 
@@ -179,6 +187,8 @@ class Filler:
       params: its parameters.
       vocabulary: that it was trained with.
     """
+    # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
+    # pieces, a span of GLM has none but a stop token.
     allowed = np.arange(config.vocab_size) < vocabulary.size
     if not config.causal:
       allowed[list(vocabulary.names)] = False
@@ -227,6 +237,7 @@ class Filler:
       repr(prompt),
       'mark one, or continue the text with --gmask',
     )
+    # [gMASK] at the end is a text to be continued: nothing follows it, as with `gmask`.
     return ids if ids[-1] == s.gmask else [*ids, *v.suffix]
 
   def fill(
@@ -252,7 +263,8 @@ class Filler:
       UserError: a prompt or span longer than the model's positions.
     """
     s, c = self._vocabulary.specials, self._config
-    places = [self._blanks(p) for p in prompts]
+    blanks = [self._blanks(p) for p in prompts]
+    # 1. The contexts, into a cache with room for every span.
     # A causal model generates from the last token of its prompt.
     contexts = [p[:-1] if c.causal else p for p in prompts]
     lengths = np.array([len(p) for p in contexts], np.int32)
@@ -268,26 +280,29 @@ class Filler:
       str(max_tokens),
       'generate less at a time',
     )
-    most = max(map(len, places))
+    rounds = max(map(len, blanks))
     width = -(-max(int(lengths.max()), 1) // _BUCKET) * _BUCKET
     tokens = np.full((len(prompts), width), s.pad, np.int32)
     for row, context in enumerate(contexts):
       tokens[row, : len(context)] = context
-    cache = init_cache(c, len(prompts), width + most * (max_tokens + 1))
+    # One slot a span more than its tokens: [sop] is read, too.
+    cache = init_cache(c, len(prompts), width + rounds * (max_tokens + 1))
     cache, _ = self._read(self._params, cache, tokens, lengths)
 
+    # 2. The blanks: in each round the next one of every prompt that has one left.
     spans: list[list[list[int]]] = [[] for _ in prompts]
     slot = jnp.asarray(lengths)
-    for number in range(most):
-      active = np.array([number < len(p) for p in places])
-      position = np.array([p[number] if number < len(p) else 0 for p in places], np.int32)
+    for number in range(rounds):
+      active = np.array([number < len(b) for b in blanks])
+      position = np.array([b[number] if number < len(b) else 0 for b in blanks], np.int32)
       first = np.array([p[-1] if c.causal else s.sop for p in prompts], np.int32)
       # Without block positions, positions go on after a causal context and after [gMASK].
-      blank = np.array([p[i] for p, i in zip(prompts, position, strict=True)])
-      goes_on = (not c.two_positions) & ((blank == s.gmask) | c.causal)
+      mask = np.array([p[i] for p, i in zip(prompts, position, strict=True)])
+      goes_on = (not c.two_positions) & ((mask == s.gmask) | c.causal)
+      # From the first free slot: slots and positions agree, unless a span came before.
       position = np.where(goes_on, slot, position).astype(np.int32)
       key = jax.random.fold_in(jax.random.key(seed), number)
-      cache, made, count, slot = self._generate(
+      cache, generated, count, slot = self._generate(
         self._params,
         cache,
         first,
@@ -300,11 +315,11 @@ class Filler:
         sampling=sampling,
       )
       for row in np.flatnonzero(active):
-        spans[row].append(np.asarray(made[row, : count[row]]).tolist())
+        spans[row].append(np.asarray(generated[row, : count[row]]).tolist())
     return spans
 
   def _blanks(self, prompt: Sequence[int]) -> list[int]:
-    """Places of the masks; of the last token for a causal model."""
+    """Positions of the masks; of the last token for a causal model."""
     if self._config.causal:
       return [len(prompt) - 1]
     s = self._vocabulary.specials
@@ -324,13 +339,14 @@ class Filler:
       return given + mark[0] + whole[len(given) :] + mark[1]
     left, rest, out = list(spans), [], []
 
+    # Text between two blanks is decoded at once: a piece alone may be half a character.
     def flush() -> None:
       out.append(decode(rest))
       rest.clear()
 
     blanks = set(self._blanks(prompt))
-    for place, token in enumerate(prompt):
-      if place in blanks and left:
+    for position, token in enumerate(prompt):
+      if position in blanks and left:
         flush()
         out.append(mark[0] + decode(left.pop(0)) + mark[1])
       else:

@@ -44,6 +44,7 @@ def sample(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Arra
   """
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+  # The order is Hugging Face's: temperature, then top_k, then top_p of what is left.
   logits_BV = logits_BV / sampling.temperature
   if sampling.top_k:
     kth = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
@@ -53,6 +54,7 @@ def sample(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Arra
     probs = jax.nn.softmax(ordered, axis=-1)
     # A token stays if those before it have not reached top_p; so one always does.
     stays = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+    # By value rather than by rank: tokens as probable as the last that stays, stay.
     lowest = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
     logits_BV = jnp.where(logits_BV < lowest, -jnp.inf, logits_BV)
   return jax.random.categorical(key, logits_BV).astype(jnp.int32)

@@ -56,6 +56,7 @@ class ChatGLMBlock(nn.Module):
       return gain * (2 / (fan_in + fan_out)) ** 0.5
 
     D, F = c.hidden_size, c.inner_size
+    # Unlike a pre-norm block's, the residual is what comes out of the norm.
     with jax.named_scope('attention'):
       x_BTD = layers.LayerNorm(dtype, c.norm_epsilon, name='attention_norm')(x_BTD)
       h_BTD, cache = layers.Attention(
@@ -147,6 +148,8 @@ def rotary_phases(
   """Phases of each part of a head: two halves, or the whole."""
   size = c.head_size // 2 if c.two_positions else c.head_size
   table = positions.frequencies(size, c.rope_theta)
+  # ChatGLM-6B's modeling_chatglm.py has `inv_freq = inv_freq.half()`: back in float32, the
+  # digits are gone. `phases` computes angles in the dtype of the table.
   if c.rope_frequency_dtype == 'float16' or c.rope_phase_dtype == 'float16':
     table = table.astype(np.float16)
   if c.rope_phase_dtype == 'float32':
@@ -156,6 +159,7 @@ def rotary_phases(
 
 
 def _rotate(x_BTNH: jax.Array, phases: tuple[positions.Phases, ...]) -> jax.Array:
+  # [B, T, N, H] -> two of [B, T, N, H / 2], one for each kind of position; or one of H.
   parts = jnp.split(x_BTNH, len(phases), axis=-1)
   rotated = map(positions.rotate_halves, parts, phases)
   return jnp.concatenate(list(rotated), axis=-1)

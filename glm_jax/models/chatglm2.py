@@ -42,6 +42,7 @@ class ChatGLM2Block(nn.Module):
     out_std = c.init_std / (2 * c.num_layers) ** 0.5
     norm = functools.partial(layers.RMSNorm, dtype, c.norm_epsilon)
     with jax.named_scope('attention'):
+      # No dropout of probabilities: the config.json of every released model has 0.0.
       h_BTD, cache = layers.Attention(
         c.num_heads,
         c.num_kv_heads,
@@ -124,12 +125,14 @@ def rotary_phases(c: ChatGLM2Config, positions_BT: jax.Array) -> positions.Phase
     positions_BT = positions_BT.astype(jnp.float16)
   else:
     frequencies = positions.frequencies(c.rotated_size, theta)
+  # Interpolated positions are fractions, hence floats.
   if not stretched:
     positions_BT = positions_BT.astype(frequencies.dtype) / c.rope_ratio
   return positions.phases(positions_BT, frequencies)
 
 
 def _rotate(x_BTNH: jax.Array, phases: positions.Phases) -> jax.Array:
+  # Phases are of pairs, two dimensions each; the rest of a head has no position.
   size = 2 * phases[0].shape[-1]
   rotated = positions.rotate_neighbours(x_BTNH[..., :size], phases)
   return jnp.concatenate([rotated, x_BTNH[..., size:]], axis=-1)

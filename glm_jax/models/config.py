@@ -22,6 +22,7 @@ REMAT_POLICIES = (
 )
 
 
+# 0.1 is the rate of THUDM/GLM's arguments.py.
 _DROPOUT = within('[0, 1)').but('use 0.1 as the original, or 0 for none')
 
 
@@ -160,6 +161,7 @@ class ChatGLMConfig(Compute):
   def __post_init__(self):
     super().__post_init__()
     _check_divides(self, 'hidden_size', 'num_heads')
+    # Pairs of dimensions are rotated, in each half of a head if there are two positions.
     parts = 4 if self.two_positions else 2
     configs.check(
       self.head_size % parts == 0,
@@ -230,7 +232,9 @@ class ChatGLM2Config(Compute):
   def __post_init__(self):
     super().__post_init__()
     _check_divides(self, 'num_heads', 'num_kv_heads')
-    if not self.rotated_size:  # one number from here on, whoever compares
+    # The default is resolved once, so that configurations with 0 and with the number itself
+    # are equal, in a checkpoint and out of it.
+    if not self.rotated_size:
       object.__setattr__(self, 'rotated_size', self.head_size // 2)
     configs.check(
       self.rotated_size % 2 == 0 and 0 < self.rotated_size <= self.head_size,
@@ -266,7 +270,7 @@ def from_dict(fields: dict[str, Any]) -> Any:
     family in FAMILIES,
     f'model family must be one of {tuple(FAMILIES)}',
     repr(family),
-    'the checkpoint was written by another version',
+    'use the version that wrote the checkpoint',
   )
   known = {field.name for field in dataclasses.fields(FAMILIES[family])}
   unknown = sorted(set(fields) - known)
@@ -274,20 +278,16 @@ def from_dict(fields: dict[str, Any]) -> Any:
     not unknown,
     f'{FAMILIES[family].__name__} has the fields {sorted(known)}',
     str(unknown),
-    'the checkpoint was written by another version',
+    'use the version that wrote the checkpoint',
   )
   return FAMILIES[family](**fields)
-
-
-def _name(config: Any, field: str) -> str:
-  return f'{type(config).__name__}.{field}'
 
 
 def _check_divides(config: Any, whole: str, part: str) -> None:
   values = {name: getattr(config, name) for name in (whole, part)}
   configs.check(
     values[whole] % values[part] == 0,
-    f'{_name(config, whole)} must be divisible by {part}',
+    f'{type(config).__name__}.{whole} must be divisible by {part}',
     ', '.join(f'{name}={value}' for name, value in values.items()),
     'choose a number that divides it',
   )

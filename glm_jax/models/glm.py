@@ -105,12 +105,14 @@ class GLM(nn.Module):
     )
 
     def positional(name: str, ids: jax.Array) -> jax.Array:
+      # Without a row axis: these tables are small, and only their width is cut.
       rows = c.max_positions + 1
       return layers.Table(rows, c.hidden_size, None, c.init_std, dtype, name=name)(ids)
 
     with jax.named_scope('embed'):
       x_BTD = words(tokens) + positional('positions', positions)
       x_BTD += positional('block_positions', block_positions)
+      # mpu/transformer.py drops the sum, not each table.
       x_BTD = nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x_BTD)
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
 

@@ -30,9 +30,11 @@ class LayerNorm(nn.Module):
     scale = self.param('scale', partitioned(nn.initializers.ones, ('norm',)), (D,))
     bias = self.param('bias', partitioned(nn.initializers.zeros, ('norm',)), (D,))
     x_BTD = x_BTD.astype(jnp.float32)
+    # Not E[x^2] - E[x]^2, which cancels where the mean is large beside the deviation.
     mean = x_BTD.mean(-1, keepdims=True)
     variance = jnp.square(x_BTD - mean).mean(-1, keepdims=True)
     x_BTD = (x_BTD - mean) * jax.lax.rsqrt(variance + self.epsilon)
+    # The barrier keeps float32 normalisation out of the fusion of the matmul behind it.
     return jax.lax.optimization_barrier((x_BTD * scale + bias).astype(self.dtype))
 
 
@@ -57,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class Table(nn.Module):
-  """A table [rows, D]: look-up of embeddings, and a linear head, tied to it or its own."""
+  """A table [rows, D], in which embeddings are looked up or which is a linear head."""
 
   rows: int
   size: int
@@ -92,14 +94,17 @@ class Table(nn.Module):
     weight = weight.astype(jnp.float32)
     if not rows:
       return weight[ids].astype(self.dtype)
+    # Each device looks up the ids of its own rows of the table and has zeros for the rest,
+    # so that the sum over devices has one term: [B, T, D].
     ids -= jax.lax.axis_index(rows) * weight.shape[0]
     inside = (0 <= ids) & (ids < weight.shape[0])
-    found = weight[jnp.where(inside, ids, 0)].astype(self.dtype)
-    return jax.lax.psum(jnp.where(inside[..., None], found, 0), rows)
+    vectors = weight[jnp.where(inside, ids, 0)].astype(self.dtype)
+    return jax.lax.psum(jnp.where(inside[..., None], vectors, 0), rows)
 
 
 def logits(x_BTD: jax.Array, weight_VD: jax.Array) -> jax.Array:
   """The linear head, [B, T, V] float32."""
+  # Summed and kept in float32: logits rounded to bfloat16 would cost the loss its digits.
   axes = ('vocab', 'embed')
   return einsum('BTD,VD->BTV', x_BTD, [weight_VD], [axes], jnp.float32)[0]
 
@@ -171,11 +176,14 @@ class Attention(nn.Module):
       projection('k', K, 'kv_heads', qk_std),
       projection('v', K, 'kv_heads', v_std),
     )
+    # After the rotation, so that a policy that saves 'qkv' need not rotate again.
     name = lambda x: checkpoint_name(x, 'qkv')
     q_BTNH = name(rotate(constrain(q_BTNH, 'act_length', 'act_heads', None)))
     # Key heads, which may be fewer than devices, are spread by `attend`.
     k_BSKH, v_BSKH = name(rotate(k_BSKH)), name(v_BSKH)
     if cache is not None:
+      # Rows have contexts of different lengths, so each writes from a slot of its own.
+      # Stale keys behind it are outside of every interval.
       write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
       cache = {
         'k': write(cache['k'], k_BSKH.astype(cache['k'].dtype), cache_start, 0),

@@ -43,7 +43,8 @@ def phases(positions_BT: jax.Array, frequencies_R: np.ndarray) -> Phases:
       dtype.
   """
   angles = positions_BT[..., None].astype(frequencies_R.dtype) * frequencies_R
-  # The angle is a float16 number by then; its cosine is rounded once more.
+  # [B, T, 1] x [R / 2] -> [B, T, R / 2]. With a float16 table the angle is rounded by now;
+  # its cosine is computed in float32 and rounded once more, as PyTorch does it.
   cos, sin = (
     f(angles.astype(jnp.float32)).astype(frequencies_R.dtype) for f in (jnp.cos, jnp.sin)
   )

@@ -1,5 +1,5 @@
-"""Products of activations and weights: where dtype, sharding, and later adapters and
-integers are decided, once for all layers.
+"""Products of activations and weights: where dtype and sharding are decided, once for all
+layers.
 
 Weights are float32 arrays with a name for each axis; the mesh axes behind the names
 stand in `glm_jax.sharding`. Flax's DenseGeneral cannot hold such weights under
@@ -89,46 +89,59 @@ def einsum(
     axes: logical axes of each weight.
     dtype: of the sums and the results; None for that of `x`.
   """
+  # The comments follow 'BTD,DNH->BTNH', the queries' projection, under the rules 'fsdp':
+  # a device holds x [B/(data fsdp), T/sequence, D] and weight [D/fsdp, N/tensor, H].
+  # 1. Letters: 'BTD' of the tokens, 'DNH' of the weight, 'BTNH' of the result.
   inputs, result = equation.split('->')
   tokens, letters = inputs.split(',')
-  names = [_held(weight, a) for weight, a in zip(weights, axes, strict=True)]
-  # A weight's width is whole where it meets activations.
-  whole = [
+  stored = [_stored(weight, a) for weight, a in zip(weights, axes, strict=True)]
+  # 2. Each letter's logical axis in the product: B act_batch, T act_length, N heads,
+  # H head_dim; and D none, since the width is whole where weights meet activations.
+  by_letter = [
     {'B': 'act_batch', 'T': 'act_length'}
-    | {k: None if n == 'embed' else n for k, n in zip(letters, held, strict=True)}
-    for held in names
+    | {k: None if n == 'embed' else n for k, n in zip(letters, names, strict=True)}
+    for names in stored
   ]
-  # The width last: elsewhere XLA makes a sum over all devices of a large scatter.
-  place = axes[0].index('embed')
-  last = letters[:place] + letters[place + 1 :] + letters[place]
+  # 3. The width goes last, 'DNH' -> 'NHD': elsewhere, XLA makes a sum over all devices of a
+  # large scatter.
+  width = axes[0].index('embed')
+  width_last = letters[:width] + letters[width + 1 :] + letters[width]
   of = lambda axes, letters: tuple(axes[letter] for letter in letters)
   mesh_axes = lambda names: {a for n in names if n for a in sharding.axes_of(n)}
-  here_already = mesh_axes(of(whole[0], tokens))
+  # Mesh axes that `x` is cut over: data, fsdp, sequence; for 'BTNH,NHD->BTD' also tensor.
+  cut = mesh_axes(of(by_letter[0], tokens))
 
-  def here(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    # Cast once, so that there is one sum over devices of all gradients of `x`.
-    spread = {a for w in whole for a in mesh_axes(w.values())} - here_already
-    varying = jax.lax.pcast(x, tuple(spread), to='varying') if spread else x
+  def local_products(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+    # 4. Each device along tensor has heads of its own but the same x, whose gradient is
+    # thus a sum over tensor. `pcast` says so, and its transpose is that sum. Cast once, so
+    # that the gradients of all products are summed together.
+    uncut = {a for names in by_letter for a in mesh_axes(names.values())} - cut
+    varying = jax.lax.pcast(x, tuple(uncut), to='varying') if uncut else x
     products = []
-    for number, (weight, letter_axes) in enumerate(zip(weights, whole, strict=True)):
+    for number, (weight, letter_axes) in enumerate(zip(weights, by_letter, strict=True)):
       with jax.named_scope(f'product_{number}'):
-        weight = gathered(jnp.moveaxis(weight, place, -1))
-        used = varying if mesh_axes(letter_axes.values()) - here_already else x
+        # 5. [N/tensor, H, D/fsdp] -> [N/tensor, H, D].
+        weight = gathered(jnp.moveaxis(weight, width, -1))
+        # Key heads that are whole on every device take x uncast: JAX would not believe that
+        # the product of a varying x is the same on all devices along tensor.
+        local_x = varying if mesh_axes(letter_axes.values()) - cut else x
         y = jnp.einsum(
-          f'{tokens},{last}->{result}', used, weight, preferred_element_type=dtype
+          f'{tokens},{width_last}->{result}', local_x, weight, preferred_element_type=dtype
         )
-        over = mesh_axes(letter_axes[i] for i in letters if i not in result)
-        products.append(jax.lax.psum(y, tuple(over)) if over else y)
+        # 6. A letter that ends in the product, D, is summed over the mesh axes it is cut
+        # over: none. In 'BTNH,NHD->BTD' N ends, and each device has a part of the sum.
+        summed = mesh_axes(letter_axes[i] for i in letters if i not in result)
+        products.append(jax.lax.psum(y, tuple(summed)) if summed else y)
     return tuple(products)
 
-  run = sharding.per_device(
-    here, (of(whole[0], tokens), *names), [of(axes, result) for axes in whole]
-  )
+  in_axes = (of(by_letter[0], tokens), *stored)
+  run = sharding.per_device(local_products, in_axes, [of(a, result) for a in by_letter])
   return list(run(x, *weights))
 
 
-def _held(weight: jax.Array, axes: tuple[str, ...]) -> tuple[str | None, ...]:
+def _stored(weight: jax.Array, axes: tuple[str, ...]) -> tuple[str | None, ...]:
   """Logical axes of a weight as it is stored: key heads may be whole on every device."""
+  # As `sharding.shardings` placed it.
   return tuple(
     None if name == 'kv_heads' and size % sharding.axis_size(name) else name
     for name, size in zip(axes, weight.shape, strict=True)
@@ -142,7 +155,10 @@ def gathered(weight: jax.Array) -> jax.Array:
   """
   width = sharding.axes_of('embed')
   tokens = (*sharding.axes_of('act_batch'), *sharding.axes_of('act_length'))
+  # Devices along these axes hold the same part of the weight and see different tokens.
   copies = tuple(axis for axis in tokens if axis not in width)
+  # Operations are transposed in reverse: the gather's reduce-scatter comes first, and what
+  # `pcast` sums over the copies is a device's part of the gradient and no more.
   if copies:
     weight = jax.lax.pcast(weight, copies, to='varying')
   if width:

@@ -12,6 +12,9 @@ from glm_jax.batch import Visibility
 
 _policies = jax.checkpoint_policies
 
+# The names are those of `checkpoint_name` in layers and attention backends: 'attention' is
+# its output before the projection, 'qkv' after the rotation, 'out' after the projection,
+# 'mlp' its gate and up.
 _REMAT = {
   'full': None,
   'dots': _policies.dots_saveable,
@@ -66,11 +69,13 @@ def stack(
   if cache is None:
     seen = attention.prepare(visibility, config.attention, spread=spread)
   if config.remat != 'none':
+    # Without prevent_cse's barriers: inside a scan nothing is merged across the passes.
     block = nn.remat(block, prevent_cse=False, policy=_REMAT[config.remat])
   x_BTD, cache = nn.scan(
     block,
     variable_axes={'params': 0},
     split_rngs={'params': True, 'dropout': True},
+    # The cache has a layer axis; `seen`, `cache_start` and `by_token` are for all layers.
     in_axes=(0, *[nn.broadcast] * (2 + len(by_token))),
     length=config.num_layers,
     metadata_params={nn.PARTITION_NAME: 'layers'},

@@ -13,12 +13,12 @@ from glm_jax.sharding.mesh import Layout, product_of
 
 
 def shardings(logical: Any, shapes: Any, layout: Layout) -> Any:
-  """Trees of logical PartitionSpecs and of shapes to NamedShardings.
+  """Turns trees of logical PartitionSpecs and of shapes into one of NamedShardings.
 
-  Key heads that are fewer than their devices are whole on each.
+  Key heads that do not divide over their devices are whole on each.
   """
 
-  def place(spec: PartitionSpec, shape: Any) -> NamedSharding:
+  def sharding_of(spec: PartitionSpec, shape: Any) -> NamedSharding:
     names = [
       None if name == 'kv_heads' and shape.shape[i] % layout.count(name) else name
       for i, name in enumerate(spec)
@@ -26,12 +26,12 @@ def shardings(logical: Any, shapes: Any, layout: Layout) -> Any:
     return NamedSharding(layout.mesh, layout.spec(*names))
 
   return jax.tree.map(
-    place, logical, shapes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    sharding_of, logical, shapes, is_leaf=lambda node: isinstance(node, PartitionSpec)
   )
 
 
 def batch_sharding(layout: Layout) -> NamedSharding:
-  """Of arrays [B, T]."""
+  """The sharding of arrays [B, T]."""
   return NamedSharding(layout.mesh, layout.spec('act_batch', 'act_length'))
 
 
@@ -47,19 +47,23 @@ def row_share(layout: Layout) -> tuple[int, int]:
   Raises:
     UserError: the rows of a process are no even share.
   """
+  # The smallest batch that can be cut stands for all: one row for each part of the rows.
   rows = layout.count('act_batch')
-  where = batch_sharding(layout).devices_indices_map((rows, layout.count('act_length')))
-  held: dict[int, set[int]] = {}
-  for device, (row, _) in where.items():
-    held.setdefault(device.process_index, set()).update(range(*row.indices(rows)))
-  shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+  indices = batch_sharding(layout).devices_indices_map((rows, layout.count('act_length')))
+  # Rows by process, read off the devices: a process's devices need not be neighbours along
+  # an axis of the mesh.
+  rows_of: dict[int, set[int]] = {}
+  for device, (row, _) in indices.items():
+    rows_of.setdefault(device.process_index, set()).update(range(*row.indices(rows)))
+  shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+  # Sets that overlap without being equal would be counted twice: the sum is too large.
   configs.check(
     sum(map(len, shares)) == rows and len({*map(len, shares)}) == 1,
     'each process must hold an even share of the rows',
-    f'{len(held)} processes and {product_of(layout.shape)}',
+    f'{len(rows_of)} processes and {product_of(layout.shape)}',
     'let tensor x sequence divide or be divided by the devices of a process',
   )
-  return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+  return shares.index(tuple(sorted(rows_of[jax.process_index()]))), len(shares)
 
 
 def place(batch: Any, layout: Layout) -> Any:

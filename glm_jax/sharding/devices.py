@@ -41,8 +41,8 @@ def per_device(
     in_axes: for each argument, a tuple of logical axes (of every array in it), or a
       PartitionSpec.
     out_axes: the same for the result, or a list of them for several results.
-    kernels: whether `f` calls kernels of its own, of which JAX cannot tell which axes
-      their results vary over.
+    kernels: whether `f` calls kernels or has a derivative of its own, so that JAX cannot
+      tell which axes its results vary over.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return f
@@ -56,7 +56,10 @@ def per_device(
 
 
 # Causal rows cost more towards their end: of a sequence cut into 2 n chunks, device i of n
-# holds chunks i and 2 n - 1 - i, so that all have the same work.
+# holds chunks i and 2 n - 1 - i, so that all have the same work. With n = 4:
+#
+#   order of the text   0 1 | 2 3 | 4 5 | 6 7
+#   spread              0 7 | 1 6 | 2 5 | 3 4
 
 
 def spread(x: jax.Array) -> jax.Array:
@@ -82,6 +85,9 @@ def gather_length(x: jax.Array, *, spread: bool) -> jax.Array:
   x = jax.lax.all_gather(x, axes, axis=1, tiled=not spread)
   if not spread:
     return x
+  # Untiled, devices are an axis: [B, n, t, ...], each with two chunks of t / 2 tokens. The
+  # first chunks are 0, 1, ..., n - 1, the second ones 2 n - 1, ..., n: turned round, they
+  # follow.
   B, n, t = x.shape[:3]
   x = x.reshape(B, n, 2, t // 2, *x.shape[3:])
   x = jnp.concatenate([x[:, :, 0], x[:, ::-1, 1]], axis=1)
@@ -89,13 +95,16 @@ def gather_length(x: jax.Array, *, spread: bool) -> jax.Array:
 
 
 def _exchange(x: jax.Array, back: bool) -> jax.Array:
+  """Two permutations of chunks between devices: no device ever holds a whole row."""
   n = axis_size('act_length')
   if n == 1:
     return x
   axes = ('act_batch', 'act_length', *[None] * (x.ndim - 2))
-  # Chunk 2 i, the first of device i, belongs to `even[i]`; its second to `odd[i]`.
-  place = lambda chunk: min(chunk, 2 * n - 1 - chunk)
-  even, odd = ([(i, place(2 * i + j)) for i in range(n)] for j in (0, 1))
+  # Pairs (from, to) for ppermute: the first one moves the even chunk 2 i of each device i,
+  # the second one the odd chunk 2 i + 1. Of chunks c and 2 n - 1 - c, which end on the same
+  # device, one is even and one is odd, so both are permutations.
+  spread_device = lambda chunk: min(chunk, 2 * n - 1 - chunk)
+  even, odd = ([(i, spread_device(2 * i + j)) for i in range(n)] for j in (0, 1))
   if back:
     even, odd = ([(b, a) for a, b in pairs] for pairs in (even, odd))
 

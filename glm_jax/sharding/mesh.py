@@ -110,6 +110,8 @@ class MeshConfig:
         f'{name!r}: {axes!r}',
         'choose among these',
       )
+    # JAX would refuse such a sharding, too, but only once a step is traced, and in terms of
+    # one array's dimensions.
     for names in _TOGETHER:
       used = [axis for name in names for axis in as_tuple(self.table[name])]
       configs.check(
@@ -189,6 +191,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
     product_of(config.sizes),
     'change MeshConfig (data=-1 takes what is left)',
   )
+  # Only devices of a pod of several slices have a slice_index.
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
   configs.check(
     sizes['data'] % slices == 0,
@@ -196,13 +199,15 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
     f'data={sizes["data"]}',
     'change MeshConfig.data',
   )
+  # Both functions follow the torus of the network. Two axes of the mesh may share one of
+  # its dimensions, such as tensor=2 and fsdp=8 a dimension of 16, which is no default.
   if slices == 1:
     shape = tuple(sizes.values())
     arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:
-    inside = (sizes['data'] // slices, *list(sizes.values())[1:])
+    slice_shape = (sizes['data'] // slices, *list(sizes.values())[1:])
     arranged = mesh_utils.create_hybrid_device_mesh(
-      inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+      slice_shape, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
     )
   mesh = Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   return Layout(mesh, tuple(config.table.items()))
@@ -210,7 +215,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Layout:
 
 @contextlib.contextmanager
 def active(layout: Layout) -> Iterator[None]:
-  """Inside, activations are constrained and jit runs over the mesh."""
+  """A context in which activations are constrained and jit runs over the mesh."""
   with jax.set_mesh(layout.mesh), nn.logical_axis_rules(layout.rules):
     yield
 
@@ -235,6 +240,7 @@ def check_fits(
     f'microbatches={microbatches}',
     'change one of them',
   )
+  # Twice, since a device holds an early and a late chunk of each row (`spread`).
   parts = layout.count('act_length')
   configs.check(
     parts == 1 or length % (2 * parts) == 0,

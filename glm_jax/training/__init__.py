@@ -1,1 +1,1 @@
-"""Training: loss, optimizer, state, step, checkpoint, metrics."""
+"""Training: configuration, losses, optimizer, state, step, metrics, reports."""

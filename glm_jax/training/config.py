@@ -114,6 +114,7 @@ class TrainConfig:
       "''",
       'set it, such as --gin.MODEL_DIR="\'runs/mine\'"',
     )
+    # What two configurations must agree in is checked by the one that holds both.
     self.objectives.check_steps(self.train_steps)
 
   @property

@@ -69,9 +69,11 @@ class Validation:
     total: dict[str, tuple[float, float]] = {}
     for task in self._tasks.values():
       for batch in validation_batches(self._config, task, self._process):
+        # `index` is int64, which stays on the host.
         batch = sharding.place(batch._replace(index=None), self._layout)
         total = metrics.add(total, jax.device_get(self._step(params, batch)))
     values = metrics.averages(total)
+    # Weighted by tokens, 'loss' would mostly be that of the objective with long targets.
     by_objective = [v for k, v in values.items() if k.startswith('loss/')]
     if by_objective:
       values['loss'] = sum(by_objective) / len(by_objective)

@@ -53,7 +53,7 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     [[0.0]]
   """
   logits_BTV = logits_BTV.astype(jnp.float32)
-  # A sum, since a gather over a sharded vocabulary would move it.
+  # A sum with one term: to take one entry of a sharded axis, XLA would gather the axis.
   is_target = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
   chosen = jnp.where(is_target, logits_BTV, 0).sum(-1)
   return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen
@@ -87,18 +87,22 @@ _HIDDEN = ('act_batch', 'act_length', None)
 
 
 def _forward(x_BTD, weight_VD, targets_BT, chunks):
+  # 1. The head, [V/tensor, D/fsdp] on a device, becomes [V/tensor, D].
   def gather(weight):
     axes = sharding.axes_of('embed')
     return jax.lax.all_gather(weight, axes, axis=1, tiled=True) if axes else weight
 
-  def here(x, weight, targets):
+  def local_losses(x, weight, targets):
     first = _first(weight)
 
+    # 2. An online softmax over the chunks of a device, of which only sums [B, T] are kept:
+    # the highest logit, the sum of exp(logit - highest), and the target's own logit.
     def chunk(carry, part):
       highest, total, chosen = carry
       logits, ids = _logits(x, weight, part, chunks, first)
       new = jnp.maximum(highest, logits.max(-1))
       total = total * jnp.exp(highest - new) + jnp.exp(logits - new[..., None]).sum(-1)
+      # A target is in one chunk of one device; everywhere else this adds 0.
       chosen += jnp.where(ids == targets[..., None], logits, 0).sum(-1)
       return (new, total, chosen), None
 
@@ -106,6 +110,7 @@ def _forward(x_BTD, weight_VD, targets_BT, chunks):
     (highest, total, chosen), _ = jax.lax.scan(
       chunk, (zeros + MASKED, zeros, zeros), jnp.arange(chunks)
     )
+    # 3. The same over the devices that have other parts of the vocabulary.
     axes = sharding.axes_of('vocab')
     if axes:
       top = jax.lax.pmax(highest, axes)
@@ -117,7 +122,7 @@ def _forward(x_BTD, weight_VD, targets_BT, chunks):
     gather, (('vocab', 'embed'),), ('vocab', None), kernels=True
   )(weight_VD)
   losses = sharding.per_device(
-    here, (_HIDDEN, ('vocab', None), _TOKENS), _TOKENS, kernels=True
+    local_losses, (_HIDDEN, ('vocab', None), _TOKENS), _TOKENS, kernels=True
   )(x_BTD, weight_VD, targets_BT)
   return losses, (x_BTD, weight_VD, targets_BT, losses[1])
 
@@ -125,9 +130,11 @@ def _forward(x_BTD, weight_VD, targets_BT, chunks):
 def _backward(chunks, residuals, gradients):
   x_BTD, weight_VD, targets_BT, total_BT = residuals
 
-  def here(x, weight, targets, total, of_loss, of_total):
+  def local_gradients(x, weight, targets, total, of_loss, of_total):
     first = _first(weight)
 
+    # With p = softmax(logits), the loss has the gradient p - onehot(target) in the logits,
+    # and logsumexp has p. `total` is logsumexp, so p needs no second pass over the chunks.
     def chunk(dx, part):
       logits, ids = _logits(x, weight, part, chunks, first)
       d = jnp.exp(logits - total[..., None]) * (of_loss + of_total)[..., None]
@@ -138,7 +145,11 @@ def _backward(chunks, residuals, gradients):
       return dx, jnp.einsum('BTV,BTD->VD', d, x)
 
     dx, dw = jax.lax.scan(chunk, jnp.zeros(x.shape, jnp.float32), jnp.arange(chunks))
+    # [chunks, rows, D] -> [V/tensor, D], without the rows that filled up the last chunk.
     dw = dw.reshape(-1, dw.shape[-1])[: weight.shape[0]]
+    # As automatic differentiation would do at the edges of `per_device`: dx is summed over
+    # parts of the vocabulary, dw over devices with other tokens. Scattered first, dw is a
+    # device's own part when it is summed over the copies.
     vocab, width = sharding.axes_of('vocab'), sharding.axes_of('embed')
     if vocab:
       dx = jax.lax.psum(dx, vocab)
@@ -149,7 +160,7 @@ def _backward(chunks, residuals, gradients):
     return dx.astype(x.dtype), jax.lax.psum(dw, copies) if copies else dw
 
   dx, dw = sharding.per_device(
-    here,
+    local_gradients,
     (_HIDDEN, ('vocab', None), *[_TOKENS] * 4),
     [_HIDDEN, ('vocab', 'embed')],
     kernels=True,
@@ -167,6 +178,7 @@ def _first(weight):
 
 
 def _rows(weight, part, chunks):
+  """Rows [size, D] of one chunk of a device's vocabulary; zeros behind the last."""
   size = math.ceil(weight.shape[0] / chunks)
   weight = jnp.pad(weight, [(0, size * chunks - weight.shape[0]), (0, 0)])
   return jax.lax.dynamic_slice_in_dim(weight, part * size, size)
@@ -176,9 +188,9 @@ def _logits(x, weight, part, chunks, first):
   """Logits of a chunk, float32, and the pieces they belong to; -1 behind the last."""
   rows = _rows(weight, part, chunks)
   logits = jnp.einsum('BTD,VD->BTV', x, rows, preferred_element_type=jnp.float32)
-  place = part * rows.shape[0] + jnp.arange(rows.shape[0])
-  inside = place < weight.shape[0]
-  return jnp.where(inside, logits, MASKED), jnp.where(inside, first + place, -1)
+  row = part * rows.shape[0] + jnp.arange(rows.shape[0])
+  inside = row < weight.shape[0]
+  return jnp.where(inside, logits, MASKED), jnp.where(inside, first + row, -1)
 
 
 def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
@@ -213,6 +225,7 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
         total_BT = jax.nn.logsumexp(result, axis=-1)
       weighted = losses_BT * batch.loss_weights
       metrics = {'loss': (weighted.sum(), batch.loss_weights.sum())}
+      # By position, since a packed row can hold examples of several objectives.
       for number, name in enumerate(OBJECTIVES):
         chosen = batch.objective == number
         metrics[f'loss/{name}'] = (

@@ -53,6 +53,7 @@ class Meter:
     """
     began = time.perf_counter()
     item = next(stream)
+    # Devices that are still at work did not wait, however long the host did.
     if all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
       self._waited += time.perf_counter() - began
     return item
@@ -69,6 +70,7 @@ class Meter:
     }
     chip = chips.of_device_kind(jax.devices()[0].device_kind)
     if chip:
+      # Model FLOPs alone: what remat computes again does not count (PaLM, appendix B).
       speed['mfu'] = self._flops / seconds / (chip.peak_flops * jax.device_count())
     self._step, self._seconds, self._tokens, self._flops = step, 0.0, 0.0, 0.0
     self._waited = 0.0

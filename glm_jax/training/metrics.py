@@ -19,6 +19,7 @@ def averages(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
 
 def add(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
   """Adds (sum, count) pairs by name."""
+  # Python's floats are float64: sums over a long validation stay exact enough.
   return {
     k: tuple(
       float(x) + float(y) for x, y in zip(a.get(k, (0, 0)), b.get(k, (0, 0)), strict=True)

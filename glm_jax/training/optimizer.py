@@ -86,6 +86,7 @@ def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.A
     )
   peak, floor = config.learning_rate, config.learning_rate * config.final_ratio
 
+  # Traced: the optimizer calls it with its own count of steps, an array.
   def rate(step: Any) -> jax.Array:
     step = jnp.asarray(step, jnp.float32)
     share = jnp.clip((step - warmup) / max(end - warmup, 1), 0, 1)
@@ -94,6 +95,7 @@ def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.A
     elif config.schedule == 'linear':
       value = peak - (peak - floor) * share
     elif config.schedule == 'rsqrt':
+      # Continuous at the end of the warm-up, and finite at step 0.
       value = peak * jnp.sqrt(max(warmup, 1) / jnp.maximum(step, max(warmup, 1)))
       value = jnp.maximum(value, floor)
     elif config.schedule == 'wsd':
@@ -109,6 +111,7 @@ def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.A
 def decays(params: Any) -> Any:
   """True for each parameter that weight decay applies to."""
 
+  # Paths also hold the keys of Flax's boxes, which are no dictionary keys.
   def decayed(path: Any, _: Any) -> bool:
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
     return names[-1] not in ('bias', 'scale')
@@ -120,6 +123,7 @@ def make_optimizer(
   config: OptimizerConfig, train_steps: int
 ) -> optax.GradientTransformation:
   """Clipping, Adam, decoupled decay, learning rate: in this order."""
+  # Decay comes after Adam's division, hence decoupled, and before the rate that scales it.
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
     optax.scale_by_adam(

@@ -46,8 +46,11 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
   """
   rows, length = config.batch_size, config.length
   sharding.check_fits(config.model, rows, config.microbatches, length, layout)
+  # Not jax.devices(): those of the layout may only be described.
   device = layout.devices.flat[0]
   backend, why = attention.choose(config.model, device, length)
+  # 'auto' is resolved for the program alone; the run's configuration keeps it, so that
+  # resuming on another device is the same run.
   model = dataclasses.replace(config.model, attention=backend)
   loss_fn = losses.pretraining_loss(models.build(model), config.loss)
   update = optimizer.make_optimizer(config.optimizer, config.train_steps)
@@ -58,8 +61,8 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
     seed=config.seed,
     dtype=model.dtype,
   )
-  place = sharding.batch_sharding(layout)
-  rows_of = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
+  on_mesh = sharding.batch_sharding(layout)
+  rows_of = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=on_mesh)
   return Program(
     train_step=jax.jit(
       train_step,
@@ -69,6 +72,7 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
     loss=loss_fn,
     optimizer=update,
     state=state.abstract_state(config.model, update, layout),
+    # Without `index`, which stays on the host.
     batch=batch.Batch(*map(rows_of, batch.DTYPES))._replace(index=None),
     attention=(backend, why),
   )

@@ -24,21 +24,19 @@ from glm_jax.training.config import TrainConfig
 _BASELINE_POSITIONS = 4_000_000
 
 
-def report(
-  config: TrainConfig, data: Any, params: Any, process: Any, say: Callable[..., None]
-) -> None:
+def report(config: TrainConfig, data: Any, params: Any, say: Callable[..., None]) -> None:
   """Prints the tables and writes summary.json and loss.png.
 
   Args:
     config: of the run.
     data: a `glm_jax.data.prepare.Prepared`.
     params: the trained parameters; all processes must take part.
-    process: this process's share of each batch.
     say: prints, on the leader.
   """
   validation = (
     writer.read(config.model_dir, 'validation') if distributed.is_leader() else []
   )
+  # A collective: every process must come this far.
   params = _on_every_process(params)
   if not distributed.is_leader():
     return
@@ -97,9 +95,10 @@ def _baselines(config: TrainConfig, data: Any, name: str, task: str) -> dict[str
     seed=config.seed,
   )
   positions = config.batch_size * config.feature_lengths['tokens']
-  most = max(1, _BASELINE_POSITIONS // positions)
+  most_batches = max(1, _BASELINE_POSITIONS // positions)
+  # All rows of each batch, whatever this process's share: the leader is alone by now.
   return baselines.fit_and_score(
-    itertools.islice(train, min(config.train_steps, most)),
+    itertools.islice(train, min(config.train_steps, most_batches)),
     evaluation.validation_batches(config, task, pipeline.Process()),
     data.vocabulary.size,
   )
@@ -108,10 +107,12 @@ def _baselines(config: TrainConfig, data: Any, name: str, task: str) -> dict[str
 def _filled(config: TrainConfig, data: Any, params: Any) -> Iterator[dict[str, str]]:
   """Sentences of held-out documents with a few words hidden, or their ends."""
   filler = Filler(config.model, params, data.vocabulary)
+  # A fixed seed: runs are compared on the same blanks.
   rng = np.random.default_rng(0)
   for sentence in itertools.islice(_sentences(config), config.evaluation.fill):
     words = list(re.finditer(r'\S+', sentence))
     size = int(rng.integers(1, 4))
+    # At least two words before the blank and one behind it, which are something to go by.
     first = int(rng.integers(2, len(words) - size))
     start, end = words[first].start(), words[first + size - 1].end()
     if config.model.causal:
@@ -126,9 +127,10 @@ def _sentences(config: TrainConfig) -> Iterator[str]:
   """One plain sentence a held-out document, of 8 words or more."""
   from glm_jax.data.corpora import corpus
 
-  first = next(iter(config.mixture.corpora.values()), config.corpus.corpus)
-  source = dataclasses.replace(config.corpus, corpus=first)
+  name = next(iter(config.mixture.corpora.values()), config.corpus.corpus)
+  source = dataclasses.replace(config.corpus, corpus=name)
   for document in corpus.documents(source, 'validation'):
+    # Letters, digits and light punctuation only: no headings, lists or code.
     for sentence in re.findall(r'[A-Z][\w ,\'()-]{40,160}\.(?=\s)', document.text):
       if len(sentence.split()) >= 8:
         yield sentence

@@ -44,12 +44,13 @@ def resolve(
   """
   if not isinstance(config.model, CheckpointModel):
     return config, None, None
-  wanted = config.model
-  folder = checkpoints.find(wanted.path)
+  reference = config.model
+  folder = checkpoints.find(reference.path)
   meta = checkpoints.read_meta(folder)
+  # The checkpoint says what the model is, this run how it is computed.
   model = dataclasses.replace(
     model_config.from_dict(meta['model']),
-    **{name: getattr(wanted, name) for name in COMPUTE_FIELDS},
+    **{name: getattr(reference, name) for name in COMPUTE_FIELDS},
   )
   vocabulary = None if config.vocabulary.path else vocabulary_of(folder, meta)
   return dataclasses.replace(config, model=model), vocabulary, meta.get('source')
@@ -87,49 +88,53 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
   """
   folder = checkpoints.find(path)
   meta = checkpoints.read_meta(folder)
-  theirs = model_config.from_dict(meta['model'])
-  carried = meta['vocabulary'] and loading.from_dict(meta['vocabulary']).fingerprint
+  stored_config = model_config.from_dict(meta['model'])
+  # A checkpoint may be converted without a vocabulary: then it is the user's word.
+  fingerprint = meta['vocabulary'] and loading.from_dict(meta['vocabulary']).fingerprint
   configs.check(
-    carried in (None, vocabulary),
+    fingerprint in (None, vocabulary),
     'init_from must be a checkpoint of the same vocabulary',
-    f'{carried} there, {vocabulary} here',
+    f'{fingerprint} there, {vocabulary} here',
     'set VocabularyConfig.path to the one it was trained with',
   )
   configs.check(
-    type(theirs) is type(config),
+    type(stored_config) is type(config),
     'init_from must be a checkpoint of the same model family',
-    f'{type(theirs).__name__} there, {type(config).__name__} here',
+    f'{type(stored_config).__name__} there, {type(config).__name__} here',
     'use TrainConfig.model = @CheckpointModel()',
   )
-  there, here = dataclasses.asdict(theirs), dataclasses.asdict(config)
-  differ = [
-    f'{k}: {there[k]} there, {here[k]} here'
-    for k in there
-    if k not in _FREE and there[k] != here[k]
+  old_fields, new_fields = dataclasses.asdict(stored_config), dataclasses.asdict(config)
+  differences = [
+    f'{k}: {old_fields[k]} there, {new_fields[k]} here'
+    for k in old_fields
+    if k not in _FREE and old_fields[k] != new_fields[k]
   ]
   configs.check(
-    not differ,
+    not differences,
     'init_from must hold the same model',
-    '; '.join(differ),
+    '; '.join(differences),
     'set them as they are there, or use TrainConfig.model = @CheckpointModel()',
   )
   configs.check(
-    theirs.max_positions <= config.max_positions,
+    stored_config.max_positions <= config.max_positions,
     'init_from must not have more positions than the model',
-    f'{theirs.max_positions} there, {config.max_positions} here',
+    f'{stored_config.max_positions} there, {config.max_positions} here',
     f'raise {type(config).__name__}.max_positions',
   )
-  shared = dataclasses.replace(config, max_positions=theirs.max_positions)
-  wanted = jax.tree.map(
+  # Shapes of the checkpoint, float32 and on the shardings of the new run: Orbax casts and
+  # spreads while it reads.
+  old_sizes = dataclasses.replace(config, max_positions=stored_config.max_positions)
+  abstract = jax.tree.map(
     lambda a, new: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=new.sharding),
-    state.abstract_params(shared),
+    state.abstract_params(old_sizes),
     fresh,
   )
-  params = checkpoints.read_params(folder, wanted)
+  params = checkpoints.read_params(folder, abstract)
 
   def extend(old: jax.Array, new: jax.Array) -> jax.Array:
     if old.shape == new.shape:
       return old
+    # Only a position table is longer. Under jit, so that the result is born sharded.
     merge = jax.jit(
       lambda old, new: new.at[: old.shape[0]].set(old), out_shardings=new.sharding
     )

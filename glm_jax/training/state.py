@@ -19,7 +19,8 @@ State = dict[str, Any]
 
 
 def init_params(config: Any, key: jax.Array) -> Any:
-  """Fresh parameters, boxed with their logical axes."""
+  """Fresh float32 parameters, boxed with their logical axes."""
+  # Parameters do not depend on the batch: the smallest is traced fastest.
   ids = jnp.zeros((1, 2), jnp.int32)
   visibility = prefix_visibility(jnp.array([1]), jnp.array([2]), 2)
   config = dataclasses.replace(config, attention='dense')  # weights are the same
@@ -45,6 +46,7 @@ def init_state(
   """A fresh state. No device ever holds more than its own part of it."""
   abstract = abstract_state(config, optimizer, layout)
   shardings = jax.tree.map(lambda a: a.sharding, abstract)
+  # With `out_shardings`, XLA computes on each device the part that it keeps.
   init = jax.jit(lambda: nn.unbox(_init(config, optimizer, seed)), out_shardings=shardings)
   return init()
 
@@ -73,7 +75,7 @@ def _abstract(boxed: Any, layout: Layout | None) -> Any:
   plain = nn.unbox(boxed)
   if layout is None:
     return plain
-  placed = sharding.shardings(nn.get_partition_spec(boxed), plain, layout)
+  shardings = sharding.shardings(nn.get_partition_spec(boxed), plain, layout)
   return jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), plain, placed
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), plain, shardings
   )

@@ -28,7 +28,7 @@ def make_train_step(
   (seed, step) alone, so a resumed run repeats it.
 
   Args:
-    loss: see `LossFn`; SFT, DPO and PPO bring their own.
+    loss: see `LossFn`.
     optimizer: any optax transformation.
     microbatches: parts of the batch worked on one after the other to save memory.
     seed: of dropout.
@@ -39,20 +39,25 @@ def make_train_step(
   differentiate = jax.value_and_grad(loss, has_aux=True)
 
   def train_step(state: State, batch: Any) -> tuple[State, Metrics]:
-    # Apart from the key that initialised the parameters.
+    # Dropout's keys must differ from the key that initialised the parameters.
     key = jax.random.fold_in(jax.random.key(seed), 1)
     key = jax.random.fold_in(key, state['step'])
+    # Differentiated with respect to the cast weights, so that gradients, and what devices
+    # exchange of them, have their dtype.
     weights = _cast(state['params'], dtype)
     if microbatches == 1:
       (_, metrics), gradients = differentiate(weights, batch, key)
     else:
       metrics, gradients = _accumulate(differentiate, weights, batch, key, microbatches)
+    # The loss is a sum; this is the one division by the weights of the whole batch. A batch
+    # without targets has gradients of 0.
     total = metrics['loss'][1]
     scale = 1 / jnp.where(total > 0, total, 1)
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
     with jax.named_scope('optimizer'):
       updates, opt_state = optimizer.update(gradients, state['opt_state'], state['params'])
       params = optax.apply_updates(state['params'], updates)
+    # The norm before clipping, whose growth announces that training diverges.
     metrics['gradient_norm'] = (optax.tree.norm(gradients), jnp.ones(()))
     return {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}, metrics
 
@@ -79,13 +84,19 @@ def _cast(params, dtype):
 
 
 def _accumulate(differentiate, params, batch, key, parts):
-  # Part i holds rows i, i + parts, ..., so that each device keeps its own rows.
+  """Sums of metrics and gradients over parts of the batch, one after the other."""
+  # Rows are dealt like cards: part i holds rows i, i + parts, ... Devices hold neighbouring
+  # rows, so that each has an equal share of every part and no row moves: of 8 rows in 2
+  # parts, devices (0 1 2 3) and (4 5 6 7) first work on (0 2) and (4 6). Cut into blocks,
+  # part 0 would be all of the first device's rows.
+  # [B, ...] -> [B / parts, parts, ...] -> [parts, B / parts, ...]
   split = jax.tree.map(
     lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
   )
 
-  def one(carry, args):
+  def add_part(carry, args):
     i, part = args
+    # Dropout differs from part to part.
     (_, metrics), gradients = differentiate(params, part, jax.random.fold_in(key, i))
     # Behind a barrier: XLA's TPU compiler stumbles over sums of gradients that it could
     # move behind the loop (while_loop_all_reduce_code_motion).
@@ -94,8 +105,9 @@ def _accumulate(differentiate, params, batch, key, parts):
     add = lambda a, b: a + b.astype(a.dtype)
     return jax.tree.map(add, carry, (metrics, gradients)), None
 
+  # Every sum begins at 0 in float32, with the shapes of one part's results.
   first = jax.tree.map(lambda x: x[0], split)
   (_, metrics), gradients = jax.eval_shape(differentiate, params, first, key)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (metrics, gradients))
-  (metrics, gradients), _ = jax.lax.scan(one, zeros, (jnp.arange(parts), split))
+  (metrics, gradients), _ = jax.lax.scan(add_part, zeros, (jnp.arange(parts), split))
   return metrics, gradients

@@ -30,6 +30,7 @@ class Writer:
       return
     record = {'step': step, 'kind': kind, **{k: round(v, 6) for k, v in values.items()}}
     self._file.write(json.dumps(record) + '\n')
+    # Whoever follows the run sees the record at once, and a kill does not lose it.
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(f'{kind}/{name}', value, step)
@@ -64,6 +65,7 @@ def plot_losses(model_dir: str, baselines: Mapping[str, float]) -> Path:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
+  # Without pyplot, which looks for a display and keeps figures in a global list.
   figure = Figure(figsize=(7, 4), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()
