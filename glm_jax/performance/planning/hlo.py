@@ -394,7 +394,7 @@ class _Walk:
   ) -> None:
     kind = kind or i.opcode.removesuffix('-start')
     arrays = [array for o in i.operands for array in hlo_text.arrays(holder, o)]
-    group = _group_size(i, self._module.num_devices)
+    group = hlo_text.group_size(i, self._module.num_devices)
     total = sum(hlo_text.array_size(dtype, dims) for dtype, dims in arrays)
     self._collectives.append(
       Collective(
@@ -406,7 +406,7 @@ class _Walk:
         total * (group if kind == 'all-gather' else 1),
         arrays[0][0] if arrays else '',
         group,
-        _torus_dims(i),
+        hlo_text.torus_dims(i),
         overlapped,
       )
     )
@@ -421,42 +421,7 @@ def _is_bookkeeping(i: hlo_text.Instruction) -> bool:
   return i.opcode == 'custom-call' and i.target()[:1].isupper() and not i.cycles()
 
 
-def _group_size(i: hlo_text.Instruction, num_devices: int) -> int:
-  """Devices of one group, from the four ways in which XLA writes groups."""
-  if 'collective-permute' in i.opcode:
-    return len(_pairs(i))
-  text = i.attributes
-  # mesh['x'=4,'y'=2], device_ids=(...) {'x'}; part of an axis: 'x':(1)2
-  if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", text):
-    sizes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    size = 1
-    for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2]):
-      size *= int(part) if part else sizes[axis]
-    return size
-  # [groups,size]<=[...]: the groups as an iota.
-  if iota := re.search(r'replica_groups=\[\d+,(\d+)\]<=', text):
-    return int(iota[1])
-  # {{0,1},{2,3}}: every device by name; all groups are of one size.
-  if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', text):
-    return listed[1].count(',') + 1
-  return num_devices
-
-
-def _pairs(i: hlo_text.Instruction) -> list[tuple[str, str]]:
-  pairs = re.search(r'source_target_pairs=\{(.*?)\}\}', i.attributes)
-  return re.findall(r'\{(\d+),(\d+)', pairs[1]) if pairs else []
-
-
 def _is_ring(i: hlo_text.Instruction) -> bool:
   # Closed if every device that sends receives, too; the ends of an open chain do only one.
-  pairs = _pairs(i)
+  pairs = hlo_text.sent_pairs(i)
   return len(pairs) > 1 and {s for s, _ in pairs} == {t for _, t in pairs}
-
-
-def _torus_dims(i: hlo_text.Instruction) -> int:
-  """Axes in a strategy's text: `num_dims:3 active_dims:011` uses two of three."""
-  dims = re.search(r'num_dims:(\d+)(?: active_dims:([01]+))?', i.attributes)
-  if dims is None:
-    return 1
-  active = dims[2].count('1') if dims[2] else int(dims[1])
-  return max(1, min(int(dims[1]), active))

@@ -1,4 +1,4 @@
-"""HLO as text: instructions, computations, loops, and the bytes they move."""
+"""HLO as text: instructions, computations, loops, groups, and the bytes they move."""
 
 from __future__ import annotations
 
@@ -338,6 +338,42 @@ def written_bytes(module: Module, computation: Computation, i: Instruction) -> i
       update = _update(fused or computation, part)
       total += _unplaced_size(update.shape) if update else array_size(dtype, dims)
   return total
+
+
+def group_size(i: Instruction, num_devices: int) -> int:
+  """Devices of one group, from the four ways in which XLA writes groups."""
+  if 'collective-permute' in i.opcode:
+    return len(sent_pairs(i))
+  text = i.attributes
+  # mesh['x'=4,'y'=2], device_ids=(...) {'x'}; part of an axis: 'x':(1)2
+  if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", text):
+    sizes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    size = 1
+    for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2]):
+      size *= int(part) if part else sizes[axis]
+    return size
+  # [groups,size]<=[...]: the groups as an iota.
+  if iota := re.search(r'replica_groups=\[\d+,(\d+)\]<=', text):
+    return int(iota[1])
+  # {{0,1},{2,3}}: every device by name; all groups are of one size.
+  if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', text):
+    return listed[1].count(',') + 1
+  return num_devices
+
+
+def sent_pairs(i: Instruction) -> list[tuple[str, str]]:
+  """(source, target) of each transfer of a collective-permute."""
+  pairs = re.search(r'source_target_pairs=\{(.*?)\}\}', i.attributes)
+  return re.findall(r'\{(\d+),(\d+)', pairs[1]) if pairs else []
+
+
+def torus_dims(i: Instruction) -> int:
+  """Axes in a strategy's text: `num_dims:3 active_dims:011` uses two of three."""
+  dims = re.search(r'num_dims:(\d+)(?: active_dims:([01]+))?', i.attributes)
+  if dims is None:
+    return 1
+  active = dims[2].count('1') if dims[2] else int(dims[1])
+  return max(1, min(int(dims[1]), active))
 
 
 def _update(computation: Computation, name: str) -> Instruction | None:
