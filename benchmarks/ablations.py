@@ -24,7 +24,8 @@ from glm_jax import cli, startup
 
 FOLDER = Path(__file__).parent / 'ablations_results'
 RESULTS = FOLDER / 'results.json'
-_ROWS, _BATCH = 512, 64  # of each validation set
+# Of each validation set.
+_ROWS, _BATCH = 512, 64
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 BASE = dict(blank=1.0, document=0.0, sentence=0.0)
@@ -61,13 +62,14 @@ def main() -> None:
       f'{RESULTS} away, or use --steps {results["steps"]}'
     )
   results['steps'] = options.steps
-  wanted = [
+  # Seed after seed, so that an interrupted benchmark has a row for every setting early.
+  runs = [
     (name, seed)
     for seed in range(options.seeds)
     for name in SETTINGS
     if options.only in (None, name)
   ]
-  missing = [w for w in wanted if str(w[1]) not in results['runs'].get(w[0], {})]
+  missing = [r for r in runs if str(r[1]) not in results['runs'].get(r[0], {})]
   if missing:
     bench = Bench(options.steps)
     for number, (name, seed) in enumerate(missing, 1):
@@ -109,6 +111,7 @@ class Bench:
     self.config, self.layout = config, sharding.make_mesh(config.mesh)
     self.built = program.build(config, self.layout)
     self.evaluate = jax.jit(make_eval_step(self.built.loss))
+    # Validation follows the run's positions: a model of 1-D positions has to be fed those.
     self.sets = {
       flat: {name: self._batches(fields, flat) for name, fields in SETS.items()}
       for flat in (False, True)
@@ -158,15 +161,15 @@ class Bench:
     )
     current = state.init_state(self.config.model, self.built.optimizer, self.layout, seed)
     with sharding.active(self.layout):
-      place = lambda batch: sharding.place(batch._replace(index=None), self.layout)
+      to_devices = lambda batch: sharding.place(batch._replace(index=None), self.layout)
       for batch in itertools.islice(stream, self.config.train_steps):
-        current, found = self.built.train_step(current, place(batch))
-      jax.block_until_ready(found)
+        current, outputs = self.built.train_step(current, to_devices(batch))
+      jax.block_until_ready(outputs)
       losses = {}
       for name, batches in self.sets[objectives.one_dimensional].items():
         total: dict[str, Any] = {}
         for batch in batches:
-          scores = self.evaluate(current['params'], place(batch))
+          scores = self.evaluate(current['params'], to_devices(batch))
           total = metrics.add(total, jax.device_get(scores))
         losses[name] = round(metrics.averages(total)['loss'], 5)
     return losses
@@ -174,10 +177,10 @@ class Bench:
 
 def mean_and_spread(results: Mapping[str, Any], setting: str, name: str) -> Any:
   """Mean and standard deviation over seeds; None where there are no runs."""
-  found = [losses[name] for losses in results['runs'].get(setting, {}).values()]
-  if not found:
+  values = [losses[name] for losses in results['runs'].get(setting, {}).values()]
+  if not values:
     return None
-  return statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+  return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def section(results: Mapping[str, Any]) -> list[str]:
@@ -209,13 +212,15 @@ def verdict(results: Mapping[str, Any]) -> str:
   """What the numbers say of two claims of the paper, at this size."""
   at = '15 % blanks'
   by_ratio = {
-    ratio: found
+    ratio: score
     for ratio in RATIOS
-    if (found := mean_and_spread(results, f'mask {ratio:.0%}', 'blank 15%'))
+    if (score := mean_and_spread(results, f'mask {ratio:.0%}', 'blank 15%'))
   }
+  # No verdict from a part of the ratios, with --only or before the end.
   if len(by_ratio) < len(RATIOS):
     return ''
   best = min(by_ratio, key=lambda ratio: by_ratio[ratio][0])
+  # The paper claims a range, of which the best member counts.
   claimed = min(by_ratio[r][0] for r in (0.1, 0.15, 0.2))
   lines = [
     f'"10-20 % is best": on {at}, training with {best:.0%} is '
@@ -225,7 +230,8 @@ def verdict(results: Mapping[str, Any]) -> str:
   shuffled, ordered = (
     mean_and_spread(results, name, 'blank 15%') for name in ('mask 15%', 'in order')
   )
-  if shuffled and ordered and shuffled[1]:  # several seeds
+  # A spread of 0 is that of a single seed, against which nothing can be compared.
+  if shuffled and ordered and shuffled[1]:
     difference = ordered[0] - shuffled[0]
     spread = max(shuffled[1], ordered[1])
     says = 'more' if abs(difference) > spread else 'not more'
@@ -241,14 +247,15 @@ def plot(results: Mapping[str, Any]) -> None:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
+  # Without pyplot, which would look for a display.
   figure = Figure(figsize=(12, 3.4), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots(1, 4)
   for name in ('blank 5%', 'blank 15%', 'blank 30%', 'blank 50%'):
     points = [
-      (ratio, *found)
+      (ratio, *score)
       for ratio in RATIOS
-      if (found := mean_and_spread(results, f'mask {ratio:.0%}', name))
+      if (score := mean_and_spread(results, f'mask {ratio:.0%}', name))
     ]
     if points:
       ratios, means, spreads = zip(*points, strict=True)
@@ -268,9 +275,10 @@ def plot(results: Mapping[str, Any]) -> None:
   for axis, (title, settings, names) in zip(axes[1:], groups, strict=True):
     for i, name in enumerate(names):
       points = [
-        (j + (i - (len(names) - 1) / 2) * 0.2, *found)
+        # Sets side by side at each tick, so that error bars do not cover each other.
+        (j + (i - (len(names) - 1) / 2) * 0.2, *score)
         for j, setting in enumerate(settings)
-        if (found := mean_and_spread(results, setting, name))
+        if (score := mean_and_spread(results, setting, name))
       ]
       if points:
         x, means, spreads = zip(*points, strict=True)

@@ -37,7 +37,7 @@ RUNS = {
     measured=0.592,
   ),
   'v5p': dict(
-    # Its activations are spread over tensor, too; ours need two micro-batches to fit.
+    # MaxText spreads activations over tensor, too; ours need two micro-batches to fit.
     run='MaxText 32B',
     setting='64 v5p chips, 7 x 2,048 tokens a chip, tensor 4: 71.5% published',
     topology='v5p:4x4x4',
@@ -53,7 +53,7 @@ RUNS = {
     measured=0.703,
   ),
   'v6e': dict(
-    # Kept in the host's memory there; ours takes three micro-batches instead.
+    # MaxText keeps them in the host's memory; ours takes three micro-batches instead.
     run='MaxText Llama-3.1-8B',
     setting='v6e-8, 3 x 8,192 tokens a chip, q, k, v and out '
     'offloaded: 7,139 tokens/s a chip published',
@@ -73,6 +73,7 @@ RUNS = {
 
 
 def main() -> None:
+  # Before JAX is imported, which the modules below do.
   topologies.prepare_environment()
   from glm_jax import sharding
   from glm_jax.models import ChatGLM2Config
@@ -85,6 +86,7 @@ def main() -> None:
       model=ChatGLM2Config(
         **run['model'], **_SHAPE, vocab_size=run['vocab_size'], remat=run['remat']
       ),
+      # Causal as those runs are: every pair of the lower triangle is visible.
       task='glm_causal',
       feature_lengths={'tokens': run['length']},
       batch_size=run['rows'],
@@ -94,14 +96,15 @@ def main() -> None:
       mesh=sharding.MeshConfig(**run['mesh']),
     )
     layout = sharding.make_mesh(config.mesh, topologies.devices(run['topology']))
-    found = prediction.predict(config, layout)
-    prediction.check_fits(found)
+    result = prediction.predict(config, layout)
+    # What does not fit could not have been measured.
+    prediction.check_fits(result)
     results[chip] = {
       'measured': run['measured'],
-      'predicted': round(found.mfu, 4),
+      'predicted': round(result.mfu, 4),
       'run': run['run'],
       'setting': run['setting'],
-      'peak_gib': round(found.memory['peak'] / prediction.GIB, 1),
+      'peak_gib': round(result.memory['peak'] / prediction.GIB, 1),
     }
     print(chip, results[chip], flush=True)
   RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')

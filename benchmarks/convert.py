@@ -45,18 +45,19 @@ def write_source(folder: Path, config: ChatGLM2Config, shards: int = 7) -> None:
   entries = formats.chatglm2(config, 1)
   # 16 M random numbers, used again and again: drawing 6.2 G would take minutes.
   noise = rng.normal(0, 0.02, 2**24).astype(np.float16)
-  where: dict[str, str] = {}
+  weight_map: dict[str, str] = {}
   per_shard = -(-len(entries) // shards)
   for number in range(shards):
     name = f'model-{number + 1:05}-of-{shards:05}.safetensors'
     group = entries[number * per_shard : (number + 1) * per_shard]
     tensors = {}
     for i, entry in enumerate(group):
+      # Rolled by another amount each, so that no two tensors are equal.
       size = int(np.prod(entry.shape))
       tensors[entry.name] = np.resize(np.roll(noise, 977 * i), size).reshape(entry.shape)
     save_file(tensors, folder / name, metadata={'format': 'pt'})
-    where |= dict.fromkeys(tensors, name)
-  index = json.dumps({'metadata': {}, 'weight_map': where})
+    weight_map |= dict.fromkeys(tensors, name)
+  index = json.dumps({'metadata': {}, 'weight_map': weight_map})
   (folder / files.INDICES[0]).write_text(index, encoding='utf-8')
   content = hub.config_json('chatglm2', config, {})
   (folder / 'config.json').write_text(json.dumps(content), encoding='utf-8')
@@ -64,11 +65,13 @@ def write_source(folder: Path, config: ChatGLM2Config, shards: int = 7) -> None:
 
 def timed(*command: Any) -> tuple[float, float]:
   """Seconds and peak resident memory in GB of a process, with a `sync` at its end."""
+  # What was written before must not be counted.
   os.sync()
   began = time.perf_counter()
   process = subprocess.Popen(
     [str(part) for part in command], cwd=ROOT, stdout=subprocess.DEVNULL
   )
+  # wait4 gives the usage of this child alone.
   _, status, usage = os.wait4(process.pid, 0)
   os.sync()
   if status:
@@ -79,10 +82,12 @@ def timed(*command: Any) -> tuple[float, float]:
 def same(a: Path, b: Path) -> bool:
   """Whether two checkpoints hold the same tensors, bit for bit."""
   first, second = (files.open_source(folder).parts[0] for folder in (a, b))
+  # Rotary frequencies are written in exports, and are not weights.
   names = {name for name in first.specs if not name.endswith('inv_freq')}
   if names != {name for name in second.specs if not name.endswith('inv_freq')}:
     return False
   return all(
+    # As bits: NaN would differ from itself.
     np.array_equal(*(part.read(name).view(np.uint16) for part in (first, second)))
     for name in sorted(names)
   )
@@ -109,6 +114,7 @@ def measure(folder: Path, config: ChatGLM2Config, repeats: int) -> dict[str, Any
   def pair(kind: str, before: Path, after: Path, *flags: str) -> None:
     copy = folder / 'copy'
     seconds, _ = timed('cp', '-r', before, copy)
+    # The disk needs room for one result at a time.
     shutil.rmtree(copy)
     shutil.rmtree(after, ignore_errors=True)
     ours, memory = timed(*convert, before, after, *flags)
@@ -170,6 +176,7 @@ def main(argv: Sequence[str]) -> None:
   )
   with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
     results = measure(Path(folder), config, chosen.repeats)
+  # A model of fewer layers is a trial, whose numbers are not kept.
   if chosen.layers == 28:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')

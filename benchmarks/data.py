@@ -61,26 +61,29 @@ def main() -> None:
 
 
 def _cpu() -> float:
+  # Of all threads; what waits for another process costs nothing.
   used = resource.getrusage(resource.RUSAGE_SELF)
   return used.ru_utime + used.ru_stime
 
 
 def _in_turns(runs: dict[str, Callable[[], float]]) -> dict[str, float]:
   """Median of units per CPU second of each, one after the other, several times."""
-  found: dict[str, list[float]] = {name: [] for name in runs}
+  speeds: dict[str, list[float]] = {name: [] for name in runs}
   for _ in range(_TURNS):
     for name, run in runs.items():
       began = _cpu()
       units = run()
-      found[name].append(units / (_cpu() - began))
+      speeds[name].append(units / (_cpu() - began))
+      # Outside of the measured time, in which the next run would pay for this one.
       gc.collect()
-  return {name: statistics.median(values) for name, values in found.items()}
+  return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def _draws(dataset: Any, batches: int, units: int) -> Callable[[], float]:
   """A run that takes batches of `units` from a tf.data pipeline."""
   import tensorflow as tf
 
+  # Few threads, so that CPU time is that of the work and not of waiting threads.
   options = tf.data.Options()
   options.threading.max_intra_op_parallelism = 1
   options.threading.private_threadpool_size = 2
@@ -147,6 +150,7 @@ def throughput() -> dict[str, Any]:
       for task in ('glm_mixture', 'glm_blank'):
         dataset = pipeline.dataset(task, {'tokens': length}, batch_size=size, seed=0)
         runs[task] = _draws(dataset, 2**26 // (size * length), size * N / 1e6)
+      # Peers read the same rows from memory: the identity is the cost of tf.data itself.
       tokens = tf.constant(rows.read(0, 4096).tokens)
       single = tf.data.Dataset.from_tensor_slices(tokens).repeat()
       same = single.map(lambda x: x, num_parallel_calls=2).batch(size)
@@ -164,8 +168,8 @@ def throughput() -> dict[str, Any]:
       shapes = {'inputs': [length], 'targets': [length // 2]}
       peer = corrupted.padded_batch(size, shapes)
       runs['t5'] = _draws(peer, 2**21 // (size * length), size * N / 1e6)
-      found = _in_turns(runs)
-      results[str(length)] = {name: round(value, 2) for name, value in found.items()}
+      speeds = _in_turns(runs)
+      results[str(length)] = {name: round(value, 2) for name, value in speeds.items()}
   return results
 
 
@@ -186,6 +190,7 @@ def objective() -> dict[str, float]:
   specials = vocabulary.specials
   ids = {'mask': specials.mask, 'sop': specials.sop, 'eop': specials.eop}
   examples = [
+    # As the original has a document: opened by [ENC] and closed by <eos>.
     np.concatenate([[specials.enc], row[1:-1], [specials.eos]]).astype(np.int64)
     for row in rows.tokens
   ]
@@ -207,8 +212,8 @@ def objective() -> dict[str, float]:
     return infilling.make_examples(source, 512, config, vocabulary)
 
   dataset = tf.data.Dataset.range(10**9).map(make, num_parallel_calls=2)
-  found = _in_turns({'op': _draws(dataset, 256, B / 1e3), 'original': original})
-  return {name: round(value, 2) for name, value in found.items()}
+  speeds = _in_turns({'op': _draws(dataset, 256, B / 1e3), 'original': original})
+  return {name: round(value, 2) for name, value in speeds.items()}
 
 
 def padding() -> dict[str, float]:
@@ -254,14 +259,16 @@ def packing() -> dict[str, float]:
       table = make_rows(documents, prefix, eos, plan)
       inside = total = 0
       for first in range(0, 1024, 64):
-        x = {k: tf.constant(v[first : first + 64]) for k, v in table._asdict().items()}
-        x['step'] = tf.range(first, first + 64, dtype=tf.int64)
-        x['keys'] = stateless.example_keys(0, x['step'])
-        source, places = packed.take_apart(x, plan)
+        batch = {k: tf.constant(v[first : first + 64]) for k, v in table._asdict().items()}
+        batch['step'] = tf.range(first, first + 64, dtype=tf.int64)
+        batch['keys'] = stateless.example_keys(0, batch['step'])
+        # Documents one by one, each with room for its spans, and back into the rows.
+        source, places = packed.take_apart(batch, plan)
         size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
-        made = infilling.make_examples(source, size, config, vocabulary)
-        made = packed.put_together(made, places, 64, length)
-        inside += int((made['key_end'].numpy() > 0).sum())
+        examples = infilling.make_examples(source, size, config, vocabulary)
+        examples = packed.put_together(examples, places, 64, length)
+        # A position that sees no key is padding.
+        inside += int((examples['key_end'].numpy() > 0).sum())
         total += 64 * length
       results[f'{name} {length}'] = round(inside / total, 4)
   return results
@@ -291,6 +298,7 @@ def making() -> dict[str, float]:
 
     def bare() -> float:
       nonlocal count
+      # The processor below the vocabulary: encoding and nothing else.
       processor = vocabulary._processor
       count = sum(map(len, processor.encode(texts, num_threads=1)))
       return count / 1e6
@@ -301,8 +309,8 @@ def making() -> dict[str, float]:
       shutil.rmtree(output)
       return count / 1e6
 
-    found = _in_turns({'sentencepiece': bare, 'make_shards': whole})
-  return {name: round(value, 3) for name, value in found.items()}
+    speeds = _in_turns({'sentencepiece': bare, 'make_shards': whole})
+  return {name: round(value, 3) for name, value in speeds.items()}
 
 
 def resume() -> dict[str, float]:
@@ -336,13 +344,13 @@ def stall() -> dict[str, float]:
     command += ['--gin.TRAIN_STEPS=1000', '--gin.EvaluationConfig.fill=0']
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     text = (Path(folder) / 'run' / 'metrics.jsonl').read_text(encoding='utf-8')
-  found = [float(x) for x in re.findall(r'"input_stall": ([\d.e-]+)', text)]
-  return {'share': round(statistics.mean(found), 4)}
+  stalls = [float(share) for share in re.findall(r'"input_stall": ([\d.e-]+)', text)]
+  return {'share': round(statistics.mean(stalls), 4)}
 
 
 def section(results: dict[str, Any]) -> list[str]:
   """The README's table."""
-  flow, op, made = results['throughput'], results['objective'], results['making']
+  flow, op, encoding = results['throughput'], results['objective'], results['making']
   lines = [
     '| data, a core of CPU time | 512 | 2,048 | peer in the same run |',
     '|---|---|---|---|',
@@ -370,10 +378,10 @@ def section(results: dict[str, Any]) -> list[str]:
   lines.append(
     f'| packed rows are full, 30-600-token documents | {cells[0]} | {cells[1]} | |'
   )
-  ratio = made['make_shards'] / made['sentencepiece']
+  ratio = encoding['make_shards'] / encoding['sentencepiece']
   lines.append(
-    f'| make_shards, Mtok/s | {made["make_shards"]:.2f} | | bare sentencepiece.encode '
-    f'{made["sentencepiece"]:.2f} ({ratio:.2f} x) |'
+    f'| make_shards, Mtok/s | {encoding["make_shards"]:.2f} | | bare sentencepiece.encode '
+    f'{encoding["sentencepiece"]:.2f} ({ratio:.2f} x) |'
   )
   return [
     *lines,

@@ -14,13 +14,14 @@ import random
 import numpy as np
 import tensorflow as tf
 
+# Span lengths: Poisson of mean 3, without its constant factor.
 _PMF = [3.0**k / math.factorial(k) for k in range(1, 40)]
 
 
 def original_blank(
   tokens: np.ndarray, rng: random.Random, ids: dict[str, int], size: int
 ) -> dict[str, np.ndarray]:
-  """One example: lengths, places, positions, parts and padding, each by a loop.
+  """One example: lengths, spans, positions, parts and padding, each by a loop.
 
   Args:
     tokens: [n] of one document, opened by [ENC] and closed by <eos>.
@@ -32,16 +33,20 @@ def original_blank(
   while sum(lengths) < int(0.15 * n):
     lengths += rng.choices(range(1, 40), weights=_PMF)
   rng.shuffle(lengths)
+  # Spans are placed in the text without [ENC] and <eos>, contracted to a point each, with
+  # one token at least between two of them.
   body, total, count = n - 2, sum(lengths), len(lengths)
-  places = sorted(rng.randrange(body - total - count + 2) for _ in range(count))
+  starts = sorted(rng.randrange(body - total - count + 2) for _ in range(count))
   spans, before = [], 1
-  for place, length in zip(places, lengths, strict=True):
-    spans.append((place + before, place + before + length))
+  for start, length in zip(starts, lengths, strict=True):
+    spans.append((start + before, start + before + length))
     before += length + 1
+  # Part A counts a span as one position, that of its [MASK].
   position = np.ones(n, np.int64)
   for start, end in spans:
     position[start + 1 : end] = 0
   position = np.cumsum(position) - 1
+  # Part B: the spans in random order, each at the position of its [MASK].
   order = list(range(count))
   rng.shuffle(order)
   inputs, targets, positions, blocks = [], [], [], []
@@ -51,6 +56,7 @@ def original_blank(
     targets += [tokens[start:end], [ids['eop']]]
     positions.append([position[start]] * (end - start + 1))
     blocks.append(np.arange(1, end - start + 2))
+  # Part A: the text with [MASK] for each span.
   source, source_positions, last = [], [], 0
   for start, end in spans:
     source += [tokens[last:start], [ids['mask']]]
@@ -86,18 +92,21 @@ def t5_span_corruption(
   noise = tf.cast(tf.round(tf.cast(n, tf.float32) * 0.15), tf.int32)
   spans = tf.maximum(tf.cast(tf.round(tf.cast(noise, tf.float32) / 3.0), tf.int32), 1)
 
+  # A random composition: shuffled cuts between the elements divide them into `spans` runs.
   def segments(total: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     cuts = tf.cast(tf.range(total - 1) < spans - 1, tf.int32)
     cuts = tf.random.experimental.stateless_shuffle(cuts, seed)
     number = tf.cumsum(tf.pad(cuts, [[1, 0]]))
     return tf.math.segment_sum(tf.ones_like(number), number)
 
+  # Text and noise take turns, text first: every second segment is noise.
   both = tf.stack([segments(n - noise, seeds[0]), segments(noise, seeds[1])], 1)
   starts = tf.cumsum(tf.reshape(both, [-1]))[:-1]
   begins = tf.math.unsorted_segment_sum(tf.ones_like(starts), starts, n)
   is_noise = tf.cumsum(begins) % 2 == 1
 
   def sentinels(hidden: tf.Tensor) -> tf.Tensor:
+    # The first token of each run becomes a sentinel, and the others go.
     first = hidden & ~tf.pad(hidden, [[1, 0]])[:-1]
     marks = vocabulary_size - tf.cumsum(tf.cast(first, tf.int32))
     kept = tf.where(first, marks, tokens)

@@ -17,6 +17,7 @@ def main(run: Path) -> None:
   """Copies the summary and the picture, and rewrites the README between its marks."""
   kept = ROOT / 'benchmarks' / 'quickstart'
   for name in ('summary.json', 'loss.png'):
+    # The kept files themselves may be given, to rewrite the README from them.
     if run.resolve() != kept:
       shutil.copy(run / name, kept / name)
   summary = json.loads((kept / 'summary.json').read_text(encoding='utf-8'))

@@ -14,6 +14,7 @@ def write_section(name: str, lines: Sequence[str]) -> None:
   first, last = f'<!-- {name} -->', f'<!-- end of {name} -->'
   path = next(path for path in READMES if first in path.read_text(encoding='utf-8'))
   text = path.read_text(encoding='utf-8')
+  # Unpacking raises if a mark is missing or is there twice: nothing is overwritten then.
   before, rest = text.split(first)
   _, after = rest.split(last)
   body = '\n'.join(['', *lines, ''])

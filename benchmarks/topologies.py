@@ -2,7 +2,7 @@
 
 python -m benchmarks.topologies [--only=TEXT]
 
-compiles the training step of each row for chips that are not here, a minute or two each,
+compiles the training step of each row for chips one need not have, a minute or two each,
 and writes benchmarks/topologies/results.json and the README's table. A row whose lowered
 step has not changed is not compiled again, so that an interrupted run goes on.
 """
@@ -111,11 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if results.get(row.key, {}).get('fingerprint') == fingerprint:
       print(f'{row.key}: as before', flush=True)
       continue
-    found = predict(config, layout)
-    results[row.key] = {**found, 'bindings': row.bindings, 'file': row.file}
+    predicted = predict(config, layout)
+    results[row.key] = {**predicted, 'bindings': row.bindings, 'file': row.file}
+    # After each row: a row that took minutes is not lost.
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
-    print(row.key, found['mfu'], f'{found["compile_seconds"]:.0f} s', flush=True)
+    print(row.key, predicted['mfu'], f'{predicted["compile_seconds"]:.0f} s', flush=True)
   write(results)
 
 
@@ -151,15 +152,17 @@ def predict(config: Any, layout: Any) -> dict[str, Any]:
 
   from glm_jax.performance.planning import prediction
 
-  found = prediction.predict(config, layout)
-  values = found.to_dict()
-  values.pop('calibrated', None)  # the table applies the calibration there is then
-  tokens = found.tokens / found.chips
+  result = prediction.predict(config, layout)
+  values = result.to_dict()
+  # The table applies the calibration of the time when it is written.
+  values.pop('calibrated', None)
+  tokens = result.tokens / result.chips
   return {**values, 'tokens_a_chip': tokens, 'jax': jax.__version__}
 
 
 def write(results: dict[str, Any]) -> None:
   """The README's table, one row a model and kind of chip, and the whole of it."""
+  # In reverse, so that of several rows the first one stays.
   first = {(row.model, row.topology[:3]): row for row in reversed(ROWS)}
   shown = [
     row for row in ROWS if row in first.values() and row.topology[:2] in ('v5', 'v6')

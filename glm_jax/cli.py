@@ -18,9 +18,13 @@ from typing import Any
 from glm_jax import startup
 from glm_jax.configs import ResourceError, UserError
 
-EXIT_DATA = 65  # bad input or configuration: trying again does not help
-EXIT_NUMERICS = 70  # the loss is no longer finite
-EXIT_IO = 74  # a file cannot be read or written
+# Exit codes as in sysexits.h, by which a scheduler can tell whether to try again.
+# Bad input or configuration: the next attempt would fail as well.
+EXIT_DATA = 65
+# The loss is no longer finite.
+EXIT_NUMERICS = 70
+# A file cannot be read or written.
+EXIT_IO = 74
 
 # What the system says of its disks and permissions. A file that is missing is not among
 # them: either it is refused by name, or the program lost it.
@@ -56,6 +60,7 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
       raise
     return _stop(_message(error), EXIT_IO)
   except KeyboardInterrupt:
+    # 128 + SIGINT, as a shell reports it.
     return _stop('interrupted', 130)
   return 0
 
@@ -90,6 +95,7 @@ def add_gin_flags(flags: argparse.ArgumentParser) -> None:
     'current folder and the installed package',
   )
   group.add_argument(
+    # For --help alone: `split_bindings` takes these before the parser sees them.
     '--gin.NAME',
     dest='unused',
     metavar='VALUE',
@@ -220,21 +226,24 @@ def load_config(
 
   root = Path(__file__).resolve().parent.parent
   folders = [path for path in search_paths.split(',') if path] + ['', str(root)]
+  # gin's state belongs to the process: what an earlier call bound must not remain.
   gin.clear_config()
   for configurable in configurables:
     if configurable.__name__ not in _registered:
       gin.external_configurable(configurable, configurable.__name__)
       _registered.add(configurable.__name__)
-  # Only plain files: gin's other reader imports packages to find files in them, and
-  # stumbles over a folder such as gin_configs, which is none.
+  # Only plain files. A private list of gin: its other reader imports packages to find files
+  # in them, and stumbles over a folder such as gin_configs, which is none.
   gin.config._FILE_READERS[:] = gin.config._FILE_READERS[:1]
   # The package's folder first: gin looks in the last one added first.
   for folder in reversed(folders):
     gin.add_config_file_search_path(folder)
   seen: dict[str, str] = {}
   for file in files:
+    # Before gin parses anything: parsing an import statement runs it.
     _refuse_code(_find(file, folders), folders, seen)
-  try:  # nothing of ours runs here: whatever is raised is about the text
+  # No code of ours runs in here: whatever is raised is about the text.
+  try:
     gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False)
     _refuse_unused_macros(gin)
     if placeholders:
@@ -246,7 +255,8 @@ def load_config(
   try:
     config = gin.get_configurable(kind.__name__)()
   except (UserError, TypeError, RuntimeError) as error:
-    # gin's own are TypeErrors of a call and RuntimeErrors of what has no value.
+    # gin raises TypeError for a call that does not fit, and RuntimeError for a parameter
+    # without a value; the same types from code of ours are defects.
     if not isinstance(error, UserError) and not _is_of_gin(error):
       raise
     raise UserError(_message(error)) from error
@@ -261,6 +271,7 @@ def _is_of_gin(error: BaseException) -> bool:
   return trace is None or trace.tb_frame.f_globals.get('__name__', '').startswith('gin.')
 
 
+# gin refuses to register a name twice, even after `clear_config`.
 _registered: set[str] = set()
 
 
@@ -271,7 +282,7 @@ def _find(file: str, folders: Sequence[str]) -> Path:
       return path
   raise UserError(
     f'--gin_file and include must name a gin file, got {file!r}, which is '
-    f'in none of {[folder or "." for folder in folders]}; correct the path.'
+    f'in none of {[folder or "." for folder in folders]}; see --gin_search_paths.'
   )
 
 
@@ -285,7 +296,7 @@ def _refuse_code(path: Path, folders: Sequence[str], seen: dict[str, str]) -> No
     seen[str(path)] = text = path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
     raise UserError(
-      f'a gin file must be UTF-8 text, got {path} ({error}); correct it.'
+      f'a gin file must be UTF-8 text, got {path} ({error}); save it as UTF-8.'
     ) from error
   try:
     statements = list(config_parser.ConfigParser(text, _NoDelegate()))
@@ -326,6 +337,7 @@ def _refuse_unused_macros(gin: Any) -> None:
 
 def _macros(gin: Any) -> tuple[set[str], set[str]]:
   """Names of macros that are defined, and that are used."""
+  # gin has no call that lists macros: its own text of the configuration does.
   text = gin.config_str()
   return (
     set(re.findall(r'^([A-Za-z_]\w*)\s*=', text, re.MULTILINE)),
@@ -335,9 +347,11 @@ def _macros(gin: Any) -> tuple[set[str], set[str]]:
 
 def _message(error: BaseException) -> str:
   """The first paragraph of an error; gin adds its own trace behind it."""
+  # str(error) would begin with '[Errno 2]'.
   if isinstance(error, OSError) and error.strerror and error.filename:
     return f'{error.filename}: {error.strerror}'
   text = str(error).strip()
+  # One line for the terminal, without the configurables that gin was in.
   text = re.split(r'\n\s*In call to configurable', text)[0].strip()
   return re.sub(r'\s*\n\s*', ' ', text)
 

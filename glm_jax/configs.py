@@ -55,6 +55,7 @@ def at_least(least: float) -> Rule:
     >>> at_least(1).words, at_least(1).holds(0)
     ('1 or more', False)
   """
+  # The bound above refuses NaN, too, of which every comparison is false.
   return Rule(f'{least} or more', lambda x: least <= x < math.inf, f'give {least} or more')
 
 
@@ -94,9 +95,9 @@ def check_fields(config: Any) -> None:
   Example:
     >>> @dataclasses.dataclass(frozen=True)
     ... class Config:
-    ...   batch_size: typing.Annotated[int, POSITIVE] = 8
-    >>> check_fields(Config(batch_size=16))
-    >>> check_fields(Config(batch_size='16'))
+    ...   rows: typing.Annotated[int, POSITIVE] = 8
+    >>> check_fields(Config(rows=16))
+    >>> check_fields(Config(rows='16'))
     Traceback (most recent call last):
     ...
     glm_jax.configs.UserError: Config.rows must be int, got '16' (str); set it to an int.
@@ -105,6 +106,7 @@ def check_fields(config: Any) -> None:
     ...
     glm_jax.configs.UserError: Config.rows must be positive, got 0; give a number above 0.
   """
+  # `from __future__ import annotations` leaves the types as text: they are evaluated here.
   hints = typing.get_type_hints(type(config), include_extras=True)
   for field in dataclasses.fields(config):
     value, hint = getattr(config, field.name), hints[field.name]
@@ -161,6 +163,7 @@ def _matches(value: Any, hint: Any) -> bool:
   if origin is tuple:
     if not isinstance(value, tuple):
       return False
+    # tuple[int, ...] is of any length, tuple[int, str] of that one.
     if len(args) == 2 and args[1] is Ellipsis:
       return all(_matches(item, args[0]) for item in value)
     return len(value) == len(args) and all(map(_matches, value, args))
@@ -172,6 +175,7 @@ def _matches(value: Any, hint: Any) -> bool:
   if hint is type(None):
     return value is None
   if hint is float:
+    # bool is a subclass of int.
     return isinstance(value, (int, float)) and not isinstance(value, bool)
   if hint is int:
     return isinstance(value, int) and not isinstance(value, bool)

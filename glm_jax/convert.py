@@ -35,8 +35,9 @@ DTYPES = {
   'bfloat16': np.dtype(ml_dtypes.bfloat16),
 }
 _CHECKPOINT = 'checkpoint'
-# What a model that came from nowhere is exported to.
+# The format by family, for a model that was not converted from a released one.
 _DEFAULTS = {'glm': 'megatron', 'chatglm': 'chatglm', 'chatglm2': 'glm'}
+# In the folder while it is written: what the conversion is of, see `_identity`.
 _PROGRESS = 'conversion.json'
 
 
@@ -48,8 +49,8 @@ class Model(NamedTuple):
     leaves: its parameters.
     vocabulary: None where SRC has none.
     source: what it was converted from: format, config.json, parts, prefix,
-      repeats_head, buffers; empty for a model that came from nowhere.
-    step: of a checkpoint, training steps behind it.
+      repeats_head, buffers; empty for a model that was trained from the start.
+    step: training steps behind a checkpoint; 0 for a released model.
   """
 
   config: Any
@@ -78,7 +79,7 @@ def convert(flags: argparse.Namespace) -> None:
     'choose another folder, or remove it',
   )
 
-  # What SRC is.
+  # What SRC is: a MODEL_DIR holds `checkpoints`, one checkpoint of it `params`.
   is_checkpoint = any((src / name).exists() for name in ('checkpoints', 'params'))
   configs.check(
     not (is_checkpoint and flags.set),
@@ -129,19 +130,22 @@ def convert(flags: argparse.Namespace) -> None:
     for spec in model.leaves.specs.values()
   )
   if target != _CHECKPOINT:
-    FORMATS[target].entries(model.config, parts)  # or it says what does not divide
+    # For its check alone: it raises for sizes that the parts do not divide.
+    FORMATS[target].entries(model.config, parts)
 
-  # Writing, beside DST.
+  # Writing, beside DST: on the same disk, so that renaming the folder copies nothing.
   partial = dst.with_name(f'.{dst.name}.partial')
   identity = json.dumps(_identity(src, flags, target, model), sort_keys=True)
-  goes_on = _read_text(partial / _PROGRESS) == identity
-  there = sum(f.stat().st_size for f in partial.rglob('*')) if goes_on else 0
-  _check_room(dst, size - there + (-(-size // parts) if in_parts else 0))
-  if goes_on:
+  resumes = _read_text(partial / _PROGRESS) == identity
+  written = sum(f.stat().st_size for f in partial.rglob('*')) if resumes else 0
+  # In parts, the scratch files of one part are there beside its .pt file.
+  _check_room(dst, size - written + (-(-size // parts) if in_parts else 0))
+  if resumes:
     print(f'going on with {partial}')
   else:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    # Before anything else, so that an interruption at any later point can be resumed.
     (partial / _PROGRESS).write_text(identity, encoding='utf-8')
   with _bar(size) as bar:
     if target == _CHECKPOINT:
@@ -149,10 +153,10 @@ def convert(flags: argparse.Namespace) -> None:
     else:
       _write_foreign(partial, model, target, dtype, parts, flags.shard_size, bar.update)
 
-  # It is complete: it may bear its name.
+  # It is complete and may bear its name, without the mark of a conversion that goes on.
   (partial / _PROGRESS).unlink()
   os.replace(partial, dst)
-  words = (
+  vocabulary = (
     'no vocabulary'
     if model.vocabulary is None
     else f'vocabulary {model.vocabulary.kind} of {model.vocabulary.size:,}'
@@ -160,12 +164,13 @@ def convert(flags: argparse.Namespace) -> None:
   if target in hub.OWN_CODE:
     print('copy the .py files of the released model beside it for transformers to read it')
   print(
-    f'{target}: {count:,} parameters, {size / 1e9:.2f} GB, {words}, in {dst} '
+    f'{target}: {count:,} parameters, {size / 1e9:.2f} GB, {vocabulary}, in {dst} '
     f'({time.perf_counter() - began:.0f} s)'
   )
 
 
 def _read_checkpoint(src: Path) -> Model:
+  # Imported late: `--help` and refusals need not wait for the libraries behind it.
   from glm_jax import checkpoints
   from glm_jax.checkpoints.slices import StoredLeaves
 
@@ -186,24 +191,25 @@ def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
   from glm_jax.training import state
 
   source = files.open_source(src)
-  found = recognise.recognise(source, _overrides(flags.set))
-  shapes = {k: v.shape for k, v in flat(state.abstract_params(found.config)).items()}
+  recognised = recognise.recognise(source, _overrides(flags.set))
+  shapes = {k: v.shape for k, v in flat(state.abstract_params(recognised.config)).items()}
   vocabulary = None
   if not flags.vocabulary:
-    vocabulary = loading.find(src, found.format, found.config.vocab_size)
-  print(f'{src}: {FORMATS[found.format].describes}; {len(source.parts)} part(s)')
-  for line in found.assumed:
+    vocabulary = loading.find(src, recognised.format, recognised.config.vocab_size)
+  print(f'{src}: {FORMATS[recognised.format].describes}; {len(source.parts)} part(s)')
+  for line in recognised.assumed:
     print(f'  {line}')
-  foreign = leaves.ForeignLeaves(source, found, shapes)
+  foreign = leaves.ForeignLeaves(source, recognised, shapes)
   origin = {
-    'format': found.format,
+    # Kept in the checkpoint: an export in the same format gives the same files again.
+    'format': recognised.format,
     'config': source.config,
     'parts': len(source.parts),
-    'prefix': found.prefix,
-    'repeats_head': found.repeats_head,
+    'prefix': recognised.prefix,
+    'repeats_head': recognised.repeats_head,
     'buffers': foreign.buffers(),
   }
-  return Model(found.config, foreign, vocabulary, origin, 0)
+  return Model(recognised.config, foreign, vocabulary, origin, 0)
 
 
 def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> None:
@@ -230,6 +236,7 @@ def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> 
 def _write_foreign(
   folder: Path, model: Model, target: str, dtype, parts: int, shard_size: float, progress
 ) -> None:
+  # Back in the format that it came from, the files are the original's; else the usual ones.
   same = model.source.get('format') == target
   prefix = model.source.get('prefix') if same else ('glm.' if target == 'glm-10b' else '')
   # ChatGLM-6B's files hold a tied head twice.
@@ -258,9 +265,10 @@ def _write_foreign(
     if model.vocabulary is not None:
       hub.write_vocabulary(folder, model.vocabulary)
     return
-  made = tensors(0)
-  leaves.write_shards(folder, leaves.shards(made, int(shard_size * 2**30)), progress)
-  kind = max(made, key=lambda tensor: tensor.nbytes).dtype.name
+  exported = tensors(0)
+  leaves.write_shards(folder, leaves.shards(exported, int(shard_size * 2**30)), progress)
+  # config.json names one dtype: that of the weights, whatever small tensors have.
+  kind = max(exported, key=lambda tensor: tensor.nbytes).dtype.name
   hub.write_config(folder, target, model.config, model.source, kind, model.vocabulary)
 
 
@@ -284,6 +292,7 @@ def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_room(dst: Path, size: int) -> None:
+  # DST and some of its parents need not exist yet: ask the disk of one that does.
   parent = dst.absolute().parent
   while not parent.exists():
     parent = parent.parent
@@ -297,14 +306,16 @@ def _check_room(dst: Path, size: int) -> None:
 
 def _identity(src: Path, flags: argparse.Namespace, target: str, model: Model) -> dict:
   """What must be the same for an interrupted conversion to go on."""
+  # Sizes and times instead of contents: hashing would take as long as converting.
   stats = sorted(
     [str(path.relative_to(src)), path.stat().st_size, path.stat().st_mtime_ns]
     for path in src.rglob('*')
     if path.is_file()
   )
-  words = model.vocabulary and model.vocabulary.fingerprint
-  flags_ = {k: v for k, v in vars(flags).items() if k not in ('src', 'dst')}
-  return {'files': stats, 'to': target, 'vocabulary': words, 'flags': flags_}
+  fingerprint = model.vocabulary and model.vocabulary.fingerprint
+  # Without paths: this lies beside DST, and SRC is known by its files.
+  options = {k: v for k, v in vars(flags).items() if k not in ('src', 'dst')}
+  return {'files': stats, 'to': target, 'vocabulary': fingerprint, 'flags': options}
 
 
 def _read_text(path: Path) -> str:

@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
   if flags.dtype:
     config = dataclasses.replace(config, dtype=flags.dtype)
   vocabulary = start.vocabulary_of(folder, meta)
+  # One device: a prompt is a batch of one row.
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   # Weights stay as they are stored: each is cast where it is used.
   params = checkpoints.read_params(

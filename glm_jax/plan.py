@@ -1,4 +1,4 @@
-"""Compiles a run's step for accelerators that are not here, and prints what it needs.
+"""Compiles a run's step for accelerators one need not have, and prints what it needs.
 
 The phases, in order: configuration, topology, compile, table. `--suggest` repeats the last
 two over meshes, rows and remat policies.
@@ -25,6 +25,7 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
   Raises:
     UserError: the topology is unknown, or the step does not divide over it or fit.
   """
+  # JAX only here: `main` sets its environment first.
   import jax
 
   from glm_jax import sharding
@@ -33,7 +34,8 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
 
   config, _, _ = start.resolve(config)
   if flags.topology:
-    with startup.silenced_stderr():  # libtpu says there what it does not find
+    # libtpu complains there of the chips that it does not find.
+    with startup.silenced_stderr():
       devices = topologies.devices(flags.topology, flags.slices)
   else:
     devices = jax.devices()
@@ -41,16 +43,17 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
   if flags.slices > 1:
     where = f'{flags.slices} slices of {where}'
   if flags.suggest:
-    found, config = suggest.best(config, devices, flags.trials, print)
+    result, config = suggest.best(config, devices, flags.trials, print)
   else:
     print(f'compiling for {where} (minutes for a large model)', flush=True)
-    found = prediction.predict(config, sharding.make_mesh(config.mesh, devices))
-  print(table.render(found, config, where))
+    result = prediction.predict(config, sharding.make_mesh(config.mesh, devices))
+  print(table.render(result, config, where))
   Path(flags.json).write_text(
-    json.dumps({'topology': where, **found.to_dict()}, indent=2) + '\n', encoding='utf-8'
+    json.dumps({'topology': where, **result.to_dict()}, indent=2) + '\n', encoding='utf-8'
   )
   print(f'\nall of it in {flags.json}')
-  prediction.check_fits(found)
+  # Last, so that a step that does not fit is an error with its table and JSON.
+  prediction.check_fits(result)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,10 +70,11 @@ def main(argv: Sequence[str]) -> None:
     path.resolve().parent.is_dir() and not path.is_dir(),
     '--json must be a file in a folder that exists',
     repr(flags.json),
-    'correct the path',
+    'make the folder, or choose another file',
   )
   from glm_jax.performance.planning import topologies
 
+  # Before anything imports JAX, which reads the environment once.
   topologies.prepare_environment()
   if flags.platform == 'cpu':
     configs.check(

@@ -1,6 +1,6 @@
 """What a process does before anything else: devices, TensorFlow, quiet logs.
 
-Nothing here imports another room, so that workers may begin with it, too.
+This module imports no other room, so that worker processes may begin with it, too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from glm_jax import configs
 
 # Loggers of libraries that say at length what nobody acts on, or what they raise besides.
 _LOUD = ('absl', 'asyncio', 'jax', 'orbax', 'tensorflow', 'etils')
-# Modules whose threads raise in ours what they have printed in theirs.
+# Libraries that print an error in a thread of their own, and raise it in ours later.
 _TOLD_AGAIN = ('orbax', 'tensorstore', 'tensorboard')
 
 
 def be_quiet() -> None:
   """Silences what libraries say to nobody; warnings of XLA and our own threads remain."""
+  # Both are read when TensorFlow is imported, and must be set before.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   from absl import logging as absl_logging
@@ -40,6 +41,7 @@ def be_quiet() -> None:
 
 def _of_thread(args: threading.ExceptHookArgs) -> None:
   """Prints what ended a thread, unless a library raises it again where it is waited for."""
+  # The top-level package of every frame: the thread may have been started by any of them.
   trace, modules = args.exc_traceback, set()
   while trace is not None:
     modules.add(trace.tb_frame.f_globals.get('__name__', '').split('.')[0])
@@ -52,6 +54,7 @@ def _of_thread(args: threading.ExceptHookArgs) -> None:
 def silenced_stderr() -> Iterator[None]:
   """Hides file descriptor 2, where libraries write before their logging is set up."""
   sys.stderr.flush()
+  # The descriptor, not sys.stderr: C++ libraries write to it directly.
   saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   try:
     os.dup2(null, 2)
@@ -101,11 +104,14 @@ def import_modules(names: Sequence[str]) -> None:
     return
   import_tensorflow()
   if '' not in sys.path and str(Path.cwd()) not in sys.path:
+    # A module beside the caller is found under `python -m` and under an entry point alike.
     sys.path.insert(0, str(Path.cwd()))
   for name in names:
     try:
       importlib.import_module(name)
     except ModuleNotFoundError as error:
+      # A module that exists and imports another that does not is the user's to debug, with
+      # its traceback.
       if error.name and (name == error.name or name.startswith(error.name + '.')):
         raise configs.UserError(
           f'--import must name a module on the Python path, got {name!r}; '

@@ -29,6 +29,7 @@ from glm_jax.training import writer
 from glm_jax.training.config import TrainConfig
 
 _POLL_SECONDS = 0.5
+# Numbers behind each kind of dimension; any number of choices.
 _KINDS = {'float': 2, 'log': 2, 'int': 2, 'choice': None, 'share': 0}
 
 
@@ -68,7 +69,7 @@ class TuneConfig:
       bounds = known and _KINDS[kind] == 2
       ok = known and (bool(numbers) if kind == 'choice' else len(numbers) == _KINDS[kind])
       if ok and bounds:
-        ok = all(isinstance(x, (int, float)) for x in numbers) and numbers[0] < numbers[1]
+        ok = all(isinstance(n, (int, float)) for n in numbers) and numbers[0] < numbers[1]
         ok = ok and (kind != 'log' or numbers[0] > 0)
       configs.check(
         ok,
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
   flags = cli.parse(_flags(), argv)
   for name in ('trials', 'workers'):
     value = getattr(flags, name)
-    configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'correct it')
+    configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'give 1 or more')
   load = functools.partial(cli.configuration, flags, more=(TuneConfig,))
   # Every trial has a MODEL_DIR of its own.
   bindings = ["MODEL_DIR='trial'"]
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
   run, base = load(bindings=bindings)
   fixed = _fixed_validation(run)
   try:
-    # A binding that does not exist is said before anything runs.
+    # A binding that does not exist is refused before anything runs.
     example = _bindings(config, lambda name, dimension: _first(dimension))
     load(bindings=[*bindings, *fixed, *example])
   except UserError as error:
@@ -129,15 +130,15 @@ def _study(config: TuneConfig) -> Any:
     pruner=pruner if config.prune else optuna.pruners.NopPruner(),
   )
   searched = {name: list(dimension) for name, dimension in config.search.items()}
-  wanted = {'search': searched, 'metric': config.metric}
-  there = study.user_attrs.get('config')
+  search = {'search': searched, 'metric': config.metric}
+  stored = study.user_attrs.get('config')
   configs.check(
-    there in (None, wanted),
+    stored in (None, search),
     'a study goes on with the search that it began with',
-    f'{there} there, {wanted} here',
+    f'{stored} there, {search} here',
     'choose another TuneConfig.study_dir',
   )
-  study.set_user_attr('config', wanted)
+  study.set_user_attr('config', search)
   return study
 
 
@@ -150,9 +151,11 @@ def _search(study: Any, objective: Any, trials: int, workers: int) -> None:
   if ended >= trials:
     print(f'the study has {ended} trials already')
     return
+  # Trials of all commands that share the study count, not only those of this one.
   enough = optuna.study.MaxTrialsCallback(trials, states=states)
 
   def hopeless(study: Any, trial: Any) -> None:
+    # Two failures and no success: a mistake in the run, not bad luck with its settings.
     if trial.number and not study.get_trials(states=states):
       study.stop()
 
@@ -169,7 +172,7 @@ def _search(study: Any, objective: Any, trials: int, workers: int) -> None:
     bool(study.get_trials(states=states[:1])),
     'a search needs a trial that succeeds',
     'none; the last one said: ' + str(study.trials[-1].user_attrs.get('error', 'nothing')),
-    'correct the search or the run',
+    'see the .log of a trial, and change the search or the run',
   )
 
 
@@ -181,6 +184,7 @@ def _trial(trial: Any, config: TuneConfig, fixed: list[str], imports: list[str])
   name = trial.user_attrs.get('folder', f'trial-{trial.number:04}')
   trial.set_user_attr('folder', name)
   folder = Path(config.study_dir) / name
+  # A process, not a call: a trial may crash, and must give its memory back.
   command = [sys.executable, '-m', 'glm_jax.train']
   command += [f'--gin_file={config.study_dir}/base.gin']
   command += [f'--import={name}' for name in imports]
@@ -201,11 +205,13 @@ def _trial(trial: Any, config: TuneConfig, fixed: list[str], imports: list[str])
     try:
       value = _watch(process, trial, folder, config.metric)
     finally:
+      # Whatever ends the watch, pruning or an interrupt, ends the run.
       process.kill()
       process.wait()
   message = ''
+  # -SIGKILL is that of `process.kill`, after a metric that is no number.
   if process.returncode not in (0, -signal.SIGKILL):
-    lines = [x for x in log.read_text(encoding='utf-8').splitlines() if 'error: ' in x]
+    lines = [s for s in log.read_text(encoding='utf-8').splitlines() if 'error: ' in s]
     message = lines[-1].removeprefix('error: ') if lines else f'see {log}'
   elif not math.isfinite(value):
     message = f'a run must validate {config.metric!r}, got no such number; see {log}'
@@ -221,6 +227,7 @@ def _watch(process: Any, trial: Any, folder: Path, metric: str) -> float:
 
   value, seen = math.nan, 0
   while True:
+    # Asked before the file is read: a run that ended in between is read once more.
     running = process.poll() is None
     if (folder / 'metrics.jsonl').exists():
       for record in writer.read(str(folder), 'validation')[seen:]:
@@ -265,6 +272,7 @@ def _fixed_validation(run: TrainConfig) -> list[str]:
   """Bindings that keep masks and objectives of validation out of the search."""
   if run.task == 'glm_causal':  # it has no masks
     return []
+  # Every setting is bound, also those that are searched: validation is the same for all.
   fixed = run.evaluation.objectives or dataclasses.replace(
     run.objectives, schedule=(), blank=1.0, document=1.0, sentence=1.0
   )
@@ -312,6 +320,7 @@ def _plots(study: Any, folder: Path) -> list[str]:
   }
   names = []
   for name, plot in plots.items():
+    # Some plots return an array of axes, one a parameter.
     axes = plot(study)
     first = axes if not hasattr(axes, '__len__') else axes.flat[0]
     first.figure.savefig(folder / f'{name}.png', dpi=120, bbox_inches='tight')

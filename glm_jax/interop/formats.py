@@ -45,10 +45,10 @@ class Entry(NamedTuple):
   """A foreign tensor.
 
   Attributes:
-    name: of it.
-    shape: of it.
+    name: as the checkpoint has it.
+    shape: in one part of the checkpoint.
     sizes: for each dimension, the config fields that it comes from.
-    parts: what it holds.
+    parts: the leaves, or layers of leaves, that it holds.
   """
 
   name: str
@@ -65,7 +65,7 @@ class Format(NamedTuple):
     entries: (config, parts) -> its tensors, in the order of the forward pass.
     container: 'huggingface' (config.json, shards and an index) or 'megatron'
       (`mp_rank_*` files).
-    describes: for help and messages.
+    describes: what it is, for help and messages.
   """
 
   config: type
@@ -85,6 +85,7 @@ def _transposed(array: np.ndarray) -> np.ndarray:
 class _Sizes(NamedTuple):
   """Sizes of one part: N, K, F and V are its own share."""
 
+  # Width; query heads, key/value heads and their size; width of the MLP; vocabulary.
   D: int
   N: int
   K: int
@@ -95,6 +96,7 @@ class _Sizes(NamedTuple):
   @classmethod
   def of(cls, config: Any, parts: int) -> _Sizes:
     c = config
+    # A head or a row of the vocabulary is never cut in two.
     for name in ('num_heads', 'num_kv_heads', 'inner_size', 'vocab_size'):
       if getattr(c, name) % parts:
         raise UserError(
@@ -119,8 +121,8 @@ def _plain(name: str, path: Path, layer: int | None, shape, sizes, axis=None) ->
 def _norm(name: str, path: Path, layer: int | None, s: _Sizes, bias: bool) -> list[Entry]:
   kinds = (('weight', 'scale'), ('bias', 'bias')) if bias else (('weight', 'scale'),)
   return [
-    _plain(f'{name}.{theirs}', (*path, ours), layer, (s.D,), ('hidden_size',))
-    for theirs, ours in kinds
+    _plain(f'{name}.{stored_as}', (*path, leaf), layer, (s.D,), ('hidden_size',))
+    for stored_as, leaf in kinds
   ]
 
 
@@ -128,6 +130,8 @@ def _heads(rows: slice, heads: int, H: int) -> View:
   """Rows of a fused [out, D] weight (or [out] bias) as [D, heads, H] (or [heads, H])."""
 
   def view(array: np.ndarray) -> np.ndarray:
+    # [rows, D] -> [heads, H, D] -> [D, heads, H]; without D for a bias. NumPy needs no copy
+    # for a slice of leading rows, a split of an axis or a transposition.
     array = array[rows].reshape(heads, H, *array.shape[1:])
     return array.transpose(2, 0, 1) if array.ndim == 3 else array
 
@@ -138,6 +142,7 @@ def _interleaved_heads(which: int, heads: int, H: int) -> View:
   """As `_heads`, of weights whose rows are q, k, v of head 0, then of head 1, ..."""
 
   def view(array: np.ndarray) -> np.ndarray:
+    # [3 * heads * H, D] -> [heads, 3, H, D] -> [heads, H, D] -> [D, heads, H]
     array = array.reshape(heads, 3, H, *array.shape[1:])[:, which]
     return array.transpose(2, 0, 1) if array.ndim == 3 else array
 
@@ -146,17 +151,19 @@ def _interleaved_heads(which: int, heads: int, H: int) -> View:
 
 def _qkv(name: str, layer: int, s: _Sizes, bias: bool, interleaved: bool) -> list[Entry]:
   """Fused query, key and value."""
+  # The rows are those of q, then k, then v; with grouped heads, the last two have fewer.
   rows = (s.N + 2 * s.K) * s.H
   ends = np.cumsum([0, s.N * s.H, s.K * s.H, s.K * s.H])
   entries = []
   for kind in ('weight', 'bias') if bias else ('weight',):
     parts = []
-    for which, (our, heads) in enumerate((('q', s.N), ('k', s.K), ('v', s.K))):
+    for which, (leaf, heads) in enumerate((('q', s.N), ('k', s.K), ('v', s.K))):
       if interleaved:
         view = _interleaved_heads(which, heads, s.H)
       else:
         view = _heads(slice(ends[which], ends[which + 1]), heads, s.H)
-      path = ('layers', 'attention', our, kind)
+      path = ('layers', 'attention', leaf, kind)
+      # The heads are divided among parts: axis 1 of [D, heads, H], axis 0 of [heads, H].
       parts.append(LeafView(path, layer, view, 1 if kind == 'weight' else 0))
     shape = (rows, s.D) if kind == 'weight' else (rows,)
     sizes = ('num_heads, num_kv_heads, head_size', 'hidden_size')[: len(shape)]
@@ -168,12 +175,14 @@ def _out(name: str, layer: int, s: _Sizes, bias: bool) -> list[Entry]:
   """Attention's output."""
 
   def view(array: np.ndarray) -> np.ndarray:
+    # [D, N * H] -> [D, N, H] -> [N, H, D]
     return array.reshape(s.D, s.N, s.H).transpose(1, 2, 0)
 
   path = ('layers', 'attention', 'out')
   shape, sizes = (s.D, s.N * s.H), ('hidden_size', 'num_heads, head_size')
   part = LeafView((*path, 'weight'), layer, view, 0)
   entries = [Entry(f'{name}.weight', shape, sizes, (part,))]
+  # The bias is added to the sum over parts, so that each of them holds all of it.
   if bias:
     entries.append(_plain(f'{name}.bias', (*path, 'bias'), layer, (s.D,), ('hidden_size',)))
   return entries
@@ -185,9 +194,10 @@ def _up(
   """The first weight of the MLP: `halves` says what its rows are, in order."""
   entries = []
   for kind in ('weight', 'bias') if bias else ('weight',):
-
+    # A function of its own, so that each half's rows are bound when it is made.
     def view(number: int) -> View:
       rows = slice(number * s.F, (number + 1) * s.F)
+      # [halves * F, D] -> [F, D] -> [D, F]; of a bias, [F].
       return lambda array: array[rows].T
 
     parts = tuple(
@@ -201,6 +211,7 @@ def _up(
 
 
 def _down(name: str, layer: int, s: _Sizes, bias: bool) -> list[Entry]:
+  # [D, F] -> [F, D]: the input's width is what parts divide, and the bias is whole.
   path = ('layers', 'mlp', 'down')
   part = LeafView((*path, 'weight'), layer, _transposed, 0)
   entries = [Entry(f'{name}.weight', (s.D, s.F), ('hidden_size', 'mlp_size'), (part,))]
@@ -229,7 +240,9 @@ def _thudm_block(
 def glm(c: GLMConfig, parts: int) -> list[Entry]:
   """THUDM/GLM mpu/transformer.py: all of Q, all of K, all of V."""
   s = _Sizes.of(c, parts)
+  # No entry for a head: GLM's is always the embedding table.
   entries = [_vocabulary_rows('word_embeddings.weight', ('words', 'weight'), s)]
+  # Learned tables of positions, and of positions inside a span; every part has both.
   for kind in ('positions', 'block_positions'):
     name = kind.removesuffix('positions') + 'position_embeddings'
     shape, sizes = (c.max_positions + 1, s.D), ('max_positions', 'hidden_size')
@@ -262,6 +275,7 @@ def chatglm2(c: ChatGLM2Config, parts: int) -> list[Entry]:
     entries += _qkv(f'{at}.self_attention.query_key_value', i, s, c.qkv_bias, False)
     entries += _out(f'{at}.self_attention.dense', i, s, False)
     entries += _norm(f'{at}.post_attention_layernorm', ('layers', 'mlp_norm'), i, s, False)
+    # SwiGLU of ChatGLM2's MLP.swiglu: silu(first half) * second half.
     entries += _up(f'{at}.mlp.dense_h_to_4h', i, s, False, ('gate', 'up'))
     entries += _down(f'{at}.mlp.dense_4h_to_h', i, s, False)
   path = ('final_norm',)
@@ -276,17 +290,17 @@ def hf_glm(c: ChatGLM2Config, parts: int) -> list[Entry]:
   for i in range(c.num_layers):
     at = f'model.layers.{i}'
     entries += _norm(f'{at}.input_layernorm', ('layers', 'attention_norm'), i, s, False)
-    for our, heads, field in (
+    for leaf, heads, field in (
       ('q', s.N, 'num_heads'),
       ('k', s.K, 'num_kv_heads'),
       ('v', s.K, 'num_kv_heads'),
     ):
       for kind in ('weight', 'bias') if c.qkv_bias else ('weight',):
         shape = (heads * s.H, s.D) if kind == 'weight' else (heads * s.H,)
-        path, axis = ('layers', 'attention', our, kind), 1 if kind == 'weight' else 0
+        path, axis = ('layers', 'attention', leaf, kind), 1 if kind == 'weight' else 0
         part = LeafView(path, i, _heads(slice(None), heads, s.H), axis)
         sizes = (f'{field}, head_size', 'hidden_size')[: len(shape)]
-        name = f'{at}.self_attn.{our}_proj.{kind}'
+        name = f'{at}.self_attn.{leaf}_proj.{kind}'
         entries.append(Entry(name, shape, sizes, (part,)))
     entries += _out(f'{at}.self_attn.o_proj', i, s, False)
     entries += _norm(f'{at}.post_attention_layernorm', ('layers', 'mlp_norm'), i, s, False)

@@ -1,6 +1,6 @@
 """What stands beside the weights of an export: config.json, generation, tokenizer.
 
-A model of the format `glm` is complete for transformers and vLLM without any code of its
+A model of the format `glm` is complete for transformers and vLLM and needs no code of its
 own: a fast tokenizer.json with the control pieces, a chat template, and the ids that end
 an answer.
 """
@@ -40,13 +40,13 @@ CHAT_TEMPLATES = {
   ),
 }
 
-
 # Formats that transformers reads with code of their own, which is not ours to ship.
 OWN_CODE = ('glm-10b', 'chatglm', 'chatglm2')
 
 
 def check(format: str, config: Any, vocabulary: Vocabulary | None) -> None:
   """Raises UserError for what a format cannot say, before anything is written."""
+  # The writer of the format raises for a model that its config.json cannot describe.
   config_json(format, config, {})
   if format == 'glm' and vocabulary is not None:
     configs.check(
@@ -75,14 +75,17 @@ def write_config(
     dtype: of the weights.
     vocabulary: None writes no tokenizer.
   """
-  theirs = source.get('config', {})
-  # transformers' own values are GLM-4's ids, which a smaller table does not have.
-  ids = {name: theirs.get(name) for name in ('eos_token_id', 'pad_token_id')}
+  raw = source.get('config', {})
+  # Written even if they are null: the defaults of transformers are ids of GLM-4, which a
+  # smaller table does not have.
+  ids = {name: raw.get(name) for name in ('eos_token_id', 'pad_token_id')}
   if vocabulary is not None:
+    # GlmConfig takes several ids that end an answer; the released classes take one.
     stops = list(vocabulary.stops) if format == 'glm' else vocabulary.stops[0]
     ids = {'eos_token_id': stops, 'pad_token_id': vocabulary.specials.pad}
     write_vocabulary(folder, vocabulary)
-  content = config_json(format, config, theirs if source.get('format') == format else {})
+  # Another format's fields would mean something else here.
+  content = config_json(format, config, raw if source.get('format') == format else {})
   if format == 'glm':
     content |= ids
     _write_json(folder / 'generation_config.json', {'do_sample': False, **ids})
@@ -101,6 +104,7 @@ def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
 
 
 def _write_tokenizer(folder: Path, vocabulary: Vocabulary, config: Any) -> None:
+  # None for GLM-4, whose own tokenizer.json `write_vocabulary` has written.
   fast = fast_tokenizer(vocabulary)
   if fast is not None:
     fast.save(str(folder / 'tokenizer.json'))
@@ -109,7 +113,9 @@ def _write_tokenizer(folder: Path, vocabulary: Vocabulary, config: Any) -> None:
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'clean_up_tokenization_spaces': False,
     'model_max_length': config.max_positions,
+    # A batch of prompts continues at the right, so that padding goes to the left.
     'padding_side': 'left',
+    # transformers needs some padding token; a sentencepiece model has <unk> as piece 0.
     'eos_token': names.get(vocabulary.stops[0]),
     'pad_token': names.get(vocabulary.specials.pad) or vocabulary.piece(0),
     'model_input_names': ['input_ids', 'attention_mask'],
@@ -137,9 +143,15 @@ def config_json(format: str, config: Any, raw: Mapping[str, Any]) -> dict[str, A
   Raises:
     UserError: the format has no way to say what the model computes.
   """
-  ours, defaults = _WRITERS[format](config)
-  theirs = {k: v for k, v in raw.items() if k != 'dtype'}  # another name of torch_dtype
-  return {**defaults, **theirs, **ours}
+  fields, defaults = _WRITERS[format](config)
+  # `dtype` is a newer name of torch_dtype, which the caller writes.
+  kept = {k: v for k, v in raw.items() if k != 'dtype'}
+  # Later ones win: what we compute must be what the file says.
+  return {**defaults, **kept, **fields}
+
+
+# A writer returns two dictionaries: fields that say what the model computes, and defaults
+# for those that the code of the format reads besides, which the original may override.
 
 
 def _write_glm(c: GLMConfig) -> tuple[dict, dict]:
@@ -204,6 +216,7 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
     f'{c.rotated_size} of {c.head_size}',
     'use --to=glm',
   )
+  # The released code has no field for the base: 10000 times the ratio is the base it uses.
   ratio = c.rope_ratio
   if c.rope_scaling == 'theta':
     ratio *= c.rope_theta / 10000
@@ -246,6 +259,7 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
 
 
 def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
+  # A scaled base is only another base; scaled positions are transformers' linear scaling.
   theta = c.rope_theta * (c.rope_ratio if c.rope_scaling == 'theta' else 1)
   share = c.rotated_size / c.head_size
   rope = {'rope_type': 'default', 'rope_theta': theta, 'partial_rotary_factor': share}
@@ -264,7 +278,8 @@ def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
     'num_attention_heads': c.num_heads,
     'num_hidden_layers': c.num_layers,
     'num_key_value_heads': c.num_kv_heads,
-    'partial_rotary_factor': share,  # where transformers before 5 looks
+    # Again, at the top level: where transformers before 5 looks.
+    'partial_rotary_factor': share,
     'rms_norm_eps': c.norm_epsilon,
     'rope_parameters': rope,
     'rope_theta': theta,

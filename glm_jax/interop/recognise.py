@@ -54,14 +54,19 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
   Raises:
     UserError: an unknown format, or a model that this package does not compute.
   """
+  # The names of the tensors tell the format; where two programs use the same names, the
+  # container does. THUDM's classes for tasks hold the plain model as an attribute `glm`.
   names = list(source.parts[0].specs)
   prefix = 'glm.' if names and all(name.startswith('glm.') for name in names) else ''
   specs = {k.removeprefix(prefix): v for k, v in source.parts[0].specs.items()}
+  # Rotary frequencies: stored by the released code, but computed here.
   buffers = tuple(name for name in specs if name.endswith('inv_freq'))
 
   def holds(start: str) -> bool:
     return any(name.startswith(start) for name in specs)
 
+  # The order matters: GLM has 'transformer.layers.', too, and is told from ChatGLM-6B by
+  # its tables of learned positions.
   if holds('transformer.encoder.layers.'):
     kind = 'chatglm2'
   elif holds('model.layers.'):
@@ -82,6 +87,8 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
     f'{source.folder} without one',
     'fetch it, too',
   )
+  # A head is tied if the config says so, or if the files hold the embedding table twice; a
+  # head of other values wins over what the config says.
   head_file = HEADS.get(kind)
   tied, repeats = False, False
   if head_file:
@@ -99,23 +106,28 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
 
 
 def _assumed(config: Any, source: Source, overrides: Mapping[str, Any]) -> tuple[str, ...]:
-  said = []
+  # Every line names the flag that overrules it: guesses are made, but never in silence.
+  lines = []
   if not source.config and 'num_heads' not in overrides:
-    said.append(
+    lines.append(
       f'no config.json: {config.num_heads} heads of {config.head_size} (--set num_heads=N)'
     )
+  # Two programs use the field `rope_ratio` for different formulas.
   ratio, scaling = getattr(config, 'rope_ratio', 1), getattr(config, 'rope_scaling', '')
   if ratio != 1 and 'rope_scaling' not in overrides:
     does = 'multiplies the rotary base' if scaling == 'theta' else 'divides positions'
     other = 'positions' if scaling == 'theta' else 'theta'
-    said.append(f'rope_ratio {ratio:g} {does} (--set rope_scaling={other})')
-  return tuple(said)
+    lines.append(f'rope_ratio {ratio:g} {does} (--set rope_scaling={other})')
+  return tuple(lines)
 
 
 def _equal(source: Source, prefix: str, a: str, b: str) -> bool:
   """Whether two tensors are the same, bit for bit, in every part."""
   return all(
+    # Shapes and dtypes first: tensors of different ones need not be read. The defaults
+    # differ, so that a tensor that is missing equals nothing.
     part.specs.get(prefix + a, (0,))[:2] == part.specs.get(prefix + b, (1,))[:2]
+    # As bytes: a NaN equals itself there, and -0.0 does not equal 0.0.
     and np.array_equal(
       part.read(prefix + a).view(np.uint8), part.read(prefix + b).view(np.uint8)
     )
@@ -124,7 +136,7 @@ def _equal(source: Source, prefix: str, a: str, b: str) -> bool:
 
 
 class _Fields:
-  """config.json of a source, whose fields must be there and be what is computed here."""
+  """config.json of a source: its fields, checked for type and for what we compute."""
 
   def __init__(self, source: Source):
     self._raw, self._where = source.config, source.folder / 'config.json'
@@ -142,10 +154,12 @@ class _Fields:
       value = self._raw.get(name)
       if value is None:
         continue
+      # A bool is an int to Python: `true` for a number is refused, as is 1 for a flag.
       right = isinstance(value, bool) == (kind is bool)
       if not right or not isinstance(value, (int, float) if kind is float else kind):
         raise UserError(
-          f'{name} in {self._where} must be {kind.__name__}, got {value!r}; correct it.'
+          f'{name} in {self._where} must be {kind.__name__}, got {value!r}; write '
+          'the value that the model was trained with.'
         )
       return kind(value)
     if default is None:
@@ -155,9 +169,10 @@ class _Fields:
       )
     return default
 
-  def expect(self, **wanted: Any) -> None:
-    """Raises UserError for a field with a value that is not what is computed here."""
-    for name, value in wanted.items():
+  def expect(self, **required: Any) -> None:
+    """Raises UserError for a field with a value that our models do not compute."""
+    for name, value in required.items():
+      # A field that is missing or null has the default of the released code.
       if name in self._raw and self._raw[name] not in (value, None):
         raise UserError(
           f'{name} in {self._where} must be {value!r}, which every released model has, got '
@@ -174,6 +189,7 @@ def _build(kind: type, values: dict[str, Any], overrides: dict[str, Any]) -> Any
     str(unknown),
     f'they are {sorted(known)}',
   )
+  # The dataclass checks the values and their relations.
   return kind(**{**values, **overrides})
 
 
@@ -187,11 +203,13 @@ def _shape(specs: Mapping[str, TensorSpec], name: str) -> tuple[int, ...]:
 
 
 def _layers(specs: Mapping[str, TensorSpec], start: str) -> int:
+  # 'transformer.layers.' has two dots: the number is the third part of each name.
   numbers = {name.split('.')[start.count('.')] for name in specs if name.startswith(start)}
   return 1 + max(int(number) for number in numbers if number.isdigit())
 
 
 def _heads(kind: str, D: int, fields: _Fields, overrides: Mapping[str, Any]) -> int:
+  # In the order of trust: the user, config.json, the head size of the released models.
   if 'num_heads' in overrides:
     return overrides['num_heads']
   if fields:
@@ -220,12 +238,15 @@ def _read_glm(kind, source, specs, tied, overrides) -> GLMConfig:
     'num_layers': _layers(specs, 'transformer.layers.'),
     'hidden_size': D,
     'num_heads': _heads(kind, D, fields, overrides),
+    # Weights are [out, in], and parts hold a share of the rows.
     'mlp_size': parts * _shape(specs, up)[0],
     'vocab_size': parts * V,
+    # GLM's tables have one row more than the positions of a text.
     'max_positions': rows - 1,
   }
   for name in ('num_layers', 'hidden_size', 'vocab_size'):
     values[name] = fields.get(name, default=values[name])
+  # 0 means four times the width: the config is then equal to one that leaves it out.
   if values['mlp_size'] == 4 * D:
     values['mlp_size'] = 0
   return _build(GLMConfig, values, overrides)
@@ -237,6 +258,8 @@ def _read_chatglm(kind, source, specs, tied, overrides) -> ChatGLMConfig:
   V, D = _shape(specs, 'transformer.word_embeddings.weight')
   at = 'transformer.layers.0.mlp'
   inner = _shape(specs, f'{at}.dense_4h_to_h.weight')[1]
+  # GEGLU fuses two weights into one of twice as many rows; GPT's MLP has one.
+  # Gated means GLM-130B, whose positions are of one axis; otherwise ChatGLM-6B.
   gated = _shape(specs, f'{at}.dense_h_to_4h.weight')[0] == 2 * inner
   L = _layers(specs, 'transformer.layers.')
   values = {
@@ -250,16 +273,17 @@ def _read_chatglm(kind, source, specs, tied, overrides) -> ChatGLMConfig:
     'two_positions': not gated,
     'deepnorm_layers': L if gated else CHATGLM_DEEPNORM_LAYERS,
     'tied_head': tied,
+    # ChatGLM-6B computes its frequencies in half precision, and was trained so.
     'rope_frequency_dtype': 'float32' if gated else 'float16',
   }
-  for ours, theirs in (
+  for field, name in (
     ('num_layers', 'num_layers'),
     ('hidden_size', 'hidden_size'),
     ('mlp_size', 'inner_hidden_size'),
     ('vocab_size', 'vocab_size'),
     ('max_positions', 'max_sequence_length'),
   ):
-    values[ours] = fields.get(theirs, default=values[ours])
+    values[field] = fields.get(name, default=values[field])
   values['norm_epsilon'] = fields.get('layernorm_epsilon', kind=float, default=1e-5)
   values['two_positions'] = fields.get('position_encoding_2d', kind=bool, default=not gated)
   return _build(ChatGLMConfig, values, overrides)
@@ -281,8 +305,9 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   V, D = _shape(specs, WORDS[kind])
   at = 'transformer.encoder.layers.0'
   N = fields.get('num_attention_heads')
-  configs.check(N >= 1, 'num_attention_heads must be positive', str(N), 'correct it')
-  few = fields.get('multi_query_attention', kind=bool, default=False)
+  remedy = 'write the value that the model was trained with'
+  configs.check(N >= 1, 'num_attention_heads must be positive', str(N), remedy)
+  grouped = fields.get('multi_query_attention', kind=bool, default=False)
   bias = f'{at}.self_attention.query_key_value.bias' in specs
   name = str(source.config.get('_name_or_path', '')).lower()
   values = {
@@ -293,7 +318,7 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     ),
     'hidden_size': fields.get('hidden_size', default=D),
     'num_heads': N,
-    'num_kv_heads': fields.get('multi_query_group_num') if few else N,
+    'num_kv_heads': fields.get('multi_query_group_num') if grouped else N,
     'head_size': fields.get('kv_channels', default=D // N),
     'mlp_size': fields.get(
       'ffn_hidden_size', default=_shape(specs, f'{at}.mlp.dense_4h_to_h.weight')[1]
@@ -307,6 +332,7 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     # Only ChatGLM2's own long variant divides positions; later ones multiply the base.
     'rope_scaling': 'positions' if 'chatglm2' in name else 'theta',
   }
+  # Both scalings are the same then: equal models get equal configs.
   if values['rope_ratio'] == 1:
     values['rope_scaling'] = 'theta'
   return _build(ChatGLM2Config, values, overrides)
@@ -315,6 +341,7 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
 def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   fields = _Fields(source)
   fields.expect(model_type='glm', hidden_act='silu', attention_dropout=0.0)
+  # transformers 5 nests the rotary fields; before, `rope_scaling` held some of them.
   rope = source.config.get('rope_parameters') or source.config.get('rope_scaling') or {}
   configs.check(
     isinstance(rope, dict),
@@ -322,12 +349,14 @@ def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     repr(rope),
     'fetch it again',
   )
+  # What is not nested is looked up at the top level.
   rope = _Fields(source._replace(config={**source.config, **rope}))
   known = 'linear' if 'factor' in rope._raw else 'default'
-  rope.expect(rope_type=known, type=known)  # the latter in older versions
+  # `type` is the name of older versions.
+  rope.expect(rope_type=known, type=known)
   V, D = _shape(specs, WORDS[kind])
   at = 'model.layers.0'
-  # transformers writes no field that has its class's own value.
+  # Defaults of GlmConfig: transformers does not write a field that has its default.
   H = fields.get('head_dim', default=128)
   share = rope.get('partial_rotary_factor', kind=float, default=0.5)
   values = {

@@ -45,8 +45,8 @@ class Chip:
   @property
   def calibration(self) -> tuple[float, str] | None:
     """(measured / predicted tokens/s, the public run of it); None where there is none."""
-    found = [pair for name, pair in calibrations().items() if CHIPS.get(name) is self]
-    return found[0] if found else None
+    pairs = [pair for name, pair in calibrations().items() if CHIPS.get(name) is self]
+    return pairs[0] if pairs else None
 
 
 # TPU: peak and HBM rate from `jax._src.pallas.mosaic.tpu_info` and the public chip pages,
@@ -55,7 +55,8 @@ CHIPS: dict[str, Chip] = {
   'v4': Chip(
     device_kinds=('TPU v4',),
     peak_flops=275e12,
-    hbm_bytes=int(30.5 * _GIB),  # 15.25 a core
+    # 15.25 a core.
+    hbm_bytes=int(30.5 * _GIB),
     hbm_bandwidth=1230e9,
     ici_bandwidth=90e9,
     clock_hz=1.05e9,
@@ -90,6 +91,7 @@ CHIPS: dict[str, Chip] = {
   ),
   'tpu7x': Chip(
     device_kinds=('TPU7x',),
+    # A JAX device is one of a chip's two halves, each with its own HBM.
     peak_flops=2307e12 / 2,
     hbm_bytes=int(94.75 * _GIB),
     hbm_bandwidth=7380e9 / 2,

@@ -15,6 +15,7 @@ def matmul_weights(model: Any) -> int:
   """Weights that a token is multiplied with: all but look-ups, biases and norms."""
   D, L, H = model.hidden_size, model.num_layers, model.head_size
   N, K = model.num_heads, model.num_kv_heads
+  # q and out have N heads, k and v have K; the embedding counts once, as the head.
   mlp = (3 if model.gated else 2) * D * model.inner_size
   return L * (2 * D * H * (N + K) + mlp) + D * model.vocab_size
 
@@ -51,6 +52,7 @@ def visited(visibility: Visibility) -> int:
   cut = blocks.tiles(T)
   total = 0
   for start, end in zip(*visibility, strict=True):
+    # Padded queries see no key: start = end = 0.
     start, end = (jnp.pad(jnp.asarray(x), (0, cut.size - T)) for x in (start, end))
     total += int(blocks.active(start, end, cut, cut).visited.sum()) * cut.block**2
   return total

@@ -30,6 +30,7 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
     return None
   proto = spm_pb2.ModelProto()
   proto.ParseFromString(vocabulary.model)
+  # The model as it was published: control pieces are added below, as added tokens.
   pieces = [(piece.piece, piece.score) for piece in proto.pieces]
   ids = {piece: i for i, (piece, _) in enumerate(pieces)}
   kind = proto.trainer_spec.model_type
@@ -39,6 +40,7 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
       ids,
       _merges(ids, pieces),
       unk_token=unknown,
+      # As sentencepiece: a run of unknown characters is one <unk>.
       fuse_unk=True,
       byte_fallback=proto.trainer_spec.byte_fallback,
     )
@@ -51,6 +53,8 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
       'a sentencepiece model must be byte pairs or unigram to be exported, got another '
       'kind; export it without --to=glm.'
     )
+  # Normalisation, in sentencepiece's order: the compiled table of characters, spaces, the
+  # space before a text, and the mark for every space.
   fast = Tokenizer(model)
   spec = proto.normalizer_spec
   steps: list[Any] = []
@@ -62,17 +66,21 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
     steps.append(normalizers.Prepend('▁'))
   steps.append(normalizers.Replace(' ', '▁'))
   fast.normalizer = normalizers.Sequence(steps)
+  # The way back: marks to spaces, byte pieces to characters, then the space before a text.
   undo = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
   if spec.add_dummy_prefix:
     undo.append(decoders.Strip(' ', 1, 0))
   fast.decoder = decoders.Sequence(undo)
+  # Pieces such as <s> are added tokens, too, so that decoding can skip them.
   special = proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id
-  own = [pieces[i][0] for i in special if i >= 0]
+  names = [pieces[i][0] for i in special if i >= 0]
   added = sorted((token, _name(name)) for name, token in vocabulary.control.items())
-  names = [*own, *(name for token, name in added if token >= len(pieces))]
+  names += [name for token, name in added if token >= len(pieces)]
   fast.add_special_tokens(
     [AddedToken(name, special=True, normalized=False) for name in names]
   )
+  # A tokenizer numbers added tokens itself, in order behind its model: an id that differs
+  # means that a name was in the model already.
   wrong = [name for token, name in added if fast.token_to_id(name) != token]
   if wrong:
     raise UserError(
@@ -81,6 +89,7 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
     )
   prefix = [_name(vocabulary.names[token]) for token in vocabulary.prefix]
   if prefix:
+    # What the model expects before every text, [gMASK] and <sop> for ChatGLM2.
     fast.post_processor = processors.TemplateProcessing(
       single=[*prefix, '$A'],
       pair=[*prefix, '$A', '$B'],
@@ -100,9 +109,12 @@ def _merges(
   """The pairs that a piece can be merged from, best first: scores are merge ranks."""
   merges = []
   for piece, score in pieces:
+    # sentencepiece keeps pieces and scores, not merges: any cut into two known pieces may
+    # have been the merge.
     pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
     known = [(a, b) for a, b in pairs if a in ids and b in ids]
     merges += [
       (score, a, b) for a, b in sorted(known, key=lambda p: (ids[p[0]], ids[p[1]]))
     ]
+  # The sort is stable: equal scores stay in the order of ids.
   return [(a, b) for _, a, b in sorted(merges, key=lambda m: -m[0])]

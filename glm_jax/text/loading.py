@@ -20,6 +20,7 @@ KINDS = ('bytes', *SENTENCEPIECE, 'ice-130b', *TOKENIZERS)
 KIND_KEY = 'glm_jax_vocabulary'
 """Says in the tokenizer_config.json of an export which kind its files are."""
 
+# The file that each kind is read from, in a released model's folder.
 _FILES = {
   'sentencepiece': 'tokenizer.model',
   'chatglm2': 'tokenizer.model',
@@ -30,12 +31,14 @@ _FILES = {
   'ice-130b': 'ice_text.model',
   'bert': 'vocab.txt',
   'glm4': 'tokenizer.json',
-  'gpt2': '',  # a pair of them
+  # These two are pairs of files, under several names.
+  'gpt2': '',
   'roberta': '',
 }
 # Names that GLM's repositories and Hugging Face use.
 _PAIRS = (('vocab.json', 'merges.txt'), ('gpt2-vocab.json', 'gpt2-merges.txt'))
 _ROBERTA = (('roberta-vocab.json', 'roberta-merges.txt'), ('vocab.json', 'merges.txt'))
+# Ids of images before those of text in icetk, the tokenizer of GLM-130B.
 _IMAGES = 20_000
 # The first ChatGLM-6B and GLM-130B have tables of this many rows, images included.
 _TABLE_WITH_IMAGES = 150_528
@@ -72,6 +75,7 @@ def load(spec: str) -> Vocabulary:
   if spec == 'bytes':
     return ByteVocabulary()
   kind, _, rest = spec.partition(':')
+  # A plain path, or one with a colon in it, is that of a sentencepiece model.
   if not rest or kind not in _FILES:
     kind, rest = SentencePieceVocabulary.kind, spec
   path = Path(rest).expanduser()
@@ -84,10 +88,10 @@ def load(spec: str) -> Vocabulary:
   except OSError as error:
     raise UserError(
       "a vocabulary must be 'bytes', a readable .model file or KIND:PATH with KIND in "
-      f'{KINDS[1:]}, got {spec!r} ({error.strerror or error}); correct the path.'
+      f'{KINDS[1:]}, got {spec!r} ({error.strerror or error}); give a file to read.'
     ) from error
   except UnicodeDecodeError as error:
-    raise UserError(f'{spec}: must be UTF-8 text ({error}); correct the path.') from error
+    raise UserError(f'{spec}: must be UTF-8 text ({error}); fetch it again.') from error
   try:
     if kind == 'bert':
       return released.BertVocabulary.from_files(content.decode('utf-8'))
@@ -111,19 +115,22 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
   Raises:
     UserError: a file that is no vocabulary.
   """
+  # From the surest evidence to the weakest: what an export says of itself, file names that
+  # only one model has, then names that several share, told apart by their contents.
   has = {path.name for path in folder.iterdir()}
 
   def load_kind(kind: str) -> Vocabulary:
     return load(kind if kind == 'bytes' else f'{kind}:{folder / _FILES[kind]}')
 
-  said = _json(folder / 'tokenizer_config.json').get(KIND_KEY)
-  if said in KINDS:
-    return load_kind(said)
+  exported_kind = _json(folder / 'tokenizer_config.json').get(KIND_KEY)
+  if exported_kind in KINDS:
+    return load_kind(exported_kind)
   if 'ice_text.model' in has:
     return load_kind('ice-130b' if table_rows == _TABLE_WITH_IMAGES else 'ice')
   if 'cog-pretrain.model' in has:
     return load_kind('cog-fixed' if _own_gmask(folder) else 'cog')
   if format in ('chatglm2', 'glm') and has & {'tokenizer.model', 'tokenizer.json'}:
+    # GLM-4-9B calls a file of tiktoken tokenizer.model, as sentencepiece's are called.
     of_tiktoken = 'tokenizer.model' in has and _is_tiktoken(folder / 'tokenizer.model')
     if 'tokenizer.model' in has and not of_tiktoken:
       return load_kind('chatglm3' if _has_roles(folder) else 'chatglm2')
@@ -140,6 +147,7 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
     return load_kind('roberta')
   for name, _ in _PAIRS:
     if name in has:
+      # RoBERTa's <s> is id 0; GPT-2 has no such piece.
       return load_kind('roberta' if _json(folder / name).get('<s>') == 0 else 'gpt2')
   return None
 
@@ -165,7 +173,8 @@ def _is_tiktoken(path: Path) -> bool:
 def _has_roles(folder: Path) -> bool:
   """ChatGLM3's tokenizer files name the roles; ChatGLM2's do not."""
   names = ('tokenizer_config.json', 'tokenization_chatglm.py', 'special_tokens_map.json')
-  names += ('tokenizer.json',)  # of an export
+  # An export holds the roles in this one.
+  names += ('tokenizer.json',)
   return any(
     '<|user|>' in (folder / name).read_text(encoding='utf-8', errors='replace')
     for name in names
@@ -175,5 +184,6 @@ def _has_roles(folder: Path) -> bool:
 
 def _own_gmask(folder: Path) -> bool:
   """GLM-Large-Chinese counts [gMASK] as 50009, GLM-10B-Chinese's own code does not."""
+  # No file: two times None, which is GLM-10B-Chinese's way, too.
   added = _json(folder / 'added_tokens.json')
   return added.get('[gMASK]') != added.get('<|endofpiece|>')

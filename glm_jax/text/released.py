@@ -48,8 +48,8 @@ class TokenizersVocabulary(Vocabulary):
     self.fingerprint = hashlib.sha256((tokenizer + self.kind).encode()).hexdigest()[:16]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [np.array(encoding.ids, np.int32) for encoding in found]
+    encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def _decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -63,7 +63,9 @@ class TokenizersVocabulary(Vocabulary):
   def _set_glm_control(self, control: dict[str, int]) -> None:
     """Control pieces of THUDM/GLM, by their names there."""
     self.control = control
+    # Control pieces lie behind those of the model, or share an id with one of them.
     self.size = max(self._tokenizer.get_vocab_size(), 1 + max(control.values()))
+    # BERT's vocabulary has no end of text: GLM ends and pads with [PAD], which is piece 0.
     end = control.get(_END, 0)
     self.specials = Specials.of(
       control, sop=_SOP, eop=_EOP, enc='[CLS]', dblock='[dBLOCK]', eos=end, pad=end
@@ -79,6 +81,7 @@ class BertVocabulary(TokenizersVocabulary):
 
   def __init__(self, tokenizer: str):
     super().__init__(tokenizer)
+    # In the order in which THUDM/GLM adds them (BertWordPieceTokenizer).
     names = (_SOP, _EOP, '[gMASK]', '[sMASK]', '[dBLOCK]')
     first = self._tokenizer.get_vocab_size()
     pieces = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
@@ -94,6 +97,7 @@ class BertVocabulary(TokenizersVocabulary):
   @classmethod
   def from_files(cls, vocab_txt: str) -> BertVocabulary:
     """From the lines of a vocab.txt."""
+    # The id of a piece is the number of its line; the last line break makes an empty one.
     pieces = {piece: i for i, piece in enumerate(vocab_txt.split('\n')) if piece}
     tokenizer = Tokenizer(models.WordPiece(pieces, unk_token='[UNK]'))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -104,6 +108,7 @@ class BertVocabulary(TokenizersVocabulary):
   def _piece(self, token: int) -> str:
     return self._tokenizer.id_to_token(token) or ''
 
+  # The decoder puts spaces between words; a control piece is set apart like one.
   def _join(self, parts: Sequence[str]) -> str:
     return ' '.join(parts)
 
@@ -134,6 +139,7 @@ class BytePairVocabulary(TokenizersVocabulary):
     self._set_glm_control(control)
 
   def _control(self, pieces: int) -> dict[str, int]:
+    # In the order in which THUDM/GLM adds them (GPT2BPETokenizer).
     names = (_SOP, _EOP, '[CLS]', '[MASK]', '[SEP]', '[UNK]', '[gMASK]', '[sMASK]')
     end = {_END: self._tokenizer.token_to_id(_END)}
     return end | {n: pieces + i for i, n in enumerate((*names, '[dBLOCK]'))}
@@ -159,6 +165,7 @@ class BytePairVocabulary(TokenizersVocabulary):
 
   def files(self) -> dict[str, bytes]:
     model = json.loads(self._json)['model']
+    # Versions of the package write a merge as a pair or as one text.
     merges = [' '.join(m) if isinstance(m, list) else m for m in model['merges']]
     return {
       'vocab.json': json.dumps(model['vocab'], ensure_ascii=False).encode(),
@@ -172,17 +179,19 @@ class RobertaVocabulary(BytePairVocabulary):
   kind = 'roberta'
 
   def _control(self, pieces: int) -> dict[str, int]:
-    # Several names share RoBERTa's </s>; the tokens behind its own are GLM's.
+    # Several names share RoBERTa's </s>. GLM's tokens lie behind RoBERTa's own, with [MASK]
+    # in the place of <mask>.
     first = 50264 if pieces > 50000 else pieces
     names = ('[MASK]', _SOP, _EOP, '[gMASK]', '[sMASK]', '[dBLOCK]')
-    own = {_END: 2, '[SEP]': 2, '[CLS]': 0, '[UNK]': 3}
-    return own | {name: first + i for i, name in enumerate(names)}
+    shared = {_END: 2, '[SEP]': 2, '[CLS]': 0, '[UNK]': 3}
+    return shared | {name: first + i for i, name in enumerate(names)}
 
 
 class CogVocabulary(SentencePieceVocabulary):
   """cog-pretrain: GLM-10B-Chinese, whose [gMASK] is its <|endofpiece|>."""
 
   kind = 'cog'
+  # In the order of THUDM/GLM's ChineseSPTokenizer; the ids are those behind the model's.
   _names = (_END, '[SEP]', '[CLS]', '[MASK]', '[UNK]', '[UNUSED1]', _SOP, _EOP, '[sMASK]')
   _more = ('[dBLOCK]',)
 
@@ -190,14 +199,14 @@ class CogVocabulary(SentencePieceVocabulary):
     names = (*self._names, *self._more)
     first = self._load(model, names)
     self.size = first + len(names)
-    at = {name: first + i for i, name in enumerate(names)}
-    self.control = at if '[gMASK]' in at else {**at, '[gMASK]': at[_EOP]}
-    end = at[_END]
+    ids = {name: first + i for i, name in enumerate(names)}
+    self.control = ids if '[gMASK]' in ids else {**ids, '[gMASK]': ids[_EOP]}
+    end = ids[_END]
     self.specials = Specials.of(
       self.control, sop=_SOP, eop=_EOP, enc='[CLS]', dblock='[dBLOCK]', eos=end, pad=end
     )
-    self.prefix, self.suffix = (at['[CLS]'],), (at[_END],)
-    self.stops = (at[_EOP], at[_END])
+    self.prefix, self.suffix = (ids['[CLS]'],), (ids[_END],)
+    self.stops = (ids[_EOP], ids[_END])
 
   def files(self) -> dict[str, bytes]:
     return {'cog-pretrain.model': self.model}
@@ -214,7 +223,6 @@ class IceVocabulary(SentencePieceVocabulary):
   """ice_text.model: ChatGLM-6B, and GLM-130B behind 20,000 ids of images."""
 
   kind = 'ice'
-  padding_side = 'left'
   _names = ('[MASK]', '[gMASK]', '[sMASK]', '<unused_0>', '<sop>', '<eop>', '<ENC>')
   _longest_blank = 80
 
@@ -230,23 +238,25 @@ class IceVocabulary(SentencePieceVocabulary):
     try:
       proto.ParseFromString(model)
       for piece in proto.pieces:
-        if piece.piece in names:  # no text yields it any more
+        # The released file holds some of them as pieces that a text can spell.
+        if piece.piece in names:
           piece.type = CONTROL
       known = {piece.piece for piece in proto.pieces}
       model = proto.SerializeToString()
     except Exception:  # said below, with what a model must be
       known = set()
+    # Those that the file lacks are added at its end, so that the ids have gaps.
     first = self._load(model, [name for name in names if name not in known])
     self.size = images + self._processor.vocab_size()
     self.fingerprint += f'+{images}' if images else ''
-    at = {name: images + self._processor.piece_to_id(name) for name in names}
+    ids = {name: images + self._processor.piece_to_id(name) for name in names}
     assert first, 'checked by _load'
-    self.control = at
+    self.control = ids
     self.specials = Specials.of(
-      at, sop='<sop>', eop='<eop>', dblock='<dBLOCK>', eos=at['<eop>'], pad=images + 3
+      ids, sop='<sop>', eop='<eop>', dblock='<dBLOCK>', eos=ids['<eop>'], pad=images + 3
     )
     self.prefix, self.suffix = (), ()
-    self.stops = (at['<eop>'],)
+    self.stops = (ids['<eop>'],)
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     ids = super().encode_batch([self._spell(text) for text in texts])
@@ -255,11 +265,13 @@ class IceVocabulary(SentencePieceVocabulary):
   def _spell(self, text: str) -> str:
     """Line breaks, tabs and runs of spaces as pieces (tokenization_chatglm.py)."""
     text = text.replace('\n', '<n>').replace('\t', '<|tab|>')
+    # Longest first: the other way round, every run would become pieces of two spaces.
     for length in range(self._longest_blank, 1, -1):
       text = text.replace(' ' * length, f'<|blank_{length}|>')
     return text
 
   def _decode(self, ids: list[int]) -> str:
+    # Ids of images have no text.
     text = super()._decode([t - self._images for t in ids if t >= self._images])
     text = text.replace('<n>', '\n').replace('<|tab|>', '\t')
     for length in range(2, self._longest_blank + 1):
@@ -285,23 +297,22 @@ class ChatGLM2Vocabulary(SentencePieceVocabulary):
   """tokenizer.model with five control pieces behind it: ChatGLM2-6B."""
 
   kind = 'chatglm2'
-  padding_side = 'left'
   roles: tuple[str, ...] = ()
 
   def __init__(self, model: bytes):
     names = ('[MASK]', '[gMASK]', '[sMASK]', 'sop', 'eop', *self.roles)
     first = self._load(model, names)
     self.size = first + len(names)
-    at = {name: first + i for i, name in enumerate(names)}
+    ids = {name: first + i for i, name in enumerate(names)}
     pieces = {'<s>': self._processor.bos_id(), '</s>': self._processor.eos_id()}
     if min(pieces.values()) < 0:
       raise UserError(
         'a ChatGLM2 vocabulary must have the pieces <s> and </s>, got a model without; '
         'give the tokenizer.model of ChatGLM2-6B or ChatGLM3-6B.'
       )
-    self.control = {**pieces, **at}
-    self.specials = Specials.of(at, sop='sop', eop='eop', eos=pieces['</s>'], pad=0)
-    self.prefix, self.suffix = (at['[gMASK]'], at['sop']), ()
+    self.control = {**pieces, **ids}
+    self.specials = Specials.of(ids, sop='sop', eop='eop', eos=pieces['</s>'], pad=0)
+    self.prefix, self.suffix = (ids['[gMASK]'], ids['sop']), ()
     self.stops = (pieces['</s>'],)
 
   def encode_marked(self, text: str, names: Sequence[str] = ()) -> list[int]:
@@ -325,7 +336,6 @@ class GLM4Vocabulary(TokenizersVocabulary):
   """tokenizer.json of GLM-4-9B."""
 
   kind = 'glm4'
-  padding_side = 'left'
 
   def __init__(self, tokenizer: str):
     super().__init__(tokenizer)
@@ -333,20 +343,20 @@ class GLM4Vocabulary(TokenizersVocabulary):
       token.content: number
       for number, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
     }
-    wanted = ('[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>', _END, *ROLES)
-    missing = [name for name in wanted if name not in self.control]
+    required = ('[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>', _END, *ROLES)
+    missing = [name for name in required if name not in self.control]
     if missing:
       raise UserError(
-        f'a GLM-4 tokenizer.json must have the added tokens {wanted}, got one without '
+        f'a GLM-4 tokenizer.json must have the added tokens {required}, got one without '
         f'{missing}; give that of GLM-4-9B.'
       )
     self.size = max(
       self._tokenizer.get_vocab_size(with_added_tokens=True), 1 + max(self.control.values())
     )
-    at = self.control
-    self.specials = Specials.of(at, sop='<sop>', eop='<eop>', eos=at[_END], pad=at[_END])
-    self.prefix, self.suffix = (at['[gMASK]'], at['<sop>']), ()
-    self.stops = (at[_END], at['<|user|>'], at['<|observation|>'])
+    ids = self.control
+    self.specials = Specials.of(ids, sop='<sop>', eop='<eop>', eos=ids[_END], pad=ids[_END])
+    self.prefix, self.suffix = (ids['[gMASK]'], ids['<sop>']), ()
+    self.stops = (ids[_END], ids['<|user|>'], ids['<|observation|>'])
 
   def files(self) -> dict[str, bytes]:
     return {'tokenizer.json': self._json.encode()}

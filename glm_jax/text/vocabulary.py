@@ -38,9 +38,10 @@ NAMES = (
 # Sentence-ending marks of THUDM/GLM blocklm_utils.py contains_sentence_end.
 _ENDS = '.?!;:。？！；：…\n'
 
+# sentencepiece's mark for a space inside its pieces.
 _SPACE = '\u2581'
+# sentencepiece's kind of piece that no text is ever encoded to.
 CONTROL = spm_pb2.ModelProto.SentencePiece.CONTROL
-
 
 # Marks that fill in for text: the space before them is theirs (THUDM/GLM
 # data_utils/tokenization.py, `lstrip=True`).
@@ -85,7 +86,7 @@ class Specials:
     enc: str = '',
     dblock: str = '',
   ) -> Specials:
-    """From the ids of control pieces: names of some, and two ids."""
+    """From the ids of control pieces; `sop`, `eop`, `enc` and `dblock` are their names."""
     return cls(
       mask=control['[MASK]'],
       gmask=control['[gMASK]'],
@@ -109,7 +110,6 @@ class Vocabulary:
     control: id of every control piece by name; different names may share one.
     prefix: control pieces that open every document ([ENC]; ChatGLM2: [gMASK] sop).
     suffix: what follows a text with blanks (<eos>, or nothing).
-    padding_side: where the program of a released model pads; rows here are compact.
     stops: ids that end a generated answer.
     fingerprint: 16 hexadecimal digits that tell vocabularies apart.
     threads: that `encode_batch` may use where it can; -1 for all cores.
@@ -121,7 +121,6 @@ class Vocabulary:
   control: dict[str, int]
   prefix: tuple[int, ...]
   suffix: tuple[int, ...]
-  padding_side: str = 'right'
   stops: tuple[int, ...]
   fingerprint: str
   threads: int = -1
@@ -143,7 +142,10 @@ class Vocabulary:
       text: with names in it.
       names: those that are meant; by default all of `control`.
     """
+    # Longest first: a name may begin with another one, and a regular expression takes the
+    # first alternative that fits.
     names = sorted(names or self.control, key=len, reverse=True)
+    # The group keeps the names that the text is split at, at every other place.
     parts = re.split('(' + '|'.join(map(re.escape, names)) + ')', text)
     ids: list[int] = []
     for part, following in zip(parts, [*parts[1:], ''], strict=True):
@@ -162,9 +164,11 @@ class Vocabulary:
     """
     names = self.names
     parts: list[str] = []
+    # Runs of text are decoded together: a character's bytes may be several tokens.
     rest: list[int] = []
     for token in map(int, ids):
       if token not in names:
+        # A model's table may have more rows than the vocabulary has pieces.
         if 0 <= token < self.size:
           rest.append(token)
       elif control:
@@ -185,6 +189,7 @@ class Vocabulary:
     """[size] bool: the piece holds a sentence-ending mark or a line break."""
     names = self.names
     pieces = ['' if i in names else self._piece(i) for i in range(self.size)]
+    # With byte fallback, a line break is the piece that is called <0x0A>.
     as_bytes = {f'<0x{ord(mark):02X}>' for mark in _ENDS if mark.isascii()}
     return np.array(
       [any(mark in piece for mark in _ENDS) or piece in as_bytes for piece in pieces]
@@ -217,22 +222,22 @@ class Vocabulary:
     """The control pieces `NAMES` as the ids from `first` on."""
     self.size = first + len(NAMES)
     self.control = {name: first + i for i, name in enumerate(NAMES)}
-    at = self.control
+    ids = self.control
     self.specials = Specials.of(
-      at,
+      ids,
       sop='[sop]',
       eop='[eop]',
       enc='[ENC]',
       dblock='[dBLOCK]',
-      eos=at['<eos>'],
-      pad=at['<pad>'],
+      eos=ids['<eos>'],
+      pad=ids['<pad>'],
     )
-    self.prefix, self.suffix = (at['[ENC]'],), (at['<eos>'],)
-    self.stops = (at['[eop]'], at['<eos>'])
+    self.prefix, self.suffix = (ids['[ENC]'],), (ids['<eos>'],)
+    self.stops = (ids['[eop]'], ids['<eos>'])
 
 
 class SentencePieceVocabulary(Vocabulary):
-  """A sentencepiece model with control pieces behind its own.
+  """A sentencepiece model with control pieces behind those of its own.
 
   Attributes:
     model: content of the `.model` file.
@@ -256,6 +261,7 @@ class SentencePieceVocabulary(Vocabulary):
     proto = spm_pb2.ModelProto()
     try:
       proto.ParseFromString(model)
+      # Control pieces go to the end, so that the model's own ids stay as they are.
       known = {piece.piece for piece in proto.pieces}
       base = len(proto.pieces)
       for name in names:
@@ -269,16 +275,20 @@ class SentencePieceVocabulary(Vocabulary):
         f'a vocabulary must be a sentencepiece model, got {len(model)} '
         f'bytes that are none ({type(error).__name__}); give a .model file.'
       ) from error
+    # An empty file is a valid message of protobuf, and has no pieces.
     if not base:
       raise UserError(
         'a sentencepiece model must have pieces, got none; give another .model file.'
       )
     self.model = model
+    # A text may hold the mark itself, which must not come back as a space: it goes as its
+    # three bytes, where the model has pieces for bytes.
     pieces = [self._processor.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
     exact = all(self._processor.is_byte(piece) for piece in pieces)
     # Only a model that adds no space of its own can be cut at the mark below.
     exact = exact and not proto.normalizer_spec.add_dummy_prefix
     self._bytes_of_space = pieces if exact else []
+    # The kind counts, too: another one reads the same file with other control pieces.
     self.fingerprint = hashlib.sha256(model + self.kind.encode()).hexdigest()[:16]
     return base
 
@@ -360,6 +370,7 @@ def train_sentencepiece(
       'a vocabulary must be trained on some text, got none; give a corpus '
       "with text, or use VocabularyConfig.path='bytes'."
     )
+  # Every n-th line: the sample covers all of the corpus, and is the same each time.
   lines = lines[:: -(-len(lines) // max_lines)]
   model = io.BytesIO()
   spm.SentencePieceTrainer.train(
@@ -367,9 +378,11 @@ def train_sentencepiece(
     model_writer=model,
     model_type='bpe' if bpe else 'unigram',
     vocab_size=size - len(NAMES),
+    # A small corpus has too few candidates for the size that is asked for.
     hard_vocab_limit=False,
     byte_fallback=True,
     character_coverage=0.9995,
+    # Exact: nothing of a text is normalised, added or dropped.
     normalization_rule_name='identity',
     add_dummy_prefix=False,
     remove_extra_whitespaces=False,
@@ -378,6 +391,7 @@ def train_sentencepiece(
     max_sentence_length=8192,
     num_threads=4,
     minloglevel=2,
+    # The trainer insists on an <unk>; -1 leaves a piece out.
     unk_id=0,
     bos_id=1 if bpe else -1,
     eos_id=2 if bpe else -1,
@@ -388,6 +402,8 @@ def train_sentencepiece(
 
 def _lines(text: str) -> Iterable[str]:
   """Lines of at most 2,000 characters; sentencepiece reads no NUL."""
+  # The trainer skips a line longer than `max_sentence_length` bytes: 8,192 hold 2,000
+  # characters of up to four bytes.
   for line in text.replace('\0', '').splitlines():
     for start in range(0, len(line), 2000):
       yield line[start : start + 2000]

@@ -42,10 +42,10 @@ class Traffic:
   """The collectives of one kind in a step.
 
   Attributes:
-    count: of runs.
-    bytes: of the whole arrays (`Collective.bytes`), all runs.
+    count: how often they run.
+    bytes: size of the whole arrays (`Collective.bytes`), over all runs.
     overlapped_bytes: the part of `bytes` that other work may hide.
-    exposed_seconds: that nothing hides.
+    exposed_seconds: time that nothing hides.
   """
 
   count: int
@@ -94,9 +94,9 @@ def estimate(
     ones count only above the other two in the same computation.
 
   Args:
-    step: of the compiled text.
+    step: what the compiled text says.
     chip: a TPU.
-    attention: of the Splash kernels; needed if `step` calls one.
+    attention: FLOPs of the Splash kernels; needed if `step` calls one.
 
   Raises:
     UserError: no clock is known for the chip, or attention's FLOPs are missing.
@@ -116,11 +116,15 @@ def estimate(
     f'none for {calls}',
     'pass attention',
   )
-  core: dict[str, float] = collections.defaultdict(float)  # by computation
+  # 1. Work, by computation: a collective can only hide behind what its own one does.
+  core: dict[str, float] = collections.defaultdict(float)
   for op in step.ops:
     core[op.computation] += op.trips * _op_seconds(op, clock, chip.hbm_bandwidth)
+  # 2. Attention kernels, whose cost the compiler does not know.
   kernel: dict[str, float] = collections.defaultdict(float)
   if attention is not None:
+    # `backward_flops` is that of five matmuls. Apart, both kernels compute q k^T and
+    # dO v^T: dkv has four matmuls then, and dq three.
     unfused = 'dq' in calls
     flops = {
       'fwd': attention.forward_flops,
@@ -131,6 +135,7 @@ def estimate(
     for call in step.kernels:
       if part := _attention_part(call):
         kernel[call.computation] += call.trips * flops[part] / rate
+  # 3. Collectives, beside the work that may hide them.
   busy = {name: core[name] + kernel[name] for name in {*core, *kernel}}
   traffic = _traffic(step, chip, busy)
   return Estimate(
@@ -150,10 +155,11 @@ def roofline(step: hlo.Step, chip: Chip, flops: float) -> Estimate:
   above the computation's share of that time by its HBM bytes.
 
   Args:
-    step: of the compiled text.
-    chip: of it.
-    flops: of a device and step, without recomputation.
+    step: what the compiled text says.
+    chip: that it was compiled for.
+    flops: of one device in one step, without recomputation.
   """
+  # Without cycles, HBM traffic tells how the time is spread over computations.
   moved: dict[str, float] = collections.defaultdict(float)
   for op in step.ops:
     moved[op.computation] += op.trips * (op.output_bytes + op.operand_bytes)
@@ -220,11 +226,13 @@ def _op_seconds(op: hlo.Op, clock: float, bandwidth: float) -> float:
 
 
 def _traffic(step: hlo.Step, chip: Chip, busy: dict[str, float]) -> dict[str, Traffic]:
-  """By kind; `busy` is each computation's seconds of work, all its runs."""
+  """The collectives by kind; `busy` holds each computation's seconds of work, all runs."""
 
   def seconds(c: hlo.Collective) -> float:
     return c.trips * c.wire_bytes / (chip.ici_bandwidth * c.torus_dims)
 
+  # Overlapped collectives of a computation run at the same time as its work: what does not
+  # fit into that is exposed.
   hidden: dict[str, float] = collections.defaultdict(float)
   for c in step.collectives:
     if c.overlapped:

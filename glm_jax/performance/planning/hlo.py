@@ -177,7 +177,7 @@ def collective_permute_loops(text: str) -> list[str]:
   Args:
     text: of the executable.
   """
-  module, found = hlo_text.parse(text), []
+  module, bodies = hlo_text.parse(text), []
   for computation in module.computations.values():
     for loop in computation.instructions.values():
       body = loop.attribute('body') if loop.opcode == 'while' else None
@@ -187,8 +187,8 @@ def collective_permute_loops(text: str) -> list[str]:
         for inside in hlo_text.called(module, body, inclusive=True, loops=False)
         for instruction in inside.instructions.values()
       ):
-        found.append(body)
-  return found
+        bodies.append(body)
+  return bodies
 
 
 def out_of_memory(message: str) -> tuple[int, int] | None:
@@ -203,6 +203,7 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
     >>> round(needed / 2**30, 2), available / 2**30
     (38.04, 31.25)
   """
+  # Versions and memories word it differently: the needed size, then the available one.
   size = r'([\d.]+)([KMGT]?)i?B?'
   for pattern in (
     rf'\({size}\) exceeds available \w+ \({size}\)',
@@ -210,17 +211,17 @@ def out_of_memory(message: str) -> tuple[int, int] | None:
     rf'\(size={size}\) would exceed memory \(size={size}\)',
     rf'Used {size} of {size} \w+',
   ):
-    if found := re.search(pattern, message):
+    if match := re.search(pattern, message):
       needed, available = (
         int(float(number) * 1024 ** ' KMGT'.index(suffix or ' '))
-        for number, suffix in (found.groups()[:2], found.groups()[2:])
+        for number, suffix in (match.groups()[:2], match.groups()[2:])
       )
       return needed, available
   return None
 
 
 class _Walk:
-  """Collects what is met from ENTRY on."""
+  """Collects operations, kernels and collectives, from ENTRY on."""
 
   def __init__(self, module: hlo_text.Module):
     self._module = module
@@ -239,12 +240,15 @@ class _Walk:
 
   def computation(self, name: str, trips: int) -> None:
     computation = self._module.computations[name]
+    # Collectives of this computation that were counted already, see `_fused_collectives`.
     chains: set[str] = set()
     for i in computation.instructions.values():
       base = i.opcode.removesuffix('-start')
+      # An asynchronous pair counts where it starts.
       if i.opcode in _FREE or i.opcode.endswith('-done'):
         continue
       if i.opcode == 'while':
+        # Trips of nested loops multiply.
         count = hlo_text.trip_count(self._module, computation, i)
         body = str(i.attribute('body'))
         if count is None:
@@ -255,6 +259,7 @@ class _Walk:
       elif i.opcode == 'conditional':
         self._longest_branch(i, trips)
       elif base in COLLECTIVES:
+        # Only an asynchronous one, `all-gather-start`, can run beside other work.
         overlapped = base != i.opcode and self._works_until_done(computation, i)
         self._collective(computation, i, computation, trips, overlapped)
       elif i.opcode in ('call-start', 'async-start'):
@@ -266,6 +271,7 @@ class _Walk:
         self._fused_collectives(computation, i, trips, chains)
 
   def _longest_branch(self, i: hlo_text.Instruction, trips: int) -> None:
+    # `conditional` on an index lists its branches, on a predicate it names two.
     listed = re.search(r'branch_computations=\{([^}]*)\}', i.attributes)
     names = hlo_text.OPERAND.findall(listed[1]) if listed else []
     names += [
@@ -275,6 +281,7 @@ class _Walk:
     ]
     branches = []
     for name in names:
+      # A walk of its own, which is kept or dropped as a whole.
       branch = _Walk(self._module)
       branch.computation(name, trips)
       branches.append(branch)
@@ -286,6 +293,7 @@ class _Walk:
 
   def _weight(self) -> tuple[int, int, int]:
     return (
+      # Kernels first: the text has no cycles for them, and few operations take longer.
       len(self._kernels),
       sum(op.cycles * op.trips for op in self._ops),
       sum((op.output_bytes + op.operand_bytes) * op.trips for op in self._ops),
@@ -294,6 +302,8 @@ class _Walk:
   def _op(
     self, computation: hlo_text.Computation, i: hlo_text.Instruction, trips: int
   ) -> None:
+    # The instruction itself and, of a fusion, all that is fused: kernels and matmuls may be
+    # inside.
     inside = [(computation, i)] + [
       (holder, instruction)
       for holder in hlo_text.called(self._module, i.attribute('calls'), inclusive=True)
@@ -301,12 +311,15 @@ class _Walk:
     ]
     for holder, call in inside:
       if call.opcode == 'custom-call' and not _is_bookkeeping(call):
+        # Passes of the compiler number and clone instructions:
+        # splash_mha_fwd.3.remat.clone.
         name = re.sub(r'(\.(\d+|clone|cloned|remat\d*))+$', '', call.name)
         operands = [array for o in call.operands for array in hlo_text.arrays(holder, o)]
         self._kernels.append(
           Kernel(name, call.target(), computation.name, trips, tuple(operands))
         )
     if not _is_bookkeeping(i):
+      # An array that is passed twice is read once.
       operands = [o for o in dict.fromkeys(i.operands) if o in computation.instructions]
       self._ops.append(
         Op(
@@ -321,7 +334,7 @@ class _Walk:
           ),
           array_bytes=hlo_text.hbm_size(i.shape)
           + sum(hlo_text.hbm_size(computation.instructions[o].shape) for o in operands),
-          has_matmul=any(_is_matmul(x) for _, x in inside),
+          has_matmul=any(_is_matmul(call) for _, call in inside),
         )
       )
 
@@ -340,6 +353,8 @@ class _Walk:
       key = f'{channel[1]} {source and source[1]}' if channel else c.name
       if key not in chains:
         chains.add(key)
+        # The TPU compiler's name for an all-reduce fused with each device's slice of it: a
+        # reduce-scatter, beside which nothing else runs.
         scatter = holder.name.startswith('all-reduce-scatter')
         kind = 'reduce-scatter' if scatter else None
         self._collective(computation, c, holder, trips, not scatter, kind)
@@ -357,6 +372,8 @@ class _Walk:
   def _works_until_done(
     self, computation: hlo_text.Computation, start: hlo_text.Instruction
   ) -> bool:
+    # The text is in the order of the schedule, so that what stands between start and done
+    # runs meanwhile.
     instructions = list(computation.instructions.values())
     begin = next(k for k, i in enumerate(instructions) if i is start)
     for i in instructions[begin + 1 :]:
@@ -377,7 +394,7 @@ class _Walk:
   ) -> None:
     kind = kind or i.opcode.removesuffix('-start')
     arrays = [array for o in i.operands for array in hlo_text.arrays(holder, o)]
-    group = _group_size(i, self._module.num_devices)
+    group = hlo_text.group_size(i, self._module.num_devices)
     total = sum(hlo_text.array_size(dtype, dims) for dtype, dims in arrays)
     self._collectives.append(
       Collective(
@@ -385,10 +402,11 @@ class _Walk:
         kind,
         computation.name,
         trips,
+        # An all-gather takes one share of the array that it returns.
         total * (group if kind == 'all-gather' else 1),
         arrays[0][0] if arrays else '',
         group,
-        _torus_dims(i),
+        hlo_text.torus_dims(i),
         overlapped,
       )
     )
@@ -403,39 +421,7 @@ def _is_bookkeeping(i: hlo_text.Instruction) -> bool:
   return i.opcode == 'custom-call' and i.target()[:1].isupper() and not i.cycles()
 
 
-def _group_size(i: hlo_text.Instruction, num_devices: int) -> int:
-  """Devices of one group, from the four ways in which XLA writes groups."""
-  if 'collective-permute' in i.opcode:
-    return len(_pairs(i))
-  text = i.attributes
-  # mesh['x'=4,'y'=2], device_ids=(...) {'x'}; part of an axis: 'x':(1)2
-  if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", text):
-    sizes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    size = 1
-    for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2]):
-      size *= int(part) if part else sizes[axis]
-    return size
-  if iota := re.search(r'replica_groups=\[\d+,(\d+)\]<=', text):
-    return int(iota[1])
-  if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', text):
-    return listed[1].count(',') + 1
-  return num_devices
-
-
-def _pairs(i: hlo_text.Instruction) -> list[tuple[str, str]]:
-  found = re.search(r'source_target_pairs=\{(.*?)\}\}', i.attributes)
-  return re.findall(r'\{(\d+),(\d+)', found[1]) if found else []
-
-
 def _is_ring(i: hlo_text.Instruction) -> bool:
-  pairs = _pairs(i)
+  # Closed if every device that sends receives, too; the ends of an open chain do only one.
+  pairs = hlo_text.sent_pairs(i)
   return len(pairs) > 1 and {s for s, _ in pairs} == {t for _, t in pairs}
-
-
-def _torus_dims(i: hlo_text.Instruction) -> int:
-  """Axes in a strategy's text: `num_dims:3 active_dims:011` uses two of three."""
-  found = re.search(r'num_dims:(\d+)(?: active_dims:([01]+))?', i.attributes)
-  if found is None:
-    return 1
-  active = found[2].count('1') if found[2] else int(found[1])
-  return max(1, min(int(found[1]), active))

@@ -1,4 +1,4 @@
-"""Compiles a run's step for devices that are not here, and says what it will need."""
+"""Compiles a run's step for devices one need not have, and says what it will need."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Prediction:
   """What a compiled step needs and, on a TPU, how long it is predicted to take.
 
   Attributes:
-    parameters: of the model.
-    devices: in the mesh.
+    parameters: how many the model has.
+    devices: how many are in the mesh.
     device_kind: as JAX names it.
     mesh: axis -> devices.
     attention: the backend, and why.
-    rows: of the global batch.
-    tokens: of the global batch.
+    rows: how many the global batch has.
+    tokens: how many the global batch has.
     memory: bytes of a device by kind: arguments, temporaries, peak, limit.
     fits: whether the compiler accepted it, and its peak is within the limit.
-    model_flops: of a step, on all devices, as `flops.training`.
-    compile_seconds: of tracing, lowering and compiling.
-    fingerprint: of the lowered step.
-    estimate: of the step's time; None if it does not fit, or for a CPU.
-    efficiency: assumed of attention kernels; None without one.
+    model_flops: FLOPs of a step on all devices, as `flops.training` counts them.
+    compile_seconds: time for tracing, lowering and compiling.
+    fingerprint: hash of the lowered step.
+    estimate: the step's time; None if it does not fit, or for a CPU.
+    efficiency: what attention kernels are assumed to reach; None without one.
     visited: pairs in visited blocks over visible pairs; None without a kernel.
   """
 
@@ -97,8 +97,8 @@ def lower(config: TrainConfig, layout: sharding.Layout) -> tuple[program.Program
   """The step that `train` would run on these devices, lowered.
 
   Args:
-    config: of a run, its model resolved.
-    layout: of the devices.
+    config: a run's, with its model resolved.
+    layout: the mesh of the devices.
   """
   built = program.build(config, layout)
   # The GPU kernels ask which GPU they are traced for.
@@ -110,8 +110,8 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
   """Compiles the step that `train` would run on these devices.
 
   Args:
-    config: of a run, its model resolved.
-    layout: of the devices.
+    config: a run's, with its model resolved.
+    layout: the mesh of the devices.
 
   Raises:
     UserError: the configuration does not fit the mesh or the chip's kernels.
@@ -124,10 +124,11 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
   )
   kind = layout.device_kind
   chip = of_device_kind(kind)
+  # A step that is too large is a result, too: the compiler says by how much.
   needed, compiled = _compile(lowered)
   seconds = time.perf_counter() - began
   limit = chip.hbm_bytes if chip else 0
-  memory, found, attention = {'limit': limit}, None, None
+  memory, step_time, attention = {'limit': limit}, None, None
   if compiled is None:
     memory |= dict(zip(('peak', 'limit'), needed, strict=True))
   else:
@@ -135,6 +136,7 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
     memory |= {
       'arguments': stats.argument_size_in_bytes,
       'temporaries': stats.temp_size_in_bytes,
+      # 0 from backends that report no peak.
       'peak': stats.peak_memory_in_bytes
       or stats.argument_size_in_bytes + stats.temp_size_in_bytes,
     }
@@ -142,9 +144,9 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
       step = hlo.read(compiled.as_text())
       attention = _attention(config, built.attention[0], rows, layout, chip)
       if chip.clock_hz:
-        found = estimate.estimate(step, chip, attention)
+        step_time = estimate.estimate(step, chip, attention)
       else:
-        found = estimate.roofline(step, chip, model_flops / layout.size)
+        step_time = estimate.roofline(step, chip, model_flops / layout.size)
   return Prediction(
     parameters=state.count(built.state['params']),
     devices=layout.size,
@@ -159,7 +161,7 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
     model_flops=model_flops,
     compile_seconds=seconds,
     fingerprint=fingerprint(lowered, kind),
-    estimate=found,
+    estimate=step_time,
     efficiency=attention.efficiency if attention else None,
     visited=flops.visited(rows) / flops.pairs(rows) if attention else None,
   )
@@ -169,6 +171,7 @@ def visibility_of(config: TrainConfig) -> Visibility:
   """One row as a plan assumes it: full; causal, or with GLM's Part A as on average."""
   T = config.length
   t = np.arange(T)
+  # Query t sees the keys before end[t]; of Part A, all of Part A.
   end = t + 1
   if not config.model.causal:
     end = np.maximum(round(T * part_a(config)), end)
@@ -179,8 +182,11 @@ def part_a(config: TrainConfig) -> float:
   """Share of a row that is Part A: what the mixture leaves of a text."""
   o = config.objectives
   only = config.task.removeprefix('glm_')
+  # A task of one objective has the mixture that holds nothing else.
   if only in MIXED:
     o = o.only(only)
+  # By objective (blank, document, sentence): the share of a text that spans replace. The
+  # length of a document's span is uniform between its least ratio and the whole.
   hidden = (o.mask_ratio, (o.document_min_ratio + 1) / 2, o.mask_ratio)
   return 1 - float(np.dot(o.weights, hidden)) / sum(o.weights)
 
@@ -214,10 +220,12 @@ def _attention(
     return None
   model = config.model
   width = model.num_heads * model.head_size / layout.count('act_heads')
+  # Heads and queries are divided among devices, and blocks with the queries.
   area = flops.visited(rows) / layout.count('act_length')
   # A head that is narrower than a systolic array leaves the rest of it idle.
   filled = min(1.0, model.head_size / 128)
   return estimate.AttentionCost(
+    # 2 FLOPs a multiply-add: two matmuls forward, five backward.
     forward_flops=4 * area * width,
     backward_flops=10 * area * width,
     efficiency=chip.head_efficiency[name] * filled,
@@ -225,7 +233,7 @@ def _attention(
 
 
 def fingerprint(lowered: Any, device_kind: str) -> str:
-  """Of what a lowered step computes, and of its compiler's options."""
+  """A hash of what a lowered step computes and of its compiler's options."""
   # A kernel's program is written out differently each time; `jax.result_info` spells the
   # names of the state's tree, which compute nothing.
   named = r'backend_config = "[^"]*"|jax\.result_info = "[^"]*"'

@@ -19,7 +19,8 @@ from glm_jax.performance.planning import prediction
 from glm_jax.performance.planning.prediction import GIB, Prediction
 from glm_jax.training.config import TrainConfig
 
-_LONG_ROW = 16384  # from here on, a row's tokens may be spread over devices
+# From this length on, a row's tokens may be spread over devices.
+_LONG_ROW = 16384
 
 
 class Candidate(NamedTuple):
@@ -28,7 +29,8 @@ class Candidate(NamedTuple):
   fsdp: int
   sequence: int
   tensor: int
-  rows: int  # a device that holds rows of its own
+  # Of each group of sequence * tensor devices, in one micro-batch.
+  rows: int
   remat: str
 
 
@@ -38,8 +40,8 @@ def best(
   """Compiles the most promising candidates.
 
   Args:
-    config: of a run, its model resolved.
-    devices: of the topology.
+    config: a run's, with its model resolved.
+    devices: those of the topology.
     trials: how many to compile.
     say: prints a line for each.
 
@@ -56,12 +58,13 @@ def best(
     devices[0].device_kind,
     'give it a --topology',
   )
-  configs.check(trials >= 1, '--trials must be 1 or more', str(trials), 'correct it')
+  configs.check(trials >= 1, '--trials must be 1 or more', str(trials), 'give 1 or more')
+  # The rough model only orders: the compiler is asked about the most promising ones.
   ranked = sorted(
     (c for c in _candidates(config, len(devices)) if _bytes(c, config) < chip.hbm_bytes),
     key=lambda c: _seconds_a_token(c, config, chip),
   )
-  found: list[tuple[Prediction, Any]] = []
+  fitting: list[tuple[Prediction, Any]] = []
   tried = 0
   for candidate in ranked:
     if tried == trials:
@@ -77,19 +80,20 @@ def best(
         layout,
       )
     except UserError:
-      continue  # does not divide: not a candidate
+      # What does not divide is no candidate, and costs no trial.
+      continue
     tried += 1
     result = prediction.predict(changed, layout)
     say(f'{tried:>3}/{trials}  {_words(candidate)}: {_outcome(result)}', flush=True)
     if result.fits:
-      found.append((result, changed))
+      fitting.append((result, changed))
   configs.check(
-    bool(found),
+    bool(fitting),
     f'the model must fit {len(devices)} x {devices[0].device_kind}',
     f'{tried} candidates, none of which does',
     'use more or larger chips, or more --trials',
   )
-  winner = max(found, key=lambda pair: pair[0].tokens_per_second or 0)
+  winner = max(fitting, key=lambda pair: pair[0].tokens_per_second or 0)
   say(f'\nthe best of them:\n  {bindings(config, winner[1])}\n')
   return winner
 
@@ -147,12 +151,16 @@ _RECOMPUTED = {
 def _bytes(c: Candidate, config: TrainConfig) -> float:
   """Roughly, of a device: float32 state, bfloat16 weights, what is saved of each layer."""
   m = config.model
+  # Embedding and head count apart: they are not gathered layer by layer.
   layer_weights = flops.matmul_weights(m) - m.hidden_size * m.vocab_size
   weights = layer_weights + 2 * m.hidden_size * m.vocab_size
+  # Weights, gradients and two moments, 4 bytes each.
   state = 16 * weights / (c.fsdp * c.tensor)
   tokens = c.rows * config.length / c.sequence
   heads = m.num_heads * m.head_size / c.tensor
   inner = m.inner_size / c.tensor
+  # Activations of a layer that are kept for the backward pass, numbers a token: its input,
+  # and what the policy adds to that.
   saved = m.hidden_size
   if c.remat != 'full':
     saved += heads
@@ -160,12 +168,15 @@ def _bytes(c: Candidate, config: TrainConfig) -> float:
     saved += heads + 2 * m.num_kv_heads * m.head_size
   if c.remat == 'projections':
     saved += m.hidden_size + (2 if m.gated else 1) * inner
+  # 6 bytes: in float32, and once more in bfloat16.
   logits = 6 * m.vocab_size / c.tensor
   if config.loss.vocab_chunks:
     logits /= config.loss.vocab_chunks
+  # bfloat16 weights of two layers at a time, of the embedding and of the head.
   gathered = 4 * layer_weights / m.num_layers / c.tensor + 4 * m.hidden_size * (
     m.vocab_size / c.tensor
   )
+  # Either the loss or the MLP of one layer is at work: the larger one counts.
   return state + tokens * (2 * m.num_layers * saved + max(logits, 10 * inner)) + gathered
 
 
@@ -173,6 +184,7 @@ def _seconds_a_token(c: Candidate, config: TrainConfig, chip: Chip) -> float:
   m = config.model
   weights = flops.matmul_weights(m)
   tokens = c.rows * config.length / c.sequence
+  # 2 FLOPs a weight: forward, twice in the backward pass, and what is computed again.
   compute = 2 * weights * (3 + _RECOMPUTED[c.remat]) / c.tensor / chip.peak_flops
   # Weights move three times a step (half of it hidden), sums over tensor eight times a
   # layer, keys and values of other devices four times.
@@ -184,6 +196,7 @@ def _seconds_a_token(c: Candidate, config: TrainConfig, chip: Chip) -> float:
   # A gather over many devices has more, smaller parts.
   spread = 1 + 0.1 * max(0, c.fsdp // 16 - 1)
   seconds = compute + 0.5 * spread * moved / chip.ici_bandwidth
+  # A token that several devices share is as slow as on each of them, and occupies all.
   return seconds * c.tensor * c.sequence
 
 

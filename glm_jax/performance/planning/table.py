@@ -8,41 +8,41 @@ from glm_jax.performance.planning.prediction import GIB, Prediction
 from glm_jax.training.config import TrainConfig
 
 
-def render(found: Prediction, config: TrainConfig, where: str) -> str:
+def render(result: Prediction, config: TrainConfig, where: str) -> str:
   """The table, one fact a line.
 
   Args:
-    found: of the configuration.
+    result: the prediction for the configuration.
     config: of the run.
     where: the topology, in words.
   """
   rows: list[tuple[str, str]] = [
-    ('topology', f'{where}: {found.devices} x {found.device_kind}'),
-    ('parameters', f'{found.parameters:,}'),
-    ('mesh', ' x '.join(f'{k} {v}' for k, v in found.mesh.items() if v > 1) or 'one'),
-    ('batch', _batch(found, config)),
+    ('topology', f'{where}: {result.devices} x {result.device_kind}'),
+    ('parameters', f'{result.parameters:,}'),
+    ('mesh', ' x '.join(f'{k} {v}' for k, v in result.mesh.items() if v > 1) or 'one'),
+    ('batch', _batch(result, config)),
     ('remat, dtype', f'{config.model.remat}, {config.model.dtype}'),
-    ('attention', '{} ({})'.format(*found.attention)),
-    *_memory(found),
-    ('model FLOPs', _flops(found, config)),
-    *_time(found),
-    ('compiled in', f'{found.compile_seconds:.0f} s; fingerprint {found.fingerprint}'),
+    ('attention', '{} ({})'.format(*result.attention)),
+    *_memory(result),
+    ('model FLOPs', _flops(result, config)),
+    *_time(result),
+    ('compiled in', f'{result.compile_seconds:.0f} s; fingerprint {result.fingerprint}'),
   ]
   width = max(len(name) for name, _ in rows)
   return '\n'.join(f'{name:<{width}}  {value}' for name, value in rows)
 
 
-def _batch(found: Prediction, config: TrainConfig) -> str:
+def _batch(result: Prediction, config: TrainConfig) -> str:
   length = config.length
-  text = f'{found.rows} rows of {length:,}, {found.rows / found.devices:g} a device'
+  text = f'{result.rows} rows of {length:,}, {result.rows / result.devices:g} a device'
   if config.microbatches > 1:
     text += f', in {config.microbatches} micro-batches'
   return text
 
 
-def _memory(found: Prediction) -> list[tuple[str, str]]:
-  m = found.memory
-  if not found.fits:
+def _memory(result: Prediction) -> list[tuple[str, str]]:
+  m = result.memory
+  if not result.fits:
     over = (m['peak'] - m['limit']) / GIB
     return [
       (
@@ -60,15 +60,15 @@ def _memory(found: Prediction) -> list[tuple[str, str]]:
   return [('HBM a device', text)]
 
 
-def _flops(found: Prediction, config: TrainConfig) -> str:
-  text = f'{found.model_flops:.4g} a step, visible pairs only'
+def _flops(result: Prediction, config: TrainConfig) -> str:
+  text = f'{result.model_flops:.4g} a step, visible pairs only'
   if not config.model.causal:
     text += f' (rows full, {prediction.part_a(config):.0%} of them Part A)'
   return text
 
 
-def _time(found: Prediction) -> list[tuple[str, str]]:
-  e, chip = found.estimate, found.chip
+def _time(result: Prediction) -> list[tuple[str, str]]:
+  e, chip = result.estimate, result.chip
   if e is None or chip is None:
     return []
   kind = 'step, predicted' if chip.clock_hz else 'step, roofline'
@@ -79,8 +79,9 @@ def _time(found: Prediction) -> list[tuple[str, str]]:
       f'{e.attention_seconds:.3f}, exposed collectives '
       f'{e.exposed_collective_seconds:.3f}',
     ),
-    ('speed', f'{found.tokens_per_second:,.0f} tokens/s a chip, MFU {found.mfu:.1%}'),
+    ('speed', f'{result.tokens_per_second:,.0f} tokens/s a chip, MFU {result.mfu:.1%}'),
   ]
+  # The error of the method, where it could be checked; it is printed with every number.
   factors = [factor for factor, _ in calibrations().values()]
   error = f'public runs were {min(factors) - 1:+.0%} to {max(factors) - 1:+.0%} off'
   if chip.calibration:
@@ -88,18 +89,18 @@ def _time(found: Prediction) -> list[tuple[str, str]]:
     rows.append(
       (
         'calibrated',
-        f'{found.tokens_per_second * factor:,.0f} tokens/s a chip, MFU '
-        f'{found.mfu * factor:.1%}, by one run (x {factor:.2f}: {run}); {error}',
+        f'{result.tokens_per_second * factor:,.0f} tokens/s a chip, MFU '
+        f'{result.mfu * factor:.1%}, by one run (x {factor:.2f}: {run}); {error}',
       )
     )
   elif chip.clock_hz:
     rows.append(('calibrated', f'by no public run of this chip; of others, {error}'))
-  if found.efficiency:
+  if result.efficiency:
     rows.append(
       (
         'attention assumed',
-        f'{found.efficiency:.0%} of peak in visited blocks, which hold '
-        f'{found.visited:.2f} x the visible pairs',
+        f'{result.efficiency:.0%} of peak in visited blocks, which hold '
+        f'{result.visited:.2f} x the visible pairs',
       )
     )
   for name, t in sorted(e.traffic.items()):

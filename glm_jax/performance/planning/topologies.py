@@ -1,4 +1,4 @@
-"""Devices that are not here: the TPU and GPU topologies that XLA compiles for.
+"""Devices one need not have: the TPU and GPU topologies that XLA compiles for.
 
 libtpu describes a TPU slice, and XLA's GPU compiler a set of hosts, on any machine.
 """
@@ -57,6 +57,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 def prepare_environment() -> None:
   """Lets libtpu be loaded on a machine without a TPU; precedes the first use of JAX."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  # libtpu would lock the chips of this machine, and ask the metadata server of a cloud VM
+  # about them.
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')
@@ -80,7 +82,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     repr(name),
     'use such as ' + ', '.join(names[-1] for names in KNOWN.values()),
   )
-  configs.check(slices >= 1, '--slices must be 1 or more', str(slices), 'correct it')
+  configs.check(slices >= 1, '--slices must be 1 or more', str(slices), 'give 1 or more')
   compiler, package, install = (
     ('GPU', 'jax_cuda12_plugin', "pip install 'jax[cuda12]'")
     if kind in _GPU_TARGETS
@@ -105,9 +107,12 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     if slices > 1:
       options['num_slices'] = slices
     if kind == 'v4':
-      options['chip_config_name'] = 'megacore'  # two cores are one device, as on its host
+      # Both cores of a chip are one device, as JAX shows them on a real v4 host.
+      options['chip_config_name'] = 'megacore'
     if shape == '1x1':
+      # A host of a single chip: libtpu takes hosts to have more.
       options['chips_per_host_bounds'] = (1, 1, 1)
+  # Imported here: `prepare_environment` must come before JAX.
   from jax.experimental import topologies
 
   try:
