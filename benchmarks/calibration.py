@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from benchmarks import readme
-from glm_jax.performance.planning import topologies
+from glm_jax.planning import topologies
 
 RESULTS = Path(__file__).parent.parent / 'glm_jax' / 'performance' / 'calibration.json'
 
@@ -77,7 +77,7 @@ def main() -> None:
   topologies.prepare_environment()
   from glm_jax import sharding
   from glm_jax.models import ChatGLM2Config
-  from glm_jax.performance.planning import prediction
+  from glm_jax.planning import prediction
   from glm_jax.training.config import TrainConfig
 
   results = {}

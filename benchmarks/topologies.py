@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import readme
 from glm_jax.performance import chips
-from glm_jax.performance.planning import topologies
+from glm_jax.planning import topologies
 
 RESULTS = Path(__file__).parent / 'topologies' / 'results.json'
 
@@ -140,7 +140,7 @@ def configure(row: Row) -> tuple[Any, Any]:
 
 def lowered_fingerprint(config: Any, layout: Any) -> str:
   """Of the step as it is handed to the compiler."""
-  from glm_jax.performance.planning import prediction
+  from glm_jax.planning import prediction
 
   lowered = prediction.lower(config, layout)[1]
   return prediction.fingerprint(lowered, layout.device_kind)
@@ -150,7 +150,7 @@ def predict(config: Any, layout: Any) -> dict[str, Any]:
   """The prediction as JSON, and what made it."""
   import jax
 
-  from glm_jax.performance.planning import prediction
+  from glm_jax.planning import prediction
 
   result = prediction.predict(config, layout)
   values = result.to_dict()

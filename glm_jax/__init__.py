@@ -12,7 +12,8 @@ The way through, one room a step:
   checkpoints  written and read on any mesh; the folder of a run
   inference    the key/value cache and decoding
   interop      the weights of released models, in and out
-  performance  chips, FLOPs, compiler flags; planning for chips that are not here
+  performance  chips, FLOPs, compiler flags
+  planning     what only `plan` needs: compiled programs read, predictions
 
 Commands: `python -m glm_jax.train`, `.preview`, `.generate`, `.convert`, `.make_shards`,
 `.tune`, `.plan`; each has `--help`.

@@ -10,16 +10,19 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from glm_jax import cli, configs, startup
 
+if TYPE_CHECKING:  # it loads JAX, whose environment is prepared first
+  from glm_jax.training.config import TrainConfig
 
-def plan(config: Any, flags: argparse.Namespace) -> None:
+
+def plan(config: TrainConfig, flags: argparse.Namespace) -> None:
   """Prints the table of one configuration, or the best of several.
 
   Args:
-    config: a `TrainConfig`.
+    config: of the run.
     flags: of the command.
 
   Raises:
@@ -29,7 +32,7 @@ def plan(config: Any, flags: argparse.Namespace) -> None:
   import jax
 
   from glm_jax import sharding
-  from glm_jax.performance.planning import prediction, suggest, table, topologies
+  from glm_jax.planning import prediction, suggest, table, topologies
   from glm_jax.training import start
 
   config, _, _ = start.resolve(config)
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     repr(flags.json),
     'make the folder, or choose another file',
   )
-  from glm_jax.performance.planning import topologies
+  from glm_jax.planning import topologies
 
   # Before anything imports JAX, which reads the environment once.
   topologies.prepare_environment()

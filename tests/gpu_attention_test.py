@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from glm_jax.attention import dense, gpu
 from glm_jax.batch import Visibility
-from glm_jax.performance.planning import topologies
+from glm_jax.planning import topologies
 
 H100 = types.SimpleNamespace(device_kind='NVIDIA H100', compute_capability='9.0')
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from glm_jax.performance.planning import hlo, hlo_text
+from glm_jax.planning import hlo, hlo_text
 
 
 def _module(entry, *computations):

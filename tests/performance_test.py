@@ -7,8 +7,8 @@ from hlo_test import _chain, _cycles, _gather, _kernel, _loop, _module
 
 from glm_jax.performance import chips
 from glm_jax.performance.chips import CHIPS
-from glm_jax.performance.planning import estimate, hlo
-from glm_jax.performance.planning.estimate import AttentionCost
+from glm_jax.planning import estimate, hlo
+from glm_jax.planning.estimate import AttentionCost
 
 CLOCKED = chips.Chip(
   device_kinds=('a chip',),

@@ -10,7 +10,7 @@ import pytest
 from commands import ROOT, command, refused
 
 from glm_jax import models, sharding
-from glm_jax.performance.planning import hlo, prediction, suggest, table, topologies
+from glm_jax.planning import hlo, prediction, suggest, table, topologies
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig

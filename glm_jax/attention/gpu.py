@@ -57,7 +57,7 @@ def flash(
   """Attention by the kernels of JAX's default device.
 
   To compile for a GPU that is not here, trace under `jax.default_device` of one that
-  `glm_jax.performance.planning.topologies` describes.
+  `glm_jax.planning.topologies` describes.
 
   Args:
     q_BTKGH: queries, grouped by key head.

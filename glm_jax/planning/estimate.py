@@ -11,7 +11,7 @@ import dataclasses
 
 from glm_jax import configs
 from glm_jax.performance.chips import Chip
-from glm_jax.performance.planning import hlo
+from glm_jax.planning import hlo
 
 # The compiler's cost model asks 2.5-2.8 times the HBM roofline for elementwise work (six
 # compiles each for v5e, v5p, v6e); real kernels come within some 15 % of the roofline.

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from glm_jax.performance.planning import hlo_text
+from glm_jax.planning import hlo_text
 
 COLLECTIVES = (
   'all-gather',

@@ -15,8 +15,8 @@ from glm_jax import configs, sharding
 from glm_jax.configs import UserError
 from glm_jax.performance import flops
 from glm_jax.performance.chips import Chip, of_device_kind
-from glm_jax.performance.planning import prediction
-from glm_jax.performance.planning.prediction import GIB, Prediction
+from glm_jax.planning import prediction
+from glm_jax.planning.prediction import GIB, Prediction
 from glm_jax.training.config import TrainConfig
 
 # From this length on, a row's tokens may be spread over devices.

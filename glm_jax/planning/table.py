@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from glm_jax.performance.chips import calibrations
-from glm_jax.performance.planning import prediction
-from glm_jax.performance.planning.prediction import GIB, Prediction
+from glm_jax.planning import prediction
+from glm_jax.planning.prediction import GIB, Prediction
 from glm_jax.training.config import TrainConfig
 
 

@@ -15,7 +15,7 @@ from glm_jax import configs, sharding
 from glm_jax.batch import MIXED, Visibility
 from glm_jax.performance import flags, flops
 from glm_jax.performance.chips import Chip, of_device_kind
-from glm_jax.performance.planning import estimate, hlo
+from glm_jax.planning import estimate, hlo
 from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
 
