@@ -183,6 +183,7 @@ def _write_chatglm(c: ChatGLMConfig) -> tuple[dict, dict]:
     f'deepnorm_layers={c.deepnorm_layers}',
     'use --to=glm-130b',
   )
+  _check_theta('chatglm', c)
   return {
     'hidden_size': c.hidden_size,
     'inner_hidden_size': c.mlp_size,
@@ -220,6 +221,8 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
   ratio = c.rope_ratio
   if c.rope_scaling == 'theta':
     ratio *= c.rope_theta / 10000
+  else:  # the ratio divides positions
+    _check_theta('chatglm2', c)
   return {
     'add_qkv_bias': c.qkv_bias,
     'ffn_hidden_size': c.mlp_size,
@@ -256,6 +259,15 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
     'rmsnorm': True,
     'use_cache': True,
   }
+
+
+def _check_theta(format: str, c: ChatGLMConfig | ChatGLM2Config) -> None:
+  configs.check(
+    c.rope_theta == 10000,
+    f'the format {format!r} holds models of rope_theta=10000, which its code has',
+    str(c.rope_theta),
+    'use --to=glm for a causal model',
+  )
 
 
 def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
