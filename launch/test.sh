@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lints and tests. --all adds the slow tests, and PyTorch, transformers, Apache Beam and
 # the compilers for TPUs and GPUs for them (gigabytes); other arguments go to pytest.
+# What XLA compiled is kept in ${XDG_CACHE_HOME:-~/.cache}/glm_jax/tests for the next time.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
 
@@ -22,6 +23,6 @@ if [[ ${#extras[@]} -gt 0 ]]; then
 fi
 echo "+ ruff check ."
 ruff check .
-echo "+ python -m pytest -n 2 --dist loadfile ${chosen[*]+"${chosen[*]}"} ${arguments[*]+"${arguments[*]}"}"
-exec python -m pytest -q -n 2 --dist loadfile "${chosen[@]+"${chosen[@]}"}" \
+echo "+ python -m pytest -n 2 --dist worksteal ${chosen[*]+"${chosen[*]}"} ${arguments[*]+"${arguments[*]}"}"
+exec python -m pytest -q -n 2 --dist worksteal "${chosen[@]+"${chosen[@]}"}" \
   "${arguments[@]+"${arguments[@]}"}"

@@ -1,18 +1,23 @@
 """Bad input as a user meets it: one message, an exit code, nothing changed on disk."""
 
 import pytest
-from commands import TINY, command, gin, refused, snapshot
+from commands import TINY, command, gin, in_process, refused, snapshot
 
 
 def _train(
-  folder, *bindings, flags=(), text='text/*.txt', gin_file='gin_configs/quickstart.gin'
+  folder,
+  *bindings,
+  flags=(),
+  text='text/*.txt',
+  gin_file='gin_configs/quickstart.gin',
+  run=in_process,
 ):
   places = [
     f"MODEL_DIR='{folder}/run'",
     f"CorpusConfig.corpus='{folder}/{text}'",
     f"CorpusConfig.cache_dir='{folder}/cache'",
   ]
-  return command(
+  return run(
     'train',
     f'--gin_file={gin_file}',
     *flags,
@@ -36,7 +41,7 @@ def finished(tmp_path_factory):
   (folder / 'text').mkdir()
   for number in range(30):
     (folder / 'text' / f'{number:02}.txt').write_text(f'Document {number} says words. ' * 9)
-  done = _train(folder)
+  done = _train(folder, run=command)
   assert done.returncode == 0, done.stderr
   return folder
 
@@ -168,7 +173,7 @@ def test_generation_from_a_finished_run_and_its_refusals(finished, tmp_path):
       'max_tokens',
     ),
   ):
-    refused(command('generate', *arguments), word)
+    refused(in_process('generate', *arguments), word)
 
 
 def test_an_unreadable_checkpoint_is_refused(finished, tmp_path):
@@ -180,10 +185,33 @@ def test_an_unreadable_checkpoint_is_refused(finished, tmp_path):
     copy = tmp_path / str(number)
     shutil.copytree(finished / 'run', copy)
     (copy / 'checkpoints' / '2' / file).write_text(content)
-    refused(command('generate', f'--checkpoint={copy}', '--prompt=[MASK]'), 'checkpoint')
+    refused(in_process('generate', f'--checkpoint={copy}', '--prompt=[MASK]'), 'checkpoint')
 
 
-@pytest.mark.parametrize('module', ['train', 'preview', 'generate'])
+GIN = '--gin_file=gin_configs/quickstart.gin'
+
+
+@pytest.mark.parametrize(
+  'module,arguments,words',
+  [
+    ('train', [GIN, "--gin.MODEL_DIR='x'", '--cpu_devices=-1'], ('--cpu_devices',)),
+    ('preview', [GIN, '--examples=0'], ('--examples must be in',)),
+    ('generate', ['--checkpoint=nowhere', '--prompt=[MASK]'], ('must be a folder',)),
+    ('convert', ['nowhere', 'out'], ('must be a folder', 'nowhere')),
+    ('plan', [GIN], ('--topology, or --platform=cpu',)),
+    ('make_shards', [GIN, '--output_dir=out', '--shards=0'], ('--shards must be',)),
+    ('tune', [GIN, '--trials=0'], ('--trials must be 1 or more',)),
+  ],
+)
+def test_a_command_that_is_started_refuses_in_one_line(module, arguments, words, tmp_path):
+  """Other refusals run in the process of the tests, which a library's noise leaves."""
+  refused(command(module, *arguments, cwd=tmp_path), *words)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'module', ['train', 'preview', 'generate', 'convert', 'plan', 'make_shards', 'tune']
+)
 def test_help_shows_an_example(module):
-  done = command(module, '--help')
-  assert done.returncode == 0 and f'python -m glm_jax.{module} --' in done.stdout
+  done = in_process(module, '--help')
+  assert done.returncode == 0 and f'python -m glm_jax.{module} ' in done.stdout

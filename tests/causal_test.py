@@ -14,7 +14,6 @@ from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples import render
 from glm_jax.data.examples.causal import causal_examples
 from glm_jax.data.examples.objective_config import ObjectiveConfig
-from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import stream_rows
 from glm_jax.models import ChatGLM2Config
 from glm_jax.text import vocabulary as vocabularies
@@ -158,18 +157,6 @@ def _stream(count, **reading):
   reading = {'batch_size': 24, 'seed': 3, **reading}
   stream = pipeline.batches('glm_causal', {'tokens': LENGTH}, **reading)
   return [next(stream) for _ in range(count)]
-
-
-@pytest.mark.parametrize('hosts', [2, 3, 4])
-def test_the_stream_does_not_depend_on_the_number_of_hosts(prepared, hosts):
-  assert prepared.evaluation_tasks
-  whole = _stream(3)
-  parts = [_stream(3, process=Process(index=i, count=hosts)) for i in range(hosts)]
-  for step, batch in enumerate(whole):
-    for name in ('tokens', 'targets', 'loss_weights', 'key_start', 'index'):
-      together = np.concatenate([getattr(part[step], name) for part in parts])
-      order = np.argsort(np.concatenate([part[step].index for part in parts]))
-      np.testing.assert_array_equal(together[order], getattr(batch, name))
 
 
 def test_the_stream_goes_on_from_any_step(prepared):

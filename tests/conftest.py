@@ -1,16 +1,44 @@
-"""Eight virtual devices, quiet libraries, strict JAX."""
+"""Eight virtual devices, quiet libraries, strict JAX; where the time of the tests went."""
 
+import collections
+import fcntl
+import hashlib
+import importlib.metadata
+import itertools
 import os
+import pathlib
+import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 # Eight devices wait for each other in collectives: XLA's pool needs a thread for each.
 os.environ.setdefault('NPROC', '32')
 
-import commands
+
+def _kept_folder():
+  """Outlives the tests: what XLA compiled, for this processor and by this version.
+
+  JAX's own key of an entry knows the program and the compiler's options, among them those
+  of `jax_disable_most_optimizations`, and not the processor's instructions.
+  """
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+  kinds = {line for line in lines if line.startswith(('model name', 'flags', 'Features'))}
+  processor = '\n'.join([*os.uname()[4:], *sorted(kinds)])
+  name = hashlib.sha256(processor.encode()).hexdigest()[:12]
+  cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  version = importlib.metadata.version('jaxlib')
+  return pathlib.Path(cache) / 'glm_jax' / 'tests' / f'{name}-{version}'
+
+
+# For the tests, and for the commands that they start: most train the same tiny models.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_kept_folder()))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
 import jax
 import numpy as np
 import pytest
+import runs
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -21,16 +49,69 @@ from glm_jax.batch import Batch
 from glm_jax.models import GLMConfig
 
 
-@pytest.fixture(scope='session', autouse=True)
-def compiled(tmp_path_factory):
-  """Commands of one session share what they compiled: most train the same tiny models."""
-  folder = tmp_path_factory.getbasetemp()
+def pytest_sessionstart(session):
+  """Forgets what was compiled a month ago, most of it for code that is gone."""
+  if not hasattr(session.config, 'workerinput'):
+    for path in _kept_folder().glob('*'):
+      if path.stat().st_mtime < time.time() - 30 * 24 * 3600:
+        path.unlink(missing_ok=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Where the time of all workers went; a fixture's is its first test's."""
+  files, tests = collections.Counter(), collections.Counter()
+  for report in itertools.chain(*terminalreporter.stats.values()):
+    if isinstance(report, pytest.TestReport):
+      files[report.nodeid.split('::')[0]] += report.duration
+      tests[report.nodeid] += report.duration
+  terminalreporter.section('seconds')
+  for counts, most in ((files, 20), (tests, 10)):
+    for name, seconds in counts.most_common(most):
+      terminalreporter.write_line(f'{seconds:7.1f}  {name}')
+    rest = counts.total() - sum(seconds for _, seconds in counts.most_common(most))
+    terminalreporter.write_line(f'{rest:7.1f}  others\n')
+
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory):
+  """shared(name, make): a folder that `make(folder)` fills once for all workers."""
+  base = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:  # each worker has a folder in the session's
-    folder = folder.parent
-  commands.COMPILATION_CACHE.update(
-    JAX_COMPILATION_CACHE_DIR=str(folder / 'compiled'),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.1',
-  )
+    base = base.parent
+
+  def folder(name, make):
+    made, whole = base / name, base / f'{name}.whole'
+    with open(base / f'{name}.lock', 'w') as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+      if not whole.exists():
+        made.mkdir()
+        make(made)
+        whole.touch()
+    return made
+
+  return folder
+
+
+@pytest.fixture(scope='session')
+def text(shared):
+  """40 documents in files."""
+
+  def write(folder):
+    for number in range(40):
+      line = f'Document {number} says a number of plain words in one sentence. '
+      (folder / f'{number:02}.txt').write_text(line * 8)
+
+  return shared('text', write)
+
+
+@pytest.fixture(scope='session')
+def straight(shared, text):
+  """A run of `runs.STEPS` over the text that nothing interrupted, as a command."""
+
+  def train(folder):
+    runs.finish(runs.begin(text, folder / 'straight'))
+
+  return shared('runs', train) / 'straight'
 
 
 @pytest.fixture(scope='session')

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from commands import command, gin, refused
+from commands import gin, in_process, refused
 from foreign import arrays_of, config_json, write_safetensors
 from released_vocabularies_test import MAKERS
 from safetensors.numpy import load_file
@@ -31,14 +31,14 @@ def chatglm(tmp_path_factory):
   for number in range(40):
     text = f'the quick brown fox {number} jumps over a lazy dog. 语言模型在学习文字。\n' * 6
     (folder / 'text' / f'{number:02}.txt').write_text(text, encoding='utf-8')
-  done = command('convert', folder / 'source', folder / 'checkpoint')
+  done = in_process('convert', folder / 'source', folder / 'checkpoint')
   assert done.returncode == 0, done.stderr
   assert 'vocabulary ice' in done.stdout
   return folder
 
 
 def _continue(folder, run, *bindings):
-  return command(
+  return in_process(
     'train',
     '--gin_file=gin_configs/runs/continue.gin',
     f"--gin.MODEL_DIR='{folder}/{run}'",
@@ -64,10 +64,10 @@ def test_chatglm_learns_blanks_generates_and_goes_back_to_its_layout(chatglm):
   losses = [json.loads(line)['loss'] for line in lines]
   assert losses[-1] < losses[0] - 0.1
   generate = ('generate', f'--checkpoint={chatglm}/run', '--max_tokens=8')
-  filled = command(*generate, '--prompt=the quick [MASK] fox')
+  filled = in_process(*generate, '--prompt=the quick [MASK] fox')
   assert filled.returncode == 0 and filled.stdout.startswith('the quick'), filled.stderr
-  assert command(*generate, '--prompt=the quick', '--gmask').returncode == 0
-  done = command('convert', chatglm / 'run', chatglm / 'exported')
+  assert in_process(*generate, '--prompt=the quick', '--gmask').returncode == 0
+  done = in_process('convert', chatglm / 'run', chatglm / 'exported')
   assert done.returncode == 0, done.stderr
   before = load_file(chatglm / 'source' / 'model.safetensors')
   after = load_file(chatglm / 'exported' / 'model.safetensors')

@@ -85,7 +85,7 @@ def _take(count, task='glm_mixture', **reading):
   return list(itertools.islice(stream, count))
 
 
-@pytest.mark.parametrize('start,count', [(1, c) for c in (2, 3, 4, 6, 8)] + [(10**9, 2)])
+@pytest.mark.parametrize('start,count', [(1, 2), (1, 3), (10**9, 8)])
 def test_global_batches_are_the_same_for_any_number_of_hosts(mixed, count, start):
   """With packing, a mixture of corpora and a schedule of objectives."""
   whole = _take(3, start_step=start)

@@ -54,48 +54,57 @@ def _make(tokens, lengths, length, config, seed=1, first=0, scored=None):
   return {k: v.numpy() for k, v in example.items()}
 
 
-def _spans(example, row):
-  """[(position, tokens, whether closed by [eop])] in Part B's order; checks its layout."""
-  tokens, targets = example['tokens'][row], example['targets'][row]
-  block, position = example['block_positions'][row], example['positions'][row]
-  end = example['key_end'][row]
-  length, part_a = int((end > 0).sum()), int(end[0])
-  assert (end[:part_a] == part_a).all()  # Part A sees all of Part A
-  assert (end[part_a:length] == np.arange(part_a, length) + 1).all()  # Part B is causal
-  assert (end[length:] == 0).all() and (example['key_start'][row] == 0).all()
-  assert (example['loss_weights'][row][:part_a] == 0).all()
-  assert (example['loss_weights'][row][length:] == 0).all()
-  assert (tokens[length:] == S.pad).all()
-  np.testing.assert_array_equal(block[:part_a], 0)
-  starts = [t for t in range(part_a, length) if block[t] == 1]
-  found = []
-  for a, z in zip(starts, [*starts[1:], length], strict=True):
-    assert tokens[a] == S.sop
-    np.testing.assert_array_equal(block[a:z], np.arange(1, z - a + 1))
-    np.testing.assert_array_equal(position[a:z], position[a])
-    # Inputs are the targets one step later: nothing is shifted anywhere else.
-    inputs, noise = tokens[a + 1 : z], tokens[a + 1 : z] == S.dblock
-    np.testing.assert_array_equal(
-      np.where(noise, targets[a : z - 1], inputs), targets[a : z - 1]
-    )
-    closed = targets[z - 1] == S.eop
-    found.append((int(position[a]), targets[a : z - closed].tolist(), bool(closed)))
+def _spans(example):
+  """Of each row, [(position, tokens, whether closed by [eop])] in Part B's order.
+
+  Checks the layout of all rows.
+  """
+  names = ('tokens', 'targets', 'block_positions', 'positions', 'key_end')
+  tokens, targets, block, position, end = (example[name] for name in names)
+  t = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+  length, part_a = (end > 0).sum(1, keepdims=True), end[:, :1]
+  in_a, in_b = t < part_a, (part_a <= t) & (t < length)
+  # Part A sees all of Part A, Part B is causal, and nothing else sees or is seen.
+  wanted = np.where(in_a, part_a, np.where(in_b, t + 1, 0))
+  np.testing.assert_array_equal(end, wanted)
+  assert (example['key_start'] == 0).all()
+  assert (example['loss_weights'][~in_b] == 0).all()
+  assert (tokens[t >= length] == S.pad).all()
+  assert (block[in_a] == 0).all()
+  starts = in_b & (block == 1)
+  assert (tokens[starts] == S.sop).all()
+  row, at = np.nonzero(in_b & ~starts)  # each goes on with what is before it
+  assert (at > part_a[row, 0]).all()
+  np.testing.assert_array_equal(block[row, at], block[row, at - 1] + 1)
+  np.testing.assert_array_equal(position[row, at], position[row, at - 1])
+  # Inputs are the targets one step later: nothing is shifted anywhere else.
+  given = tokens[row, at]
+  assert ((given == S.dblock) | (given == targets[row, at - 1])).all()
+  found = [[] for _ in tokens]
+  rows, firsts = np.nonzero(starts)
+  lasts = np.where(
+    np.append(rows[1:] == rows[:-1], False), np.append(firsts[1:], 0), length[rows, 0]
+  )
+  for row, a, z in zip(rows.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
+    closed = bool(targets[row, z - 1] == S.eop)
+    text = targets[row, a : z - closed].tolist()
+    found[row].append((int(position[row, a]), text, closed))
   return found
 
 
-def _rebuild(example, row):
-  """The text, from Part A and the spans put back at their positions."""
-  part_a = int(example['key_end'][row][0])
-  by_position = {}
-  for position, tokens, _ in _spans(example, row):
-    assert position not in by_position
-    by_position[position] = tokens
-  out = []
-  for place, token in enumerate(example['tokens'][row][:part_a].tolist()):
-    assert example['positions'][row][place] == place
-    out += by_position.pop(place) if token in MASKS else [token]
-  assert not by_position
-  return out
+def _rebuild(example):
+  """The text of each row, from Part A and the spans put back at their positions."""
+  part_a = example['key_end'][:, 0].tolist()
+  for row, spans in enumerate(_spans(example)):
+    by_position = {position: tokens for position, tokens, _ in spans}
+    assert len(by_position) == len(spans)
+    places = example['positions'][row][: part_a[row]]
+    np.testing.assert_array_equal(places, np.arange(part_a[row]))
+    out = []
+    for place, token in enumerate(example['tokens'][row][: part_a[row]].tolist()):
+      out += by_position.pop(place) if token in MASKS else [token]
+    assert not by_position
+    yield out
 
 
 @pytest.mark.parametrize(
@@ -118,9 +127,9 @@ def test_text_is_rebuilt_from_part_a_and_spans(config):
   lengths = np.concatenate([np.arange(4, 44), rng.integers(4, 2051, 60), [2050]])
   tokens, lengths = _documents(len(lengths), lengths)
   example = _make(tokens, lengths, 2050 + 2 * 600, config)
-  for row, length in enumerate(lengths):
-    assert _rebuild(example, row) == tokens[row, :length].tolist()
-    assert example['loss_weights'][row].sum() > 0
+  for row, (text, length) in enumerate(zip(_rebuild(example), lengths, strict=True)):
+    assert text == tokens[row, :length].tolist()
+  assert (example['loss_weights'].sum(1) > 0).all()
   assert not example['lost'].any()
   if config.mask_ratio == 0.15:  # half of a tiny document may not hold the spans drawn
     assert not example['capped'].any()
@@ -140,9 +149,9 @@ def test_rows_of_several_documents_keep_spans_inside_one(objective):
   example = _make(
     tokens, np.full(300, 256, np.int32), 400, ObjectiveConfig().only(objective)
   )
-  for row in range(300):
-    assert _rebuild(example, row) == tokens[row].tolist()
-    for _, span, _ in _spans(example, row):
+  assert [*_rebuild(example)] == tokens.tolist()
+  for spans in _spans(example):
+    for _, span, _ in spans:
       if objective != 'document':
         assert S.enc not in span and S.eos not in span
   if objective == 'blank':
@@ -150,8 +159,8 @@ def test_rows_of_several_documents_keep_spans_inside_one(objective):
     assert (hidden >= int(0.15 * 256)).all()  # short documents cost no masks
 
 
-def _statistics(example, rows=SAMPLES):
-  spans = [_spans(example, row) for row in range(rows)]
+def _statistics(example):
+  spans = _spans(example)
   lengths = [len(tokens) for row in spans for _, tokens, _ in row]
   hidden = np.array([sum(len(tokens) for _, tokens, _ in row) for row in spans])
   return spans, np.array(lengths), hidden
@@ -276,8 +285,8 @@ def test_every_token_is_hidden_equally_often():
   rows, lengths = _documents(SAMPLES, 130)
   example = _make(rows, lengths, 260, ObjectiveConfig())
   hits = np.zeros(130)
-  for row in range(SAMPLES):
-    at = {p: tokens for p, tokens, _ in _spans(example, row)}
+  for row, spans in enumerate(_spans(example)):
+    at = {p: tokens for p, tokens, _ in spans}
     place = 0
     for t, token in enumerate(
       example['tokens'][row][: example['key_end'][row][0]].tolist()
@@ -367,8 +376,8 @@ def test_prompts_carry_no_loss():
   config = ObjectiveConfig(blank=1, document=1, sentence=1)
   example = _make(rows, lengths, 200, config, scored=scored)
   everything = _make(rows, lengths, 200, config)
-  for row in range(256):
-    at, place = {p: len(t) for p, t, _ in _spans(example, row)}, 0
+  for row, spans in enumerate(_spans(example)):
+    at, place = {p: len(t) for p, t, _ in spans}, 0
     starts = {}
     for t, token in enumerate(
       example['tokens'][row][: example['key_end'][row][0]].tolist()
@@ -388,8 +397,9 @@ def test_short_rows_are_windows_of_the_row_and_say_what_they_leave():
   example = _make(rows, lengths, 300, ObjectiveConfig(short_probability=0.5))
   short = example['lost'] > 0
   assert 0.4 < short.mean() < 0.6
+  texts = [*_rebuild(example)]
   for row in np.flatnonzero(short)[:100]:
-    text = _rebuild(example, row)
+    text = texts[row]
     assert len(text) == 200 - example['lost'][row] >= 32 and text[0] == S.enc
     whole = rows[row].tolist()
     assert any(whole[i : i + len(text) - 1] == text[1:] for i in range(200))
@@ -400,8 +410,7 @@ def test_a_row_is_cut_short_at_its_last_span_never_trimmed():
   rows, lengths = _documents(100, 512)
   example = _make(rows, lengths, 512 + 40, ObjectiveConfig())
   assert example['capped'].mean() > 0.9
-  for row in range(100):
-    assert _rebuild(example, row) == rows[row].tolist()
+  assert [*_rebuild(example)] == rows.tolist()
 
 
 def test_a_feature_length_without_room_is_refused():

@@ -7,17 +7,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from commands import ROOT, command, refused
+from commands import ROOT, command, in_process, refused
 
 from glm_jax import models, sharding
 from glm_jax.planning import hlo, prediction, suggest, table, topologies
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
-
-
-def _run(*arguments, cwd):
-  return command('plan', *arguments, cwd=cwd)
 
 
 def _config(model, **changes):
@@ -56,7 +52,8 @@ def test_the_planned_step_is_the_step_that_trains(config, batch):
 
 
 def test_a_dry_run_on_virtual_devices(tmp_path):
-  done = _run(
+  done = command(
+    'plan',
     f'--gin_file={ROOT}/gin_configs/quickstart.gin',
     '--gin.MeshConfig.fsdp=2',
     '--platform=cpu',
@@ -105,7 +102,7 @@ def test_a_dry_run_on_virtual_devices(tmp_path):
 )
 def test_what_cannot_be_planned_is_refused(arguments, words, tmp_path):
   gin_file = f'--gin_file={ROOT}/gin_configs/quickstart.gin'
-  done = _run(gin_file, *arguments, cwd=tmp_path)
+  done = in_process('plan', gin_file, *arguments, cwd=tmp_path)
   refused(done, *words)
   assert not list(tmp_path.iterdir())
 

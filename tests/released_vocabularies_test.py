@@ -214,7 +214,6 @@ def test_ids_of_chatglm2_and_chatglm3_follow_the_model(made):
       range(first, vocabulary.size)
     )
     assert vocabulary.prefix == (first + 1, first + 3)
-    assert vocabulary.padding_side == 'left'
   vocabulary = made('chatglm3')
   assert vocabulary.stops == (
     2,

@@ -344,9 +344,10 @@ def test_sums_over_many_tokens_do_not_saturate():
       np.testing.assert_array_equal(gradient['weight'][0], np.full(4, T))
 
 
-def test_the_step_with_chunked_attention_holds_no_square_array(config):
+@pytest.mark.parametrize('attention,square', [('chunked', False), ('dense', True)])
+def test_the_step_with_chunked_attention_holds_no_square_array(config, attention, square):
   T = 4096
-  config = dataclasses.replace(config, attention='chunked', max_positions=T, num_layers=1)
+  config = dataclasses.replace(config, attention=attention, max_positions=T, num_layers=1)
   ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
   rows = _batch_of(ids)
   train_step = step.make_train_step(
@@ -356,7 +357,7 @@ def test_the_step_with_chunked_attention_holds_no_square_array(config):
   abstract = state.abstract_state(config, OPTIMIZER, mesh)
   with sharding.active(mesh):
     text = jax.jit(train_step).lower(abstract, rows).compile().as_text()
-  assert f'{T},{T}' not in text
+  assert (f'{T},{T}' in text) == square
 
 
 def _batch_of(ids):

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import optuna
 import pytest
-from commands import TINY, command, gin, refused, snapshot, start
+from commands import TINY, gin, in_process, refused, snapshot, start
 
 from glm_jax import cli, tune
 from glm_jax.training.config import CONFIGURABLES, TrainConfig
@@ -156,9 +156,9 @@ def test_a_search_killed_goes_on_and_says_what_is_best(tmp_path):
     time.sleep(0.05)
   os.killpg(process.pid, signal.SIGKILL)
   process.communicate()
-  done = command('tune', *arguments, '--trials=2', '--workers=2')
+  done = in_process('tune', *arguments, '--trials=2', '--workers=2')
   assert done.returncode == 0, done.stdout + done.stderr
-  again = command('tune', *arguments, '--trials=3')
+  again = in_process('tune', *arguments, '--trials=3')
   assert again.returncode == 0, again.stdout + again.stderr
   study = optuna.load_study(
     study_name='glm_jax', storage=f'sqlite:///{tmp_path}/study/study.db'
@@ -179,9 +179,9 @@ def test_a_search_killed_goes_on_and_says_what_is_best(tmp_path):
   last = [record for record in records if record['kind'] == 'validation'][-1]
   losses = [last[f'loss/{name}'] for name in NAMES]
   assert best.value == last['loss'] and last['loss'] == pytest.approx(np.mean(losses))
-  enough = command('tune', *arguments, '--trials=3')
+  enough = in_process('tune', *arguments, '--trials=3')
   assert 'has 3 trials already' in enough.stdout and enough.returncode == 0
-  other = command('tune', *arguments, *gin("TuneConfig.metric='loss/blank'"))
+  other = in_process('tune', *arguments, *gin("TuneConfig.metric='loss/blank'"))
   refused(other, 'goes on with the search that it began with', 'study_dir')
 
 
@@ -201,6 +201,6 @@ def test_searches_that_cannot_succeed_are_one_message(tmp_path, bindings, flags,
   _text(tmp_path)
   arguments = _arguments(tmp_path, *bindings)
   before = snapshot(tmp_path)
-  refused(command('tune', *arguments, *flags), *words)
+  refused(in_process('tune', *arguments, *flags), *words)
   if '--trials=1' not in flags:  # refused before any trial
     assert snapshot(tmp_path) == before
