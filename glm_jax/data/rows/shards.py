@@ -384,7 +384,7 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     (folder / INDEX).exists(),
     f'a folder of shards must hold {INDEX}',
     f'{folder}, which does not',
-    'give the folder that make_shards wrote, or run it again: it goes on where it stopped',
+    'give a folder of shards, or run make_shards again, which goes on where it stopped',
   )
   index = _read_json(folder / INDEX)
   configs.check(
