@@ -28,7 +28,7 @@ LARGEST_HEAD = 128
 _TILE = 128
 
 # Queries whose masks exist at a time in Triton's backward.
-_MASKED_QUERIES = 1024
+_MASKED = 1024
 
 
 def lacks(head_size: int, dtype: Any, device: Any = None) -> str:
@@ -133,7 +133,7 @@ def _backward(saved, d_out):
     mask = Mask(k_start=start[:, None], k_end=end[:, None])
     return *_gradients(q, k, v, mask, out, statistics, d_out), None, None
   # Lengths are multiples of _TILE, and so is this: at least 128 queries a block.
-  size = math.gcd(q.shape[1], _MASKED_QUERIES)
+  size = math.gcd(q.shape[1], _MASKED)
 
   # [.., T, ..] -> [T / size, .., size, ..], for a scan over blocks of queries.
   def split(x, axis):
