@@ -34,14 +34,14 @@ def corpus(tmp_path):
   return tmp_path
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def finished(tmp_path_factory):
   """A run of two steps."""
   folder = tmp_path_factory.mktemp('finished')
   (folder / 'text').mkdir()
   for number in range(30):
     (folder / 'text' / f'{number:02}.txt').write_text(f'Document {number} says words. ' * 9)
-  done = _train(folder, run=command)
+  done = _train(folder)
   assert done.returncode == 0, done.stderr
   return folder
 

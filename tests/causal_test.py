@@ -1,13 +1,11 @@
 """Causal rows: next tokens, documents that do not see each other, and their task."""
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import tensorflow as tf
 
-from glm_jax import models
 from glm_jax.batch import OBJECTIVES, Visibility
 from glm_jax.data import pipeline, prepare
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
@@ -18,7 +16,6 @@ from glm_jax.data.rows.table import stream_rows
 from glm_jax.models import ChatGLM2Config
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import ChatGLM3Vocabulary
-from glm_jax.training import state
 
 LENGTH = 40
 
@@ -101,15 +98,10 @@ def test_a_packed_document_has_the_logits_it_has_alone(vocabulary):
     max_positions=64,
     init_std=0.3,
   )
-  params = nn.unbox(state.init_params(config, jax.random.key(0)))
-  model = models.build(config)
+  params = small.params(config)
 
-  @jax.jit
-  def logits_of(tokens, positions, block_positions, key_start, key_end):
-    visibility = Visibility(key_start, key_end)
-    return model.apply({'params': params}, tokens, positions, block_positions, visibility)[
-      0
-    ]
+  def logits_of(*inputs):
+    return small.logits(config, params, *inputs[:3], Visibility(*inputs[3:]))
 
   names = ('tokens', 'positions', 'block_positions', 'key_start', 'key_end')
   whole = logits_of(*(jnp.asarray(together[name]) for name in names))[0]

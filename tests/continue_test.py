@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def chatglm(tmp_path_factory):
   """ChatGLM-6B's layout with a small ice_text.model, its checkpoint, and some text."""
   folder = tmp_path_factory.mktemp('chatglm')

@@ -224,13 +224,13 @@ def _convert(*arguments):
   convert.main([str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def vocabulary():
   text = ['the quick brown fox jumps over the lazy dog. ' * 4, '语言模型在学习文字。' * 8]
   return ChatGLM3Vocabulary(vocabularies.train_sentencepiece(text, 512, bpe=True))
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def released(tmp_path_factory, vocabulary):
   """ChatGLM3's layout in two shards, float16, with a tokenizer; its checkpoint."""
   folder = tmp_path_factory.mktemp('released')

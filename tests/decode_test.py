@@ -1,18 +1,16 @@
 """Generation: the cache equals the full forward, rows do not disturb each other."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
-from glm_jax import models
 from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference.decode import Filler
 from glm_jax.inference.sampling import Sampling, sample
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.vocabulary import ByteVocabulary
-from glm_jax.training import state
 
 VOCABULARY = ByteVocabulary()
 S = VOCABULARY.specials
@@ -30,12 +28,12 @@ OTHERS = {
 }
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def params():
-  return nn.unbox(state.init_params(CONFIG, jax.random.key(3)))
+  return small.params(CONFIG, 3)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def filler(params):
   return Filler(CONFIG, params, VOCABULARY)
 
@@ -50,13 +48,12 @@ def _teacher_forced(params, prompt, spans, config=CONFIG):
     tokens += [S.sop, *span]
     positions += [first + i if goes_on else place for i in range(len(span) + 1)]
     blocks += range(1, len(span) + 2)
-  row = lambda x: jnp.asarray(x, jnp.int32)[None]
-  visibility = prefix_visibility(
-    row(len(prompt))[0][None], row(len(tokens))[0][None], len(tokens)
-  )
-  logits, _ = models.build(config).apply(
-    {'params': params}, row(tokens), row(positions), row(blocks), visibility
-  )
+  # All rows are as long as the longest may be, so that they share a program.
+  T = config.max_positions
+  row = lambda x: jnp.asarray([*x, *[0] * (T - len(x))], jnp.int32)[None]
+  visibility = prefix_visibility(jnp.array([len(prompt)]), jnp.array([len(tokens)]), T)
+  inputs = (row(tokens), row(positions), row(blocks), visibility)
+  logits = small.logits(config, params, *inputs)[:, : len(tokens)]
   allowed = np.arange(config.vocab_size) < VOCABULARY.size
   allowed[[S.pad, S.enc, S.mask, S.gmask, S.smask, S.sop, S.dblock]] = False
   return np.asarray(jnp.where(allowed, logits[0], -jnp.inf).argmax(-1))[len(prompt) :]
@@ -86,7 +83,7 @@ def test_greedy_decoding_equals_teacher_forcing(filler, params):
 @pytest.mark.parametrize('name', ['chatglm', 'glm_130b'])
 def test_greedy_decoding_of_chatglm_equals_teacher_forcing(name):
   config = OTHERS[name]
-  params = nn.unbox(state.init_params(config, jax.random.key(1)))
+  params = small.params(config, 1)
   filler = Filler(config, params, VOCABULARY)
   prompts = [filler.encode('one [MASK] two [MASK]'), filler.encode('so', gmask=True)]
   made = filler.fill(prompts, max_tokens=7)
@@ -100,16 +97,17 @@ def test_greedy_decoding_of_chatglm_equals_teacher_forcing(name):
 
 def test_a_causal_model_goes_on_as_the_full_forward_does():
   config = OTHERS['chatglm2']
-  params = nn.unbox(state.init_params(config, jax.random.key(2)))
+  params = small.params(config, 2)
   filler = Filler(config, params, VOCABULARY)
   prompts = [filler.encode(text) for text in ('a', 'a longer [MASK] text')]
   assert prompts[0] == [S.enc, 97] and S.mask not in prompts[1]  # a mask is text to it
   for prompt, [span] in zip(prompts, filler.fill(prompts, max_tokens=7), strict=True):
-    tokens = jnp.asarray([*prompt, *span])[None]
-    t = jnp.arange(tokens.shape[1])[None]
-    inputs = (tokens, t, 0 * t, Visibility(0 * t, t + 1))
-    logits, _ = models.build(config).apply({'params': params}, *inputs)
-    predicted = logits[0, :, : VOCABULARY.size].argmax(-1)[len(prompt) - 1 :].tolist()
+    tokens, T = [*prompt, *span], config.max_positions
+    t = jnp.arange(T)[None]  # padding follows, which no token sees
+    row = jnp.asarray([*tokens, *[0] * (T - len(tokens))])[None]
+    logits = small.logits(config, params, row, t, 0 * t, Visibility(0 * t, t + 1))
+    predicted = logits[0, : len(tokens), : VOCABULARY.size].argmax(-1).tolist()
+    predicted = predicted[len(prompt) - 1 :]
     assert predicted[: len(span)] == span and len(span) > 1
     assert len(span) == 7 or predicted[len(span)] in VOCABULARY.stops
     text = filler.text(prompt, [span], ('<', '>'))

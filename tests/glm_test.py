@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from foreign import arrays_of, imported
 
 from glm_jax import models, sharding
@@ -14,10 +14,10 @@ from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference import decode
 from glm_jax.models import stack
 from glm_jax.models.config import REMAT_POLICIES
-from glm_jax.training import losses, optimizer, state
+from glm_jax.training import losses, optimizer
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def golden():
   """The original's tiny model and batch; every size is read from the arrays."""
   arrays, tensors = arrays_of('glm')
@@ -117,8 +117,8 @@ def test_the_published_hugging_face_code_computes_another_gelu(golden):
   jax.tree.map(np.testing.assert_array_equal, theirs, jax.tree.map(np.asarray, params))
   same = {f'in/{name}': arrays[f'hf/{name}'] for name in ('tokens', 'position_ids', 'sep')}
   for activation, wanted in (('gelu', 'tanh'), ('gelu_erf', 'erf')):
-    model = models.build(dataclasses.replace(config, activation=activation))
-    logits, _ = model.apply({'params': params}, *_inputs(same))
+    changed = dataclasses.replace(config, activation=activation)
+    logits = small.logits(changed, params, *_inputs(same))
     np.testing.assert_allclose(logits, arrays[f'hf/logits_{wanted}'], atol=2e-5)
 
 
@@ -179,7 +179,7 @@ def _like_megatron(flags, config):
 
 
 def test_initial_scales_are_the_originals(config):
-  params = nn.unbox(state.init_params(config, jax.random.key(0)))
+  params = small.params(config)
   scaled = 0.02 / (2 * config.num_layers) ** 0.5
   layer = params['layers']
   for weight, std in (
@@ -202,7 +202,7 @@ def test_a_token_influences_exactly_those_that_see_it(config, batch):
   Each token gets a position of its own, so that the gradient of a query's logits to
   the position table says whose embedding they depend on.
   """
-  params = nn.unbox(state.init_params(config, jax.random.key(0)))
+  params = small.params(config)
   model, T = models.build(config), batch.tokens.shape[1]
   row = jax.tree.map(lambda x: x[:1], batch._replace(index=None))
   readout = jax.random.normal(jax.random.key(1), (config.vocab_size,))
@@ -229,15 +229,11 @@ def test_a_token_influences_exactly_those_that_see_it(config, batch):
 
 
 def test_the_unseen_padding_changes_nothing(config, batch):
-  params = nn.unbox(state.init_params(config, jax.random.key(0)))
-  model = models.build(config)
+  params = small.params(config)
   padding = batch.key_end == 0
   assert padding.any()
-  apply = jax.jit(
-    lambda tokens: model.apply(
-      {'params': params}, tokens, batch.positions, batch.block_positions, batch.visibility
-    )[0]
-  )
+  rest = (batch.positions, batch.block_positions, batch.visibility)
+  apply = lambda tokens: small.logits(config, params, tokens, *rest)
   changed = apply(np.where(padding, 7, batch.tokens))
   np.testing.assert_array_equal(
     np.where(padding[..., None], 0, changed),
@@ -247,8 +243,8 @@ def test_the_unseen_padding_changes_nothing(config, batch):
 
 def test_bfloat16_computes_close_to_float32(golden):
   arrays, _, config, params = golden
-  model = models.build(dataclasses.replace(config, dtype='bfloat16'))
-  logits, _ = model.apply({'params': params}, *_inputs(arrays))
+  config = dataclasses.replace(config, dtype='bfloat16')
+  logits = small.logits(config, params, *_inputs(arrays))
   assert logits.dtype == jnp.float32
   # bfloat16 keeps 8 bits: the references agree to 3e-2.
   np.testing.assert_allclose(logits, arrays['out/logits'], atol=3e-2)
@@ -256,7 +252,7 @@ def test_bfloat16_computes_close_to_float32(golden):
 
 def test_activations_are_constrained_under_the_mesh(config, batch):
   """Flax drops logical constraints without a word in the wrong kind of context."""
-  params = nn.unbox(state.init_params(config, jax.random.key(0)))
+  params = small.params(config)
   mesh = sharding.make_mesh(sharding.MeshConfig(data=4, tensor=2))
 
   def text():

@@ -14,7 +14,7 @@ SIZES = {'a': 9, 'b': 5, 'c': 1}
 SHARES = {'a': 0.3, 'b': 0.6, 'c': 0.1}
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def corpora(tmp_path_factory):
   """Three corpora, each of whose rows is a document that says which it is."""
   folder, found = tmp_path_factory.mktemp('held_out'), []

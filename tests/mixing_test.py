@@ -39,7 +39,7 @@ MIXTURE = MixtureConfig(
 NAMES = [name for name in Batch._fields if name != 'index']
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def folder(tmp_path_factory):
   """Shards of three corpora, packed, in blocks of 4 rows; the letters tell them apart."""
   folder = tmp_path_factory.mktemp('mixed')
@@ -85,7 +85,14 @@ def _take(count, task='glm_mixture', **reading):
   return list(itertools.islice(stream, count))
 
 
-@pytest.mark.parametrize('start,count', [(1, 2), (1, 3), (10**9, 8)])
+@pytest.mark.parametrize(
+  'start,count',
+  [
+    (1, 3),
+    pytest.param(1, 2, marks=pytest.mark.slow),
+    pytest.param(10**9, 8, marks=pytest.mark.slow),
+  ],
+)
 def test_global_batches_are_the_same_for_any_number_of_hosts(mixed, count, start):
   """With packing, a mixture of corpora and a schedule of objectives."""
   whole = _take(3, start_step=start)

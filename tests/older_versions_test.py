@@ -61,7 +61,7 @@ def test_its_run_goes_on_at_the_same_losses(tmp_path):
   assert losses == pytest.approx(EXPECTED['losses'], abs=2e-6)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def text(tmp_path_factory):
   """Documents of 2 to 700 bytes, a third with a prompt; no part is held out."""
   folder = tmp_path_factory.mktemp('text')

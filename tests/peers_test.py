@@ -74,7 +74,7 @@ def test_transformers_computes_the_same_logits(name, tmp_path):
   np.testing.assert_allclose(theirs, ours, atol=1e-6)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def exported(tmp_path_factory):
   """A chat model with a vocabulary of its own, exported for transformers."""
   folder = tmp_path_factory.mktemp('exported')

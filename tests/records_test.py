@@ -108,7 +108,7 @@ def _train(config):
   return watched, words.getvalue()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('records')
   rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from foreign import arrays_of, config_json, exported, imported
 
 from glm_jax import models
@@ -16,7 +17,7 @@ from glm_jax.models import ChatGLM2Config, ChatGLMConfig, chatglm, chatglm2
 from glm_jax.training import losses
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def golden():
   """(arrays, config, params) of each file, imported once."""
   made = {}
@@ -105,7 +106,7 @@ def test_deepnorm_counts_28_layers_whatever_the_depth(golden):
   )
   own = dataclasses.replace(found.config, deepnorm_layers=found.config.num_layers)
   inputs = _prefix_inputs(arrays, 'in_gmask', True)
-  logits, _ = models.build(own).apply({'params': params}, *inputs)
+  logits = small.logits(own, params, *inputs)
   assert np.abs(logits - arrays['out_gmask/logits']).max() > 0.01
 
 
@@ -116,7 +117,7 @@ def test_a_tied_head_is_the_embedding_table(golden):
   found, params = imported(tensors, config_json('chatglm', arrays))
   assert found.config.tied_head and found.repeats_head and 'head' not in params
   inputs = _prefix_inputs(arrays, 'in_gmask', True)
-  logits, _ = models.build(found.config).apply({'params': params}, *inputs)
+  logits = small.logits(found.config, params, *inputs)
   np.testing.assert_allclose(logits, arrays['tied/logits'], atol=2e-5)
 
 
@@ -130,12 +131,11 @@ def test_chatglm2_equals_the_original(golden, name):
 @pytest.mark.parametrize('name', ['chatglm2', 'hf_glm'])
 def test_left_padded_inputs_are_compact_rows_here(golden, name):
   arrays, found, params = golden(name)
-  model = models.build(found.config)
   for row, mask in enumerate(arrays['pad/attention_mask'].astype(bool)):
     ids = arrays.get('pad/ids', arrays['in/ids'])  # padded, or what would be
     inputs = _causal_inputs(ids[row][mask][None])
     np.testing.assert_array_equal(inputs[1][0], arrays['pad/position_ids'][row][mask])
-    logits, _ = model.apply({'params': params}, *inputs)
+    logits = small.logits(found.config, params, *inputs)
     np.testing.assert_allclose(logits[0], arrays['pad/logits'][row][mask], atol=2e-5)
 
 
@@ -145,7 +145,7 @@ def test_chatglm3_weights_in_the_layout_of_hugging_face_are_the_same_model(golde
   again, there = imported(tensors, config_json('hf_glm', golden('hf_glm')[0]))
   jax.tree.map(np.testing.assert_array_equal, there, jax.tree.map(np.asarray, params))
   inputs = _causal_inputs(arrays['in/ids'])
-  logits, _ = models.build(again.config).apply({'params': there}, *inputs)
+  logits = small.logits(again.config, there, *inputs)
   np.testing.assert_allclose(logits, golden('hf_glm')[0]['mapped/logits'], atol=2e-5)
 
 
@@ -154,7 +154,7 @@ def test_another_rope_theta(golden):
   inputs = _causal_inputs(arrays['in/ids'])
   for change in ({'rope_theta': 5e6}, {'rope_ratio': 500.0}):
     config = dataclasses.replace(found.config, **change)
-    logits, _ = models.build(config).apply({'params': params}, *inputs)
+    logits = small.logits(config, params, *inputs)
     np.testing.assert_allclose(logits, arrays['rope500/logits'], atol=2e-5)
 
 
@@ -303,19 +303,11 @@ def _tiny(kind, **changes):
   return ChatGLMConfig(**{**common, **changes})
 
 
-def _params(config, seed=0):
-  import flax.linen as nn
-
-  from glm_jax.training import state
-
-  return nn.unbox(state.init_params(config, jax.random.key(seed)))
-
-
 @pytest.mark.parametrize('kind', ['chatglm', 'glm_130b', 'chatglm2'])
 def test_only_differences_of_positions_matter(kind):
   """Rotary positions are relative: shifting all of them changes nothing."""
   config = _tiny(kind)
-  params, model = _params(config), models.build(config)
+  params, model = small.params(config), models.build(config)
   ids, t, _, visibility = _causal_inputs(np.arange(1, 13)[None])
   blocks = jnp.maximum(t - 5, 0)
   run = jax.jit(lambda t, b: model.apply({'params': params}, ids, t, b, visibility)[0])
@@ -329,9 +321,8 @@ def test_only_differences_of_positions_matter(kind):
 def test_heads_share_keys_in_groups():
   """Query heads 0 and 1 use key head 0: changing key head 1 leaves them alone."""
   config = _tiny('chatglm2', num_layers=1)
-  params = _params(config)
+  params = small.params(config)
   ids, t, blocks, visibility = _causal_inputs(np.arange(1, 9)[None])
-  model = models.build(config)
 
   def only_heads(params, heads):
     out = params['layers']['attention']['out']['weight']
@@ -353,7 +344,7 @@ def test_heads_share_keys_in_groups():
   }
   for heads, same in ((slice(0, 2), True), (slice(2, 4), False)):
     a, b = (
-      model.apply({'params': only_heads(p, heads)}, ids, t, blocks, visibility)[0]
+      small.logits(config, only_heads(p, heads), ids, t, blocks, visibility)
       for p in (params, changed)
     )
     assert (np.abs(a - b).max() < 1e-6) == same
@@ -364,9 +355,9 @@ def test_the_embedding_gradient_shrinks_and_the_logits_do_not():
   made = {}
   for share in (1.0, 0.1):
     config = _tiny('glm_130b', embedding_gradient=share, tied_head=False)
-    model, params = models.build(config), _params(config)
-    run = lambda p, m=model: m.apply({'params': p}, *inputs)[0]
-    gradients = jax.grad(lambda p, run=run: run(p).std())(params)
+    params = small.params(config)
+    run = lambda p, config=config: small.logits(config, p, *inputs)
+    gradients = jax.jit(jax.grad(lambda p, run=run: run(p).std()))(params)
     made[share] = run(params), gradients['words']['weight'], gradients['head']['weight']
   np.testing.assert_allclose(made[1.0][0], made[0.1][0], atol=1e-5)
   np.testing.assert_allclose(0.1 * made[1.0][1], made[0.1][1], rtol=1e-3, atol=1e-7)
@@ -375,7 +366,7 @@ def test_the_embedding_gradient_shrinks_and_the_logits_do_not():
 
 def test_deepnorm_initialisation():
   config = _tiny('glm_130b', hidden_size=128, mlp_size=256, num_heads=4, init_std=0.02)
-  layer = _params(config)['layers']
+  layer = small.params(config)['layers']
   gain = (2 * config.deepnorm_layers) ** -0.5
   for weight, std in (
     (layer['attention']['q']['weight'], (1 / 128) ** 0.5),

@@ -147,7 +147,7 @@ MAKERS = {
 EXACT = {'bytes', 'sentencepiece', 'gpt2', 'roberta', 'glm4'}  # the others clean text up
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def made():
   return functools.cache(lambda kind: MAKERS[kind]())
 

@@ -143,9 +143,9 @@ _NEVER = {*COMPUTE_FIELDS, 'init_std', 'embedding_dropout', 'attention_dropout'}
 _NEVER |= {'output_dropout', 'embedding_gradient', 'rope_phase_dtype'}
 SAYS = {
   # The code that reads a format computes one thing whatever the files say, or asks.
-  'glm-10b': ('glm', {'activation'}),
+  'glm-10b': ('glm', set()),
   'megatron': ('glm', {'activation', 'num_heads'}),
-  'chatglm': ('chatglm', {'rope_frequency_dtype'}),
+  'chatglm': ('chatglm', set()),
   'glm-130b': (
     'glm_130b',
     {

@@ -43,7 +43,7 @@ def corpus(tmp_path):
   return tmp_path
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def made(tmp_path_factory):
   """Shards that nobody may change."""
   folder = tmp_path_factory.mktemp('made')

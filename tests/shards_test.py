@@ -22,7 +22,7 @@ VOCABULARY = ByteVocabulary()
 PLAN = RowPlan(33)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
   """120 documents in two .jsonl files and some .txt files; prompts, Chinese, odd bytes."""
   folder = tmp_path_factory.mktemp('text')
@@ -52,7 +52,7 @@ def _job(corpus, count=5, plan=PLAN, seed=0):
   return shard_job.of_config(corpus, VOCABULARY, plan, count=count, seed=seed, imports=())
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def made(corpus, tmp_path_factory):
   folder = epath.Path(tmp_path_factory.mktemp('made') / 'shards')
   job = _job(corpus)

@@ -70,7 +70,7 @@ def _generate(script, slots, active, *, stop, cache=None, first=S.sop, sampling=
 STOPS = (300, 301, 302, 303)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def ragged():
   """Rows that end after 0, 1, .. tokens, each at every one of the stops; and at none."""
   script = [
@@ -153,7 +153,7 @@ def test_every_stop_of_a_vocabulary_may_be_said_and_ends_a_blank(monkeypatch):
   assert made == [[[97, 98], [97, 98]], [[97, 98]]]
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def model_file():
   text = ['the quick brown fox jumps over the lazy dog. ' * 4, '语言模型在学习文字。' * 8]
   return vocabularies.train_sentencepiece(text, 512, bpe=True)

@@ -31,7 +31,7 @@ TEXT = ''.join(
 ).encode()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def storage(tmp_path_factory):
   """Text and the shards of it, in the cloud and on disk."""
   folder = tmp_path_factory.mktemp('storage')

@@ -1,6 +1,7 @@
 """Steps, meshes and checkpoints: the same numbers however they are computed."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 
 from glm_jax import checkpoints, models, sharding
 from glm_jax.checkpoints import CheckpointConfig, Checkpoints
@@ -26,6 +28,13 @@ def _devices(config):
   return jax.devices()[: int(np.prod(sizes))]
 
 
+@functools.cache
+def _fresh(config, optimizer):
+  """On the host: the same for all meshes, as a test below says."""
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  return jax.device_get(state.init_state(config, optimizer, mesh, 0))
+
+
 def _run(
   config,
   batch,
@@ -37,7 +46,11 @@ def _run(
 ):
   """State and metrics after some steps on a mesh."""
   mesh = sharding.make_mesh(mesh_config, _devices(mesh_config))
-  current = state.init_state(config, optimizer, mesh, 0)
+  # A copy, since the step takes its state's memory.
+  shardings = jax.tree.map(
+    lambda leaf: leaf.sharding, state.abstract_state(config, optimizer, mesh)
+  )
+  current = jax.device_put(_fresh(config, optimizer), shardings)
   train_step = step.make_train_step(
     losses.pretraining_loss(models.build(config), loss_config),
     optimizer,
@@ -53,7 +66,7 @@ def _run(
   return current, metrics.averages(found)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def reference(config, batch):
   current, found = _run(config, batch, MeshConfig(data=1))
   return jax.device_get(current['params']), found
@@ -70,15 +83,16 @@ def _largest_difference(a, b):
 @pytest.mark.parametrize(
   'mesh,microbatches',
   [
-    (MeshConfig(data=8), 1),
-    (MeshConfig(data=1, fsdp=8), 1),
-    (MeshConfig(data=1, tensor=4), 1),
+    # Each axis alone is slow: the fast ones have two or three.
+    pytest.param(MeshConfig(data=8), 1, marks=pytest.mark.slow),
+    pytest.param(MeshConfig(data=1, fsdp=8), 1, marks=pytest.mark.slow),
+    pytest.param(MeshConfig(data=1, tensor=4), 1, marks=pytest.mark.slow),
+    pytest.param(MeshConfig(data=1, sequence=4), 1, marks=pytest.mark.slow),
     (MeshConfig(data=2, fsdp=2, tensor=2), 1),
     (MeshConfig(data=2, fsdp=4), 2),
-    (MeshConfig(data=1, sequence=4), 1),
     (MeshConfig(data=1, fsdp=2, sequence=2, tensor=2), 1),
     (MeshConfig(data=4, fsdp=2, rules='fsdp_data'), 1),
-    (MeshConfig(data=4, fsdp=2, rules='replicated'), 1),
+    pytest.param(MeshConfig(data=4, fsdp=2, rules='replicated'), 1, marks=pytest.mark.slow),
     (MeshConfig(data=2, tensor=2, overrides={'vocab': None}), 1),
   ],
 )
@@ -111,7 +125,11 @@ def test_eight_devices_equal_one_in_every_family(other, batch):
 
 
 @pytest.mark.parametrize(
-  'mesh', [MeshConfig(data=1), MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)]
+  'mesh',
+  [
+    pytest.param(MeshConfig(data=1), marks=pytest.mark.slow),
+    MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+  ],
 )
 def test_the_loss_in_chunks_of_the_vocabulary_equals_the_whole(
   config, batch, reference, mesh
@@ -138,25 +156,33 @@ def test_the_loss_in_chunks_holds_no_logits():
 
 
 def test_z_loss_is_the_square_of_the_logsumexp(config, batch):
-  params = nn.unbox(state.init_params(config, jax.random.key(0)))
+  params = small.params(config)
   rows = batch._replace(index=None)
   model = models.build(config)
-  logits, _ = model.apply({'params': params}, rows.tokens, *rows[3:5], rows.visibility)
+  inputs = (rows.tokens, rows.positions, rows.block_positions, rows.visibility)
+  logits = small.logits(config, params, *inputs)
   square = np.square(np.asarray(jax.nn.logsumexp(logits, -1)))
   wanted = 0.01 * (square * batch.loss_weights).sum()
-  totals = []
+  both = []
   for chunks in (0, 4):
     made = losses.pretraining_loss(model, LossConfig(z_loss=0.01, vocab_chunks=chunks))
-    total, found = made(params, rows, None)
+    run = jax.value_and_grad(lambda p, made=made: made(p, rows, None), has_aux=True)
+    (total, found), gradients = jax.jit(run)(params)
     assert float(found['z_loss'][0]) == pytest.approx(wanted, rel=1e-5)
     assert float(total) == pytest.approx(float(found['loss'][0]) + wanted, rel=1e-5)
-    totals.append(jax.grad(lambda p, made=made: made(p, rows, None)[0])(params))
-  assert (
-    _largest_difference(*totals) <= 1e-3
-  )  # of gradients up to 100: sums over 768 tokens
+    both.append(gradients)
+  # Of gradients up to 100: sums over 768 tokens.
+  assert _largest_difference(*both) <= 1e-3
 
 
-@pytest.mark.parametrize('remat', ['full', 'attention', 'attention_qkv', 'projections'])
+@pytest.mark.parametrize(
+  'remat',
+  [
+    'full',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ('attention', 'projections')),
+    'attention_qkv',
+  ],
+)
 def test_what_is_computed_again_changes_nothing(config, batch, reference, remat):
   again = dataclasses.replace(config, remat=remat)
   current, found = _run(again, batch, MeshConfig(data=1))
@@ -198,7 +224,9 @@ def test_balanced_rows_and_back():
   np.testing.assert_array_equal(whole, x)
 
 
-@pytest.mark.parametrize('parts', [2, 4, 16])
+@pytest.mark.parametrize(
+  'parts', [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 16))]
+)
 def test_micro_batches_with_ragged_weights_equal_one_batch(config, batch, reference, parts):
   weights = batch.loss_weights.reshape(parts, -1).sum(1)
   assert np.ptp(weights) > 0
@@ -209,18 +237,13 @@ def test_micro_batches_with_ragged_weights_equal_one_batch(config, batch, refere
 
 
 def test_the_loss_is_the_weighted_mean_over_the_batch(config, batch):
-  params = nn.unbox(state.init_params(config, jax.random.key(0)))
-  model = models.build(config)
-  logits, _ = model.apply(
-    {'params': params},
-    batch.tokens,
-    batch.positions,
-    batch.block_positions,
-    batch.visibility,
-  )
+  params = small.params(config)
+  inputs = (batch.tokens, batch.positions, batch.block_positions, batch.visibility)
+  logits = small.logits(config, params, *inputs)
   log_probs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
   ce = -np.take_along_axis(log_probs, batch.targets[..., None], -1)[..., 0]
-  _, found = losses.pretraining_loss(model)(params, batch._replace(index=None), None)
+  loss_fn = jax.jit(losses.pretraining_loss(models.build(config)))
+  _, found = loss_fn(params, batch._replace(index=None), None)
   found = metrics.averages(found)
   w = batch.loss_weights
   assert found['loss'] == pytest.approx((ce * w).sum() / w.sum(), rel=1e-5)

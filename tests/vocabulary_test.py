@@ -33,7 +33,7 @@ HARD = [
 ]
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def trained():
   texts = [CHINESE * 3, ENGLISH * 5, 'the cat sat on the mat. ' * 50]
   return SentencePieceVocabulary(vocabularies.train_sentencepiece(texts, 600))

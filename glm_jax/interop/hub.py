@@ -155,6 +155,8 @@ def config_json(format: str, config: Any, raw: Mapping[str, Any]) -> dict[str, A
 
 
 def _write_glm(c: GLMConfig) -> tuple[dict, dict]:
+  # The published code has the other GeLU, with which no released model was trained.
+  _check_code('glm-10b', c, 'use --to=megatron', activation='gelu')
   return {
     'hidden_size': c.hidden_size,
     'max_sequence_length': c.max_positions,
@@ -176,14 +178,16 @@ def _write_glm(c: GLMConfig) -> tuple[dict, dict]:
 
 
 def _write_chatglm(c: ChatGLMConfig) -> tuple[dict, dict]:
-  configs.check(
-    c.two_positions and not c.gated and c.deepnorm_layers == CHATGLM_DEEPNORM_LAYERS,
-    "the format 'chatglm' holds models with two_positions, no gate, deepnorm_layers=28",
-    f'two_positions={c.two_positions}, gated={c.gated}, '
-    f'deepnorm_layers={c.deepnorm_layers}',
-    'use --to=glm-130b',
+  _check_code(
+    'chatglm',
+    c,
+    'use --to=glm-130b, which keeps the weights alone',
+    two_positions=True,
+    gated=False,
+    deepnorm_layers=CHATGLM_DEEPNORM_LAYERS,
+    rope_theta=10000,
+    rope_frequency_dtype='float16',
   )
-  _check_theta('chatglm', c)
   return {
     'hidden_size': c.hidden_size,
     'inner_hidden_size': c.mlp_size,
@@ -222,7 +226,7 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
   if c.rope_scaling == 'theta':
     ratio *= c.rope_theta / 10000
   else:  # the ratio divides positions
-    _check_theta('chatglm2', c)
+    _check_code('chatglm2', c, 'use --to=glm', rope_theta=10000)
   return {
     'add_qkv_bias': c.qkv_bias,
     'ffn_hidden_size': c.mlp_size,
@@ -261,13 +265,15 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
   }
 
 
-def _check_theta(format: str, c: ChatGLMConfig | ChatGLM2Config) -> None:
-  configs.check(
-    c.rope_theta == 10000,
-    f'the format {format!r} holds models of rope_theta=10000, which its code has',
-    str(c.rope_theta),
-    'use --to=glm for a causal model',
-  )
+def _check_code(format: str, config: Any, remedy: str, **fields: Any) -> None:
+  """Raises UserError unless the model has what a format's code computes regardless."""
+  for name, value in fields.items():
+    configs.check(
+      getattr(config, name) == value,
+      f'the format {format!r} holds models of {name}={value!r}, which its code has',
+      repr(getattr(config, name)),
+      remedy,
+    )
 
 
 def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:

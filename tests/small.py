@@ -1,0 +1,22 @@
+"""Parameters and logits of small models; each program is compiled whole, and once."""
+
+import functools
+
+import flax.linen as nn
+import jax
+
+from glm_jax import models
+from glm_jax.training import state
+
+
+@functools.cache
+def params(config, seed=0):
+  """Fresh parameters, without their boxes."""
+  init = jax.jit(lambda key: nn.unbox(state.init_params(config, key)))
+  return init(jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params, *inputs):
+  """[B, T, vocab_size] of tokens, both positions and their visibility."""
+  return models.build(config).apply({'params': params}, *inputs)[0]
