@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from glm_jax import configs
 
@@ -36,18 +37,32 @@ def be_quiet() -> None:
   for name in _LOUD:
     logging.getLogger(name).setLevel(logging.CRITICAL)
   warnings.filterwarnings('ignore')
-  threading.excepthook = _of_thread
+  threading.excepthook, sys.unraisablehook = _of_thread, _unraisable
 
 
 def _of_thread(args: threading.ExceptHookArgs) -> None:
   """Prints what ended a thread, unless a library raises it again where it is waited for."""
-  # The top-level package of every frame: the thread may have been started by any of them.
-  trace, modules = args.exc_traceback, set()
-  while trace is not None:
-    modules.add(trace.tb_frame.f_globals.get('__name__', '').split('.')[0])
-    trace = trace.tb_next
-  if not modules & {*_TOLD_AGAIN}:
+  if not _packages(args.exc_traceback) & {*_TOLD_AGAIN}:
     threading.__excepthook__(args)
+
+
+def _unraisable(args: sys.UnraisableHookArgs) -> None:
+  """Prints what nobody can catch, but for TensorStore's writes after the first that failed.
+
+  Orbax closes its event loop at the first error and raises it; TensorStore's own threads
+  then tell asyncio of the other writes, and have no frame of Python beside asyncio's.
+  """
+  if _packages(args.exc_traceback) != {'asyncio'}:
+    sys.__unraisablehook__(args)
+
+
+def _packages(trace: TracebackType | None) -> set[str]:
+  """The top-level packages of all frames: a thread may have been started by any of them."""
+  found = set()
+  while trace is not None:
+    found.add(trace.tb_frame.f_globals.get('__name__', '').split('.')[0])
+    trace = trace.tb_next
+  return found
 
 
 @contextlib.contextmanager

@@ -90,6 +90,7 @@ def in_process(module, *arguments, cwd=ROOT, **more):
       mock.patch.object(sys, 'argv', [module, *arguments]),
       mock.patch.object(sys, 'path', [*more.get('PYTHONPATH', '').split(':'), *sys.path]),
       mock.patch.object(threading, 'excepthook', threading.excepthook),
+      mock.patch.object(sys, 'unraisablehook', sys.unraisablehook),
       _devices(jax.devices(), jax.config.update),
       mock.patch.dict(seqio.TaskRegistry._REGISTRY),
       mock.patch.dict(seqio.MixtureRegistry._REGISTRY),

@@ -88,6 +88,17 @@ def test_threads_are_heard_unless_a_library_raises_again(
   assert ('RuntimeError: in a thread' in capsys.readouterr().err) == heard
 
 
+@pytest.mark.parametrize('module,heard', [('glm_jax.data', True), ('asyncio.x', False)])
+def test_what_nobody_can_catch_is_heard_unless_it_is_asyncios_alone(
+  module, heard, monkeypatch, capsys
+):
+  monkeypatch.setattr(sys, 'unraisablehook', startup._unraisable)
+  namespace = {'__name__': module}
+  exec('def fail(self):\n  raise RuntimeError("in a finalizer")', namespace)
+  type('Object', (), {'__del__': namespace['fail']})()
+  assert ('RuntimeError: in a finalizer' in capsys.readouterr().err) == heard
+
+
 @dataclasses.dataclass(frozen=True)
 class _Config:
   count: Annotated[int, configs.at_least(1)] = 1
