@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,11 +59,8 @@ def _unraisable(args: sys.UnraisableHookArgs) -> None:
 
 def _packages(trace: TracebackType | None) -> set[str]:
   """The top-level packages of all frames: a thread may have been started by any of them."""
-  found = set()
-  while trace is not None:
-    found.add(trace.tb_frame.f_globals.get('__name__', '').split('.')[0])
-    trace = trace.tb_next
-  return found
+  frames = (frame for frame, _ in traceback.walk_tb(trace))
+  return {frame.f_globals.get('__name__', '').split('.')[0] for frame in frames}
 
 
 @contextlib.contextmanager
