@@ -196,7 +196,7 @@ def section(results: Mapping[str, Any]) -> list[str]:
     lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
   seeds = max(len(runs) for runs in results['runs'].values())
   return [
-    '![Ablations](benchmarks/ablations_results/ablations.png)',
+    '![Ablations](ablations_results/ablations.png)',
     '',
     *lines,
     '',

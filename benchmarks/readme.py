@@ -1,4 +1,4 @@
-"""Sections of README.md and launch/README.md that a command writes, between two marks."""
+"""Sections of the READMEs that a command writes, between two marks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = (ROOT / 'README.md', ROOT / 'launch' / 'README.md')
+READMES = tuple(ROOT / path / 'README.md' for path in ('.', 'launch', 'benchmarks'))
 
 
 def write_section(name: str, lines: Sequence[str]) -> None:

@@ -50,7 +50,7 @@ BASE = {
   ),
 }
 # Another value of each field.
-_OF_COMPUTE = dict(dtype='bfloat16', remat='full', attention='chunked')
+_OF_COMPUTE = dict(dtype='bfloat16', remat='full', attention='chunked', unroll=2)
 _OTHER_SIZES = dict(num_layers=3, num_heads=2, vocab_size=72, max_positions=40, mlp_size=40)
 _OTHER_SIZES |= dict(init_std=0.05, norm_epsilon=3e-4, rope_theta=5000.0, hidden_size=64)
 _OTHER_SIZES |= dict(embedding_dropout=0.3, attention_dropout=0.4, output_dropout=0.2)

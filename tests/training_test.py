@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -176,18 +177,45 @@ def test_z_loss_is_the_square_of_the_logsumexp(config, batch):
 
 
 @pytest.mark.parametrize(
-  'remat',
+  'computed',
   [
-    'full',
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ('attention', 'projections')),
-    'attention_qkv',
+    {'remat': 'full'},
+    pytest.param({'remat': 'attention'}, marks=pytest.mark.slow),
+    pytest.param({'remat': 'projections'}, marks=pytest.mark.slow),
+    {'remat': 'attention_qkv'},
+    {'unroll': 0},
   ],
+  ids=lambda computed: '-'.join(map(str, *computed.items())),
 )
-def test_what_is_computed_again_changes_nothing(config, batch, reference, remat):
-  again = dataclasses.replace(config, remat=remat)
+def test_how_layers_are_computed_changes_nothing(config, batch, reference, computed):
+  again = dataclasses.replace(config, **computed)
   current, found = _run(again, batch, MeshConfig(data=1))
   assert found == pytest.approx(reference[1], rel=1e-6)
   assert _largest_difference(current['params'], reference[0]) <= 1e-6
+
+
+@pytest.mark.parametrize('unroll,loops', [(0, 0), (1, 2), (2, 2)])
+def test_unrolled_layers_are_no_loop(config, batch, unroll, loops):
+  """Three layers; two in a turn leave one behind the loop. Forward and backward."""
+  deep = dataclasses.replace(config, num_layers=3, unroll=unroll)
+  loss = losses.pretraining_loss(models.build(deep))
+  lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
+    state.abstract_params(deep), batch._replace(index=None), None
+  )
+  assert lowered.as_text().count('stablehlo.while') == loops
+
+
+def test_products_with_the_head_multiply_the_computations_dtype(batch):
+  """Else two of the three are float32 products, at a quarter of a GPU's speed."""
+  config = models.ChatGLM2Config(**_SMALL, num_kv_heads=2, head_size=16, dtype='bfloat16')
+  loss = losses.pretraining_loss(models.build(config))
+  lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
+    state.abstract_params(config), batch._replace(index=None), None
+  )
+  products = re.findall(r'dot_general .*: \((.*)\) -> (.*)', lowered.as_text())
+  of_head = [line for line in products if re.search(r'[<x]512x', ' '.join(line))]
+  assert len(of_head) == 3
+  assert not any('f32' in operands.replace('bf16', '') for operands, _ in of_head)
 
 
 def test_a_smaller_first_moment_is_close(config, batch, reference):

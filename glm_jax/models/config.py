@@ -39,11 +39,15 @@ class Compute:
       the host's memory ('offload', TPU and GPU); all but its matmuls ('dots'), all but
       its weight matmuls ('dots_no_batch').
     attention: of `glm_jax.attention.BACKENDS`; 'auto' is the best for the device.
+    unroll: layers in one turn of the loop over layers, or fewer in the last; 0 for all,
+      which then is no loop. One turn compiles fastest; without a loop nothing that the
+      backward pass needs is copied, which pays on a GPU (`python -m benchmarks.step`).
   """
 
   dtype: Annotated[str, one_of('float32', 'bfloat16')] = 'float32'
   remat: Annotated[str, one_of(*REMAT_POLICIES)] = 'none'
   attention: Annotated[str, one_of(*BACKENDS)] = 'auto'
+  unroll: Annotated[int, at_least(0).but('use 0 for all layers')] = 1
 
   def __post_init__(self):
     configs.check_fields(self)

@@ -102,11 +102,30 @@ class Table(nn.Module):
     return jax.lax.psum(jnp.where(inside[..., None], vectors, 0), rows)
 
 
+@jax.custom_vjp
 def logits(x_BTD: jax.Array, weight_VD: jax.Array) -> jax.Array:
   """The linear head, [B, T, V] float32."""
   # Summed and kept in float32: logits rounded to bfloat16 would cost the loss its digits.
-  axes = ('vocab', 'embed')
-  return einsum('BTD,VD->BTV', x_BTD, [weight_VD], [axes], jnp.float32)[0]
+  return _head(x_BTD, weight_VD, jnp.float32)
+
+
+def _head(x_BTD: jax.Array, weight_VD: jax.Array, dtype: Any) -> jax.Array:
+  return einsum('BTD,VD->BTV', x_BTD, [weight_VD], [('vocab', 'embed')], dtype)[0]
+
+
+def _logits_forward(x_BTD, weight_VD):
+  return logits(x_BTD, weight_VD), (x_BTD, weight_VD)
+
+
+def _logits_backward(saved, d_BTV):
+  # Left to JAX, two of the three products with the head would multiply float32 numbers,
+  # which takes a GPU four times as long. Rounded, their gradient, a probability or one
+  # less, keeps its sign and scale; `chunked_cross_entropy` does the same.
+  _, pull = jax.vjp(lambda x, weight: _head(x, weight, None), *saved)
+  return pull(d_BTV.astype(saved[0].dtype))
+
+
+logits.defvjp(_logits_forward, _logits_backward)
 
 
 class Attention(nn.Module):

@@ -78,6 +78,7 @@ def stack(
     # The cache has a layer axis; `seen`, `cache_start` and `by_token` are for all layers.
     in_axes=(0, *[nn.broadcast] * (2 + len(by_token))),
     length=config.num_layers,
+    unroll=config.unroll,
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )(config, deterministic, name='layers')(x_BTD, cache, seen, cache_start, *by_token)
   return sharding.unspread(x_BTD) if spread else x_BTD, cache
