@@ -94,9 +94,9 @@ class Bench:
 
   def __init__(self, steps: int):
     from glm_jax import sharding
+    from glm_jax.recipes import CONFIGURABLES
     from glm_jax.training import program
-    from glm_jax.training.config import CONFIGURABLES, TrainConfig
-    from glm_jax.training.step import make_eval_step
+    from glm_jax.training.config import TrainConfig
 
     config, _ = cli.load_config(
       TrainConfig,
@@ -110,7 +110,7 @@ class Bench:
     startup.find_devices()
     self.config, self.layout = config, sharding.make_mesh(config.mesh)
     self.built = program.build(config, self.layout)
-    self.evaluate = jax.jit(make_eval_step(self.built.loss))
+    self.evaluate = jax.jit(self.built.eval_step)
     # Validation follows the run's positions: a model of 1-D positions has to be fed those.
     self.sets = {
       flat: {name: self._batches(fields, flat) for name, fields in SETS.items()}
@@ -120,11 +120,11 @@ class Bench:
   def _prepare(self, task: str, objectives: Any) -> Any:
     from glm_jax.data import prepare
 
-    c = self.config
+    c = self.config.recipe
     return prepare.prepare(task, c.feature_lengths, c.corpus, c.vocabulary, objectives)
 
   def _objectives(self, fields: Mapping[str, Any]) -> Any:
-    return dataclasses.replace(self.config.objectives, **fields)
+    return dataclasses.replace(self.config.recipe.objectives, **fields)
 
   def _batches(self, fields: Mapping[str, Any], flat: bool) -> list[Any]:
     from glm_jax.data import pipeline
@@ -134,7 +134,7 @@ class Bench:
     return list(
       pipeline.batches(
         task,
-        self.config.feature_lengths,
+        self.config.recipe.feature_lengths,
         batch_size=_BATCH,
         seed=0,
         split='validation',
@@ -155,7 +155,7 @@ class Bench:
     self._prepare('glm_mixture', objectives)
     stream = pipeline.batches(
       'glm_mixture',
-      self.config.feature_lengths,
+      self.config.recipe.feature_lengths,
       batch_size=self.config.batch_size,
       seed=seed,
     )

@@ -78,6 +78,7 @@ def main() -> None:
   from glm_jax import sharding
   from glm_jax.models import ChatGLM2Config
   from glm_jax.planning import prediction
+  from glm_jax.recipes.pretraining import Pretraining
   from glm_jax.training.config import TrainConfig
 
   results = {}
@@ -87,8 +88,7 @@ def main() -> None:
         **run['model'], **_SHAPE, vocab_size=run['vocab_size'], remat=run['remat']
       ),
       # Causal as those runs are: every pair of the lower triangle is visible.
-      task='glm_causal',
-      feature_lengths={'tokens': run['length']},
+      recipe=Pretraining(task='glm_causal', feature_lengths={'tokens': run['length']}),
       batch_size=run['rows'],
       microbatches=run.get('microbatches', 1),
       train_steps=1000,

@@ -30,7 +30,7 @@ from benchmarks.readme import ROOT, write_section
 from glm_jax import cli
 from glm_jax.interop import files, formats, hub
 from glm_jax.models import ChatGLM2Config
-from glm_jax.training.config import CONFIGURABLES
+from glm_jax.recipes import CONFIGURABLES
 
 RESULTS = ROOT / 'benchmarks' / 'convert' / 'results.json'
 GIN_FILE = 'gin_configs/models/chatglm2_6b.gin'

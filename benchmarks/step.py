@@ -36,6 +36,7 @@ from glm_jax.batch import Batch
 from glm_jax.models import ChatGLM2Config, GLMConfig
 from glm_jax.performance import chips, flops
 from glm_jax.planning import prediction
+from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
 
@@ -74,8 +75,10 @@ class Case:
   def config(self) -> TrainConfig:
     return TrainConfig(
       model=self.model,
-      task='glm_blank' if self.documents else 'glm_causal',
-      feature_lengths={'tokens': self.length},
+      recipe=Pretraining(
+        task='glm_blank' if self.documents else 'glm_causal',
+        feature_lengths={'tokens': self.length},
+      ),
       batch_size=self.rows,
       train_steps=1000,
       model_dir='unused',

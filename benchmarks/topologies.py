@@ -124,7 +124,8 @@ def configure(row: Row) -> tuple[Any, Any]:
   """The run's configuration and mesh."""
   topologies.prepare_environment()
   from glm_jax import cli, sharding
-  from glm_jax.training.config import CONFIGURABLES, TrainConfig
+  from glm_jax.recipes import CONFIGURABLES
+  from glm_jax.training.config import TrainConfig
 
   config, _ = cli.load_config(
     TrainConfig,

@@ -172,7 +172,8 @@ def configuration(
 ) -> tuple[Any, str]:
   """The configuration that the flags of a command ask for, and its text.
 
-  Modules of the user's are imported first: what they register may be named in gin.
+  Modules of the user's are imported first: what they register, and the dataclasses that
+  their `CONFIGURABLES` lists, may be named in gin.
 
   Args:
     flags: as `parse` gives them.
@@ -182,12 +183,13 @@ def configuration(
     placeholders: see `load_config`.
   """
   # Not above: --help of a command must not wait for JAX.
-  from glm_jax.training.config import CONFIGURABLES, TrainConfig
+  from glm_jax.recipes import CONFIGURABLES
+  from glm_jax.training.config import TrainConfig
 
-  startup.import_modules(flags.imports)
+  own = startup.import_modules(flags.imports)
   return load_config(
     kind or TrainConfig,
-    (*CONFIGURABLES, *more),
+    (*CONFIGURABLES, *more, *own),
     flags.gin_file,
     flags.gin_search_paths,
     [*flags.bindings, *bindings],
@@ -242,6 +244,8 @@ def load_config(
   for file in files:
     # Before gin parses anything: parsing an import statement runs it.
     _refuse_code(_find(file, folders), folders, seen)
+  for binding in bindings:
+    _refuse_moved(binding.split('=')[0].split('/')[-1].strip())
   # No code of ours runs in here: whatever is raised is about the text.
   try:
     gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False)
@@ -308,8 +312,20 @@ def _refuse_code(path: Path, folders: Sequence[str], seen: dict[str, str]) -> No
         f'a gin file must not import modules, got {statement.module!r} in {path}; name '
         'modules of your own on the command line with --import.'
       )
+    if isinstance(statement, config_parser.BindingStatement):
+      _refuse_moved(f'{statement.selector}.{statement.arg_name}', f' in {path}')
     if isinstance(statement, config_parser.IncludeStatement):
       _refuse_code(_find(statement.filename, folders), folders, seen)
+
+
+def _refuse_moved(name: str, where: str = '') -> None:
+  from glm_jax.recipes import MOVED
+
+  if name in MOVED:
+    raise UserError(
+      f'a parameter must have its name of today, got {name}{where}; write {MOVED[name]} '
+      '(and TrainConfig.recipe = @Pretraining() once).'
+    )
 
 
 class _NoDelegate:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from glm_jax import cli, configs, startup
+from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.training import start
 
 
@@ -24,6 +25,13 @@ def main(argv: Sequence[str]) -> None:
     value = getattr(flags, name)
     configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'raise it')
   config, _ = cli.configuration(flags, placeholders=True)
+  recipe = config.recipe
+  configs.check(
+    isinstance(recipe, Pretraining),
+    'make_shards must be given a recipe that reads a corpus',
+    type(recipe).__name__,
+    'use Pretraining or a recipe made of it',
+  )
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   began = time.perf_counter()
   # Imported below the flags: a mistake in them is told at once.
@@ -34,23 +42,23 @@ def main(argv: Sequence[str]) -> None:
     from glm_jax.data.rows import shards
   shard_job.check_folder(folder)
   configs.check(
-    not config.corpus.corpus.startswith(corpus.SHARDS),
+    not recipe.corpus.corpus.startswith(corpus.SHARDS),
     'make_shards reads text',
-    repr(config.corpus.corpus),
+    repr(recipe.corpus.corpus),
     'give CorpusConfig.corpus as it was when they were made',
   )
   config, vocabulary, _ = start.resolve(config)
   if vocabulary is None:
-    vocabulary = corpus.load_or_train_vocabulary(config.vocabulary, [config.corpus])
+    vocabulary = corpus.load_or_train_vocabulary(recipe.vocabulary, [recipe.corpus])
   plan = prepare.row_plan(
-    config.task,
-    config.length,
-    config.objectives,
+    recipe.task,
+    recipe.length,
+    recipe.objectives,
     vocabulary,
-    packed=config.corpus.packed,
+    packed=recipe.corpus.packed,
   )
   job = shard_job.of_config(
-    config.corpus,
+    recipe.corpus,
     vocabulary,
     plan,
     count=flags.shards,

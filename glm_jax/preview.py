@@ -7,9 +7,10 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from glm_jax import cli, configs, startup
+from glm_jax import cli, configs, sharding, startup
 from glm_jax.training import start
 
 # Examples that the statistics are over.
@@ -26,25 +27,15 @@ def main(argv: Sequence[str]) -> None:
     'ask for fewer',
   )
   startup.import_tensorflow()
-  from glm_jax.data import pipeline, prepare
   from glm_jax.data.examples import render
 
   config, _ = cli.configuration(flags)
   config, vocabulary, _ = start.resolve(config)
-  data = prepare.prepare(
-    config.task,
-    config.feature_lengths,
-    config.corpus,
-    config.vocabulary,
-    config.objectives,
-    vocabulary,
-    mixture=config.mixture,
-  )
-  stream = pipeline.dataset(
-    config.task, config.feature_lengths, batch_size=config.batch_size, seed=config.seed
-  ).as_numpy_iterator()
+  # Wherever the run will be, this is one device.
+  layout = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+  data = config.recipe.prepare(config, vocabulary, layout)
   count = -(-_COUNTED // config.batch_size)
-  batches = list(itertools.islice(stream, count))
+  batches = list(itertools.islice(data.examples(), count))
   batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
   # Only the tasks of this package count them.
   for name in ('lost', 'capped'):
@@ -54,8 +45,7 @@ def main(argv: Sequence[str]) -> None:
   for number in range(flags.examples):
     example = {k: v[number] for k, v in batch.items()}
     print(f'--- example {number}, {render.render(example, data.vocabulary)}\n')
-  skipped = sum(corpus.rows['train'].stats['skipped'] for corpus in data.corpora)
-  print(render.statistics(batch, skipped))
+  print(render.statistics(batch, data.skipped))
   path = Path(flags.output)
   render.picture({k: v[0] for k, v in batch.items()}, path)
   print(f'\nmask of example 0 in {path}')

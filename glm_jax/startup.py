@@ -108,20 +108,24 @@ def import_tensorflow() -> None:
       tf.config.set_visible_devices([], kind)
 
 
-def import_modules(names: Sequence[str]) -> None:
+def import_modules(names: Sequence[str]) -> list[type]:
   """Imports modules of the user's by name, with the current folder on the path.
 
   They may use TensorFlow as soon as they are imported, so it is made ready before.
+
+  Returns:
+    What gin may bind besides: the dataclasses that their `CONFIGURABLES` list.
   """
   if not names:
-    return
+    return []
+  own: list[type] = []
   import_tensorflow()
   if '' not in sys.path and str(Path.cwd()) not in sys.path:
     # A module beside the caller is found under `python -m` and under an entry point alike.
     sys.path.insert(0, str(Path.cwd()))
   for name in names:
     try:
-      importlib.import_module(name)
+      own += getattr(importlib.import_module(name), 'CONFIGURABLES', ())
     except ModuleNotFoundError as error:
       # A module that exists and imports another that does not is the user's to debug, with
       # its traceback.
@@ -131,3 +135,4 @@ def import_modules(names: Sequence[str]) -> None:
           'run from its folder or set PYTHONPATH.'
         ) from error
       raise
+  return own

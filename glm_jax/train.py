@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from glm_jax.checkpoints import Checkpoints, folder
 from glm_jax.models import config as model_config
 from glm_jax.training import evaluation, metrics, optimizer, program, report, start, state
 from glm_jax.training.config import TrainConfig
-from glm_jax.training.meter import Meter, progress_line, step_flops
+from glm_jax.training.meter import Meter, progress_line
 from glm_jax.training.writer import Writer
 
 
@@ -43,6 +42,7 @@ def train(config: TrainConfig, config_text: str) -> None:
 
   # The model may stand in another checkpoint.
   config, vocabulary, source = start.resolve(config)
+  recipe = config.recipe
 
   # Mesh.
   layout = sharding.make_mesh(config.mesh)
@@ -52,39 +52,21 @@ def train(config: TrainConfig, config_text: str) -> None:
 
   # Data. The leader goes first, so that the others find its caches.
   # TensorFlow writes to stderr as it is imported, and only data needs it.
-  with startup.silenced_stderr():
-    from glm_jax.data import pipeline, prepare, shares
-  index, count = sharding.row_share(layout)
-  process = pipeline.Process(index=index, count=count)
-  with distributed.leader_first():
-    data = prepare.prepare(
-      config.task,
-      config.feature_lengths,
-      config.corpus,
-      config.vocabulary,
-      config.objectives,
-      vocabulary,
-      mixture=config.mixture,
-      evaluation=config.evaluation.objectives,
-    )
+  with startup.silenced_stderr(), distributed.leader_first():
+    data = recipe.prepare(config, vocabulary, layout)
   distributed.check_equal(
     'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
   )
-  length = config.length
-  _check_sizes(config, data.vocabulary)
-  prepare.check_batch(data, config.batch_size)
-  prepare.verify(data, config.corpus, jax.process_index(), jax.process_count())
+  recipe.check_data(config, data)
 
   # The folder: a new one, or this run's.
   identity = folder.identity(
     model_config.to_dict(config.model),
     data.vocabulary.fingerprint,
-    task=config.task,
-    feature_lengths=config.feature_lengths,
     batch_size=config.batch_size,
     seed=config.seed,
-    objectives=config.objectives,
-    data=data.fingerprint,
+    recipe=type(recipe).__name__,
+    data=data.identity,
   )
   settings = {'optimizer': dataclasses.asdict(config.optimizer)}
   for change in folder.check_same(config.model_dir, identity, settings):
@@ -94,49 +76,37 @@ def train(config: TrainConfig, config_text: str) -> None:
   # written once nothing else can be refused.
   saved_step = checkpoints.latest_step(config.model_dir)
   if saved_step is None:
-    current = state.init_state(config.model, built.optimizer, layout, config.seed)
+    current = state.init_state(
+      config.model, built.optimizer, layout, config.seed, recipe.leaves(config)
+    )
     if config.init_from:
       params = start.params_from(
         config.init_from, config.model, data.vocabulary.fingerprint, current['params']
       )
       current = state.with_params(current, params)
       say(f'parameters from {config.init_from}')
+    # Traced, so that a mistake in the loss leaves no folder behind.
+    with sharding.active(layout):
+      jax.eval_shape(built.eval_step, built.state['params'], built.batch)
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
     folder.write(config.model_dir, identity, settings, config_text)
   manager = Checkpoints(config.model_dir, config.checkpoint)
-  stream = pipeline.Stream(
-    config.task,
-    config.feature_lengths,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    start_step=(saved_step or 0) if data.indexed else 0,
-    process=process,
-  )
-  # A task of the user's keeps a place in its stream.
-  keeps_place = {} if data.indexed else {'stream': stream}
+  stream = data.stream(saved_step or 0)
   if saved_step is not None:
-    current = manager.restore(saved_step, built.state, **keeps_place)
+    current = manager.restore(saved_step, built.state, stream.place)
     say(f'resumed {config.model_dir} at step {saved_step}')
   first = int(current['step'])
   backend, why = built.attention
   say(
     f'{state.count(current["params"]):,} parameters on {layout.size} '
-    f'{layout.device_kind} device(s), mesh {layout.shape}; '
-    f'{config.batch_size} x {length} positions a step; attention: {backend} ({why})'
+    f'{layout.device_kind} device(s), mesh {layout.shape}; {config.batch_size} x '
+    f'{recipe.length} positions a step; attention: {backend} ({why})'
   )
-  if data.corpora and distributed.is_leader():
-    lines = shares.table(
-      config.task,
-      config.feature_lengths,
-      data.corpora,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      step=first,
-      train_steps=config.train_steps,
-    )
-    say('\n'.join(lines))
+  if distributed.is_leader():
+    for line in data.describe(first):
+      say(line)
 
   # Steps. Each waits for the one before it, while the next is being computed.
   meta = {
@@ -148,9 +118,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   }
   writer = Writer(config.model_dir, distributed.is_leader())
   with sharding.active(layout):
-    validate = evaluation.Validation(
-      config, data.evaluation_tasks, built.loss, layout, process
-    )
+    validate = evaluation.Validation(data.validation, built.eval_step, layout)
     meter = Meter(first, config.train_steps)
     # Metrics of the latest steps, still being computed: to look at one is to wait for it.
     waiting: list[Any] = []
@@ -158,13 +126,10 @@ def train(config: TrainConfig, config_text: str) -> None:
     since: dict[str, Any] = {}
     validated: dict[str, float] = {}
     for number in range(first + 1, config.train_steps + 1):
-      batch = meter.wait_for(stream, waiting)
-      tokens, flops = _tokens(batch), step_flops(config.model, batch)
-      meter.count(process.count * tokens, process.count * flops)
+      work = meter.wait_for(stream, current, waiting)
+      meter.count(work.tokens, work.flops)
       # Returns at once. The state before is donated: `current` is the only one.
-      current, step_metrics = built.train_step(
-        current, sharding.place(batch._replace(index=None), layout)
-      )
+      current, step_metrics = built.train_step(current, work.batch)
       waiting.append(step_metrics)
       last = number == config.train_steps
       saves = last or number % config.checkpoint.every == 0
@@ -196,7 +161,7 @@ def train(config: TrainConfig, config_text: str) -> None:
       if saves:
         # An older validation says nothing of this checkpoint.
         scores = validated if validates else {}
-        manager.save(current, {**meta, 'step': number}, scores, **keeps_place)
+        manager.save(current, {**meta, 'step': number}, scores, stream.place)
       meter.restart()
     manager.close()
 
@@ -226,53 +191,6 @@ def main(argv: Sequence[str]) -> None:
   )
   startup.find_devices()
   train(config, text)
-
-
-def _check_sizes(config: TrainConfig, vocabulary: Any) -> None:
-  c = config.model
-  name = type(c).__name__
-  if config.task.startswith('glm_'):
-    configs.check(
-      c.causal == (config.task == 'glm_causal'),
-      'MIXTURE_OR_TASK_NAME must be glm_causal for a causal model, and for no other',
-      f'{config.task!r} for {name}',
-      'use glm_causal with a causal model, and glm_mixture with any other',
-    )
-    configs.check(
-      c.causal or c.two_positions == config.objectives.block_positions,
-      "ObjectiveConfig.block_positions must be the model's two_positions",
-      f'{config.objectives.block_positions} and {c.two_positions}',
-      f'set ObjectiveConfig.block_positions = {c.two_positions}',
-    )
-  configs.check(
-    vocabulary.size <= c.vocab_size,
-    "the model's vocab_size must hold the vocabulary",
-    f'vocab_size={c.vocab_size}, vocabulary of {vocabulary.size}',
-    f'set {name}.vocab_size to {math.ceil(vocabulary.size / 128) * 128}',
-  )
-  # One more than the table's largest index, since positions begin at 0. A GLM row may be
-  # longer than its text, whose spans repeat the positions of their masks.
-  longest = config.length
-  configs.check(
-    longest <= c.max_positions + 1 or _row_length(config) <= c.max_positions + 1,
-    "rows must fit the model's position table",
-    f'rows of {longest} positions, max_positions={c.max_positions}',
-    f'raise {name}.max_positions or shorten TASK_FEATURE_LENGTHS',
-  )
-
-
-def _row_length(config: TrainConfig) -> int:
-  """Tokens of text in a row: no position is larger."""
-  length = config.length
-  # A packed row may hold one document alone.
-  if config.corpus.packed or config.objectives.one_dimensional:
-    return length
-  return config.objectives.row_length(length)
-
-
-def _tokens(batch: Any) -> float:
-  # Padding has the empty interval [0, 0).
-  return float((batch.key_end > 0).sum())
 
 
 def _check_finite(since: dict[str, Any], number: int, model_dir: str) -> None:

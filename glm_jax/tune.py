@@ -24,9 +24,7 @@ from typing import Annotated, Any
 
 from glm_jax import cli, configs
 from glm_jax.configs import UserError, at_least
-from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.training import writer
-from glm_jax.training.config import TrainConfig
 
 _POLL_SECONDS = 0.5
 # Numbers behind each kind of dimension; any number of choices.
@@ -91,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
   bindings = ["MODEL_DIR='trial'"]
   config, _ = load(kind=TuneConfig, bindings=bindings)
   run, base = load(bindings=bindings)
-  fixed = _fixed_validation(run)
+  fixed = run.recipe.fixed_validation()
   try:
     # A binding that does not exist is refused before anything runs.
     example = _bindings(config, lambda name, dimension: _first(dimension))
@@ -266,21 +264,6 @@ def _bindings(config: TuneConfig, choose: Any) -> list[str]:
 
 def _first(dimension: tuple[Any, ...]) -> Any:
   return dimension[1] if len(dimension) > 1 else 1.0
-
-
-def _fixed_validation(run: TrainConfig) -> list[str]:
-  """Bindings that keep masks and objectives of validation out of the search."""
-  if run.task == 'glm_causal':  # it has no masks
-    return []
-  # Every setting is bound, also those that are searched: validation is the same for all.
-  fixed = run.evaluation.objectives or dataclasses.replace(
-    run.objectives, schedule=(), blank=1.0, document=1.0, sentence=1.0
-  )
-  lines = ['EvaluationConfig.objectives=@validation/ObjectiveConfig()']
-  for field in dataclasses.fields(ObjectiveConfig):
-    value = getattr(fixed, field.name)
-    lines.append(f'validation/ObjectiveConfig.{field.name}={value!r}')
-  return lines
 
 
 def _say(study: Any, trial: Any, trials: int) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from glm_jax import cli
 from glm_jax.models import ChatGLMConfig
+from glm_jax.recipes import CONFIGURABLES
 from glm_jax.training import state
-from glm_jax.training.config import CONFIGURABLES, TrainConfig
+from glm_jax.training.config import TrainConfig
 from glm_jax.tune import TuneConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -49,12 +50,12 @@ def test_every_run_configuration_is_complete(file):
   ]
   config, text = _load(*required, files=(file,))
   assert config.model.vocab_size % 128 == 0
-  row = config.objectives.row_length(config.feature_lengths['tokens'])
+  row = config.recipe.objectives.row_length(config.recipe.length)
   assert row <= config.model.max_positions + 1
   assert config.optimizer.warmup_steps < (
     config.optimizer.decay_steps or config.train_steps
   )
-  assert 'TrainConfig.task' in text
+  assert 'Pretraining.task' in text
 
 
 @pytest.mark.parametrize('path', MODELS, ids=lambda path: path.stem)

@@ -21,7 +21,10 @@ WITHOUT = {
   'data': ('jax', 'flax', 'gin'),
 }
 WITHOUT |= dict.fromkeys(
-  ('attention', 'models', 'sharding', 'training', 'checkpoints', 'inference', 'interop'),
+  (
+    *('attention', 'models', 'sharding', 'recipes', 'training', 'checkpoints'),
+    *('inference', 'interop'),
+  ),
   ('tensorflow', 'seqio', 'gin'),
 )
 WITHOUT |= dict.fromkeys(('performance', 'planning'), ('tensorflow', 'seqio', 'gin'))
@@ -33,6 +36,7 @@ APART = [
   ('text', 'models'),
 ]
 APART += [('attention', 'models'), ('models', 'training'), ('interop', 'training')]
+APART += [('data', 'recipes'), ('training', 'recipes')]
 APART += [('inference', 'training'), ('text', 'data'), ('attention', 'data')]
 
 

@@ -360,9 +360,9 @@ def _keys_of_steps(seed, steps, microbatches):
   """Dropout keys that the loss is given."""
   keys = []
 
-  def loss(params, batch, key):
+  def loss(variables, batch, key, counts):
     jax.debug.callback(lambda k: keys.append(tuple(k.tolist())), jax.random.key_data(key))
-    total = (params['w'] * batch).sum()
+    total = (variables['params']['w'] * batch).sum()
     return total, {'loss': (total, jnp.float32(1))}
 
   optimizer = optax.sgd(0.1)

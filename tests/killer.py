@@ -3,6 +3,7 @@
 As a power cut does: nothing is closed, nothing is flushed, nobody is told.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -39,14 +40,16 @@ def _written(writer, step, kind, values, write=writer.Writer.write):
     _kill()
 
 
-def _validated(*arguments, batches=evaluation.validation_batches):
-  yield next(iter(batches(*arguments)))
+def _validated(self, params, original=evaluation.Validation.__call__):
+  one = itertools.islice(next(iter(self._sets.values()))(), 1)
+  self._sets = {'first batch': lambda: one}
+  original(self, params)
   _kill()
 
 
 if POINT == BETWEEN:
   writer.Writer.write = _written
 elif POINT == VALIDATION:
-  evaluation.validation_batches = _validated
+  evaluation.Validation.__call__ = _validated
 elif POINT:
   sys.addaudithook(_heard)

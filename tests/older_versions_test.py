@@ -4,14 +4,15 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 import tarfile
 
 import pytest
-from commands import command, gin
+from commands import command, gin, in_process, refused, snapshot
 from etils import epath
 from safetensors.numpy import load_file
 
-from glm_jax import convert, generate
+from glm_jax import convert, generate, recipes
 from glm_jax.data import pipeline, prepare
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
@@ -51,7 +52,18 @@ def test_its_run_fills_the_same_blanks(tmp_path, capsys):
 @pytest.mark.slow
 def test_its_run_goes_on_at_the_same_losses(tmp_path):
   run = _unpacked('run', tmp_path)
-  flags = [f'--gin_file={run}/config.gin', *gin('TrainConfig.log_every=1')]
+  config = run / 'config.gin'
+  flags = [f'--gin_file={config}', *gin('TrainConfig.log_every=1')]
+  before = snapshot(run)
+  refused(
+    in_process('train', *flags, cwd=tmp_path), 'got TrainConfig.', 'write Pretraining.'
+  )
+  assert snapshot(run) == before
+  # As the message says.
+  text = config.read_text() + 'TrainConfig.recipe = @Pretraining()\n'
+  for old, new in recipes.MOVED.items():
+    text = re.sub(rf'^{old}\b', new, text, flags=re.MULTILINE)
+  config.write_text(text)
   done = command('train', *flags, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   assert 'resumed run at step 2' in done.stdout

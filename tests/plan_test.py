@@ -11,17 +11,21 @@ from commands import ROOT, command, in_process, refused
 
 from glm_jax import models, sharding
 from glm_jax.planning import hlo, prediction, suggest, table, topologies
+from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
 
 
 def _config(model, **changes):
+  recipe = {'task': 'glm_mixture', 'feature_lengths': {'tokens': 48}}
+  for field in dataclasses.fields(Pretraining):
+    if field.name in changes:
+      recipe[field.name] = changes.pop(field.name)
   return TrainConfig(
     **{
       'model': model,
-      'task': 'glm_mixture',
-      'feature_lengths': {'tokens': 48},
+      'recipe': Pretraining(**recipe),
       'batch_size': 16,
       'train_steps': 10,
       'model_dir': 'unset',
@@ -208,10 +212,11 @@ _ESTIMATE = prediction.estimate.Estimate(1.0, 0.0, 0.0, {}, {}, ())
 
 def test_part_a_is_what_the_mixture_leaves(config):
   run = _config(config, objectives=prediction_objectives(blank=1.0))
-  assert prediction.part_a(run) == pytest.approx(0.85)
+  assert '85% of them Part A' in run.recipe.rows_in_words(run)
   mixed = _config(config, objectives=prediction_objectives(blank=0.5, document=0.5))
-  assert prediction.part_a(mixed) == pytest.approx(1 - (0.15 + 0.75) / 2)
-  end = prediction.visibility_of(run).key_end[0]
+  left = mixed.recipe.visibility(mixed).key_end[0, 0] / 48
+  assert left == pytest.approx(1 - (0.15 + 0.75) / 2, abs=0.5 / 48)
+  end = run.recipe.visibility(run).key_end[0]
   assert end[0] == round(48 * 0.85) and end[-1] == 48
   causal = models.ChatGLM2Config(
     num_layers=1,
@@ -223,7 +228,8 @@ def test_part_a_is_what_the_mixture_leaves(config):
     vocab_size=8,
     max_positions=48,
   )
-  assert (prediction.visibility_of(_config(causal)).key_end[0] == np.arange(48) + 1).all()
+  run = _config(causal)
+  assert (run.recipe.visibility(run).key_end[0] == np.arange(48) + 1).all()
 
 
 def prediction_objectives(**weights):

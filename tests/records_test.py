@@ -19,10 +19,11 @@ from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.pipeline import Process
 from glm_jax.models import ChatGLM2Config
 from glm_jax.models import config as model_config
+from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import ByteVocabulary
 from glm_jax.train import train
-from glm_jax.training import evaluation, losses, metrics, optimizer, program, state, writer
+from glm_jax.training import losses, metrics, optimizer, program, state, writer
 from glm_jax.training import meter as meters
 from glm_jax.training.config import EvaluationConfig, TrainConfig
 from glm_jax.training.optimizer import OptimizerConfig
@@ -44,17 +45,19 @@ def _config(folder, **fields):
         vocab_size=384,
         max_positions=32,
       ),
-      'corpus': CorpusConfig(
-        corpus=str(folder / '*.txt'),
-        cache_dir=str(folder / 'cache'),
-        validation_fraction=0.3,
+      'recipe': Pretraining(
+        task='glm_causal',
+        feature_lengths=LENGTHS,
+        corpus=CorpusConfig(
+          corpus=str(folder / '*.txt'),
+          cache_dir=str(folder / 'cache'),
+          validation_fraction=0.3,
+        ),
+        vocabulary=VocabularyConfig(path='bytes'),
       ),
-      'vocabulary': VocabularyConfig(path='bytes'),
       'optimizer': OptimizerConfig(learning_rate=0.01, warmup_steps=4),
       'evaluation': EvaluationConfig(every=4, examples=12, fill=0),
       'checkpoint': CheckpointConfig(every=3, keep=2, keep_best=1),
-      'task': 'glm_causal',
-      'feature_lengths': LENGTHS,
       'batch_size': 8,
       'train_steps': STEPS,
       'model_dir': str(folder / 'run'),
@@ -63,6 +66,11 @@ def _config(folder, **fields):
       **fields,
     }
   )
+
+
+def _data(config):
+  one = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+  return config.recipe.prepare(config, None, one)
 
 
 class _Watched:
@@ -87,9 +95,9 @@ class _Watched:
       self.counted.append((tokens, flops))
       count(meter, tokens, flops)
 
-    def saves(checkpoints, current, meta, scores, **more):
+    def saves(checkpoints, current, meta, scores, *more):
       self.saved.append((int(current['step']), meta, dict(scores)))
-      save(checkpoints, current, meta, scores, **more)
+      save(checkpoints, current, meta, scores, *more)
 
     patch.setattr(program, 'build', built)
     patch.setattr(meters.Meter, 'count', counts)
@@ -174,7 +182,8 @@ def test_steps_read_the_stream_in_order_and_work_is_counted(run):
       if name != 'index':
         np.testing.assert_array_equal(found, getattr(wanted, name), err_msg=name)
     tokens = (wanted.key_end > 0).sum()
-    assert watched.counted[number] == (tokens, meters.step_flops(config.model, wanted))
+    assert watched.counted[number] == config.recipe.work(config, wanted)
+    assert watched.counted[number][0] == tokens
     assert tokens == wanted.visibility.mask(32).any(-1).sum()
 
 
@@ -184,9 +193,9 @@ def test_validation_is_of_the_weights_of_its_step(run):
   assert [record['step'] for record in records] == [4, 8]
   loss_fn = jax.jit(losses.pretraining_loss(models.build(config.model)))
   total = {}
-  for batch in evaluation.validation_batches(config, 'glm_causal', Process()):
+  for batch in _data(config).validation['causal']():
     params, rows = watched.steps[4][0]['params'], batch._replace(index=None)
-    total = metrics.add(total, loss_fn(params, rows, None)[1])
+    total = metrics.add(total, loss_fn({'params': params}, rows, None)[1])
   wanted = metrics.averages(total)
   assert {k: records[0][k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
   summary = json.loads((folder / 'run' / 'summary.json').read_text())
@@ -326,9 +335,7 @@ def test_validation_masks_are_the_same_for_every_run(run):
   """Whatever its seed, and on however many processes."""
   config, *_ = run
   read = lambda seed, process: [
-    *evaluation.validation_batches(
-      dataclasses.replace(config, seed=seed), 'glm_causal', process
-    )
+    *_data(dataclasses.replace(config, seed=seed))._held_out('glm_causal', process)()
   ]
   reading = []
   original = pipeline.batches

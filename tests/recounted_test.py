@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import types
 
@@ -20,6 +21,7 @@ from glm_jax.performance import chips, flops
 from glm_jax.planning import estimate, prediction
 from glm_jax.training import evaluation, losses, metrics, state, step
 from glm_jax.training import meter as meters
+from glm_jax.training.recipe import Recipe
 
 _SMALL = dict(num_layers=3, hidden_size=24, num_heads=4, vocab_size=80, max_positions=15)
 MODELS = {
@@ -59,7 +61,9 @@ def test_flops_are_those_of_the_weights_and_of_the_matmuls_of_a_step(name):
   ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
   batch = Batch(*[ids] * 8)._replace(loss_weights=jax.ShapeDtypeStruct((B, T), jnp.float32))
   loss_fn = losses.pretraining_loss(models.build(config))
-  program = jax.make_jaxpr(jax.grad(lambda p, b: loss_fn(p, b, None)[0]))(params, batch)
+  program = jax.make_jaxpr(jax.grad(lambda p, b: loss_fn({'params': p}, b, None)[0]))(
+    params, batch
+  )
   asked = flops.training(config, tokens=B * T, pairs=B * T * T)
   assert _matmul_flops(program.jaxpr) == asked
 
@@ -121,7 +125,8 @@ def test_pairs_and_tokens_of_a_batch_are_those_of_its_mask():
   mask = np.asarray(batch.visibility.mask(20))
   assert flops.pairs(batch.visibility) == mask.sum()
   wanted = flops.training(MODELS['glm'], mask.any(-1).sum(), mask.sum())
-  assert meters.step_flops(MODELS['glm'], batch) == wanted
+  run = types.SimpleNamespace(model=MODELS['glm'])
+  assert Recipe().work(run, batch) == (mask.any(-1).sum(), wanted)
   backwards = Visibility(np.array([[3, 0]]), np.array([[1, 2]]))
   assert flops.pairs(backwards) == 2
 
@@ -154,10 +159,10 @@ def test_means_are_of_sums_and_counts():
   assert metrics.averages(total) == {'x': 1.0, 'y': 1.0}
 
 
-def _linear(params, batch, key):
+def _linear(variables, batch, key, counts):
   """A loss whose gradient is known: sum of w (x . p)."""
-  del key
-  total = (batch['w'] * (batch['x'] @ params['p'])).sum()
+  del key, counts
+  total = (batch['w'] * (batch['x'] @ variables['params']['p'])).sum()
   return total, {'loss': (total, batch['w'].sum()), 'more': (total, batch['w'].sum())}
 
 
@@ -196,16 +201,15 @@ def test_validations_loss_is_the_mean_over_objectives_of_means_over_tokens(monke
     'of documents': [[(7.0, 4)]],
   }
 
-  def loss_fn(params, batch, key):
-    assert key is None
+  def eval_step(params, batch):
     sums, counts = params * batch.tokens * batch.loss_weights, batch.loss_weights
     found = {'loss': (sums.sum(), counts.sum())}
     for i, name in enumerate(('blank', 'document')):
       own = batch.objective == i
       found[f'loss/{name}'] = ((sums * own).sum(), (counts * own).sum())
-    return found['loss'][0], found
+    return found
 
-  def stream(config, task, process):
+  def stream(task):
     for rows in batches[task]:
       values, counts = (
         np.array(column, np.float32)[:, None] for column in zip(*rows, strict=True)
@@ -214,9 +218,8 @@ def test_validations_loss_is_the_mean_over_objectives_of_means_over_tokens(monke
       yield Batch(values, *[counts] * 6, objective=kind)
 
   layout = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
-  monkeypatch.setattr(evaluation, 'validation_batches', stream)
-  tasks = {'blank': 'of blanks', 'document': 'of documents'}
-  found = evaluation.Validation(None, tasks, loss_fn, layout, None)(jnp.float32(1))
+  sets = {task: functools.partial(stream, task) for task in batches}
+  found = evaluation.Validation(sets, eval_step, layout)(jnp.float32(1))
   assert found == pytest.approx({'loss/blank': 1.5, 'loss/document': 7, 'loss': 4.25})
 
 

@@ -390,7 +390,7 @@ def test_every_field_of_the_loss_changes_it():
 
   def text(loss_config):
     made = losses.pretraining_loss(models.build(config), loss_config)
-    return str(jax.make_jaxpr(lambda p, b: made(p, b, None))(params, rows))
+    return str(jax.make_jaxpr(lambda p, b: made({'params': p}, b, None))(params, rows))
 
   others = dict(vocab_chunks=2, z_loss=0.1)
   assert {*others} == {field.name for field in dataclasses.fields(LossConfig)}
@@ -445,8 +445,10 @@ def test_every_field_of_the_objectives_changes_the_examples():
     changed = dataclasses.replace(base, **{field: value})
     assert examples(changed) != examples(base), field
     # Another objective, or another run.
-    fields = dict(task='x', feature_lengths={}, batch_size=1, seed=0, data='')
-    one, other = (folder.identity({}, '', objectives=o, **fields) for o in (base, changed))
+    fields = dict(batch_size=1, seed=0, recipe='Pretraining')
+    one, other = (
+      folder.identity({}, '', data=dataclasses.asdict(o), **fields) for o in (base, changed)
+    )
     assert one != other, field
     # Validation weighs all tokens alike, and is otherwise the same.
     weighed = field in ('loss_weights', 'loss_mean')
@@ -471,22 +473,18 @@ def test_whatever_makes_a_run_another_is_in_its_identity():
   fields = dict(
     model={'num_layers': 2, 'dtype': 'float32'},
     vocabulary='a',
-    task='glm_blank',
-    feature_lengths={'tokens': 64},
     batch_size=8,
     seed=0,
-    objectives=ObjectiveConfig(),
-    data='b',
+    recipe='Pretraining',
+    data={'data': 'b'},
   )
   others = dict(
     model={'num_layers': 3, 'dtype': 'float32'},
     vocabulary='c',
-    task='glm_mixture',
-    feature_lengths={'tokens': 32},
     batch_size=16,
     seed=1,
-    objectives=ObjectiveConfig(sentence=1.0),
-    data='d',
+    recipe='Another',
+    data={'data': 'd'},
   )
   assert {*fields} == {*inspect.signature(folder.identity).parameters}
   base = folder.identity(**fields)
@@ -510,21 +508,21 @@ def test_a_model_of_a_checkpoint_is_computed_as_the_run_says(monkeypatch):
     monkeypatch.setattr(checkpoints, 'read_meta', lambda folder, meta=meta: meta)
     for field in COMPUTE_FIELDS:
       changed = {field: OTHER[name][field]}
-      config = _Run(CheckpointModel(path='x', **changed), _Vocabulary('bytes'))
+      config = _Run(CheckpointModel(path='x', **changed), _Recipe())
       found, vocabulary, source = start.resolve(config)
       assert found.model == dataclasses.replace(stored, **changed)
       assert vocabulary is None and source == {'a': 1}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Vocabulary:
-  path: str
+class _Recipe:
+  has_vocabulary: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
   model: CheckpointModel
-  vocabulary: _Vocabulary
+  recipe: _Recipe
 
 
 # Fields that do not change what parameters mean.

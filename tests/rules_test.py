@@ -180,7 +180,9 @@ def test_activations_are_cut_along_every_axis_of_their_rule(name, mesh, rules, o
   params = nn.unbox(_boxed(name))
   loss_fn = losses.pretraining_loss(models.build(config))
   with sharding.active(layout):
-    jaxpr = jax.make_jaxpr(lambda p, b: loss_fn(p, b, None))(params, _batch(rows, length))
+    jaxpr = jax.make_jaxpr(lambda p, b: loss_fn({'params': p}, b, None))(
+      params, _batch(rows, length)
+    )
   found = [*_constraints(jaxpr.jaxpr)]
   T = (rows, length)
   kinds = {

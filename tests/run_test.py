@@ -9,7 +9,7 @@ from glm_jax.checkpoints import folder
 from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.training.optimizer import OptimizerConfig
 
-IDENTITY = {'seed': 0, 'model': {'num_layers': 2}}
+IDENTITY = {'seed': 0, 'recipe': 'Pretraining', 'model': {'num_layers': 2}}
 SETTINGS = {'optimizer': {'learning_rate': 1e-3}}
 
 
@@ -30,17 +30,24 @@ def test_the_same_run_is_recognised_and_changed_settings_are_said(tmp_path):
 
 
 def test_every_configuration_is_recognised_after_json(tmp_path):
-  fields = dict(
-    task='glm_mixture', feature_lengths={'tokens': 64}, batch_size=8, seed=0, data='x'
-  )
+  fields = dict(batch_size=8, seed=0, recipe='Pretraining')
+  of = lambda objectives: {'objectives': dataclasses.asdict(objectives), 'data': 'x'}
   steps = ObjectiveConfig(schedule=((0, 5, 1, 0, 0), (5, -1, 2, 1, 1)))
-  wanted = folder.identity({'betas': (0.9,)}, 'x', objectives=steps, **fields)
+  wanted = folder.identity({'betas': (0.9,)}, 'x', data=of(steps), **fields)
   settings = {'optimizer': dataclasses.asdict(OptimizerConfig())}
   folder.write(str(tmp_path), wanted, settings, 'text')
   assert folder.check_same(str(tmp_path), wanted, settings) == []
-  other = folder.identity({'betas': (0.9,)}, 'x', objectives=ObjectiveConfig(), **fields)
+  other = folder.identity({'betas': (0.9,)}, 'x', data=of(ObjectiveConfig()), **fields)
   with pytest.raises(ValueError, match='objectives.schedule was'):
     folder.check_same(str(tmp_path), other, settings)
+
+
+def test_a_run_of_before_there_were_recipes_is_one_of_pretraining(tmp_path):
+  old = {k: v for k, v in IDENTITY.items() if k != 'recipe'}
+  folder.write(str(tmp_path), old, SETTINGS, 'text')
+  assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
+  with pytest.raises(ValueError, match="recipe was 'Pretraining' and is now 'Reward'"):
+    folder.check_same(str(tmp_path), {**IDENTITY, 'recipe': 'Reward'}, SETTINGS)
 
 
 def test_a_process_killed_while_it_wrote_the_folder_may_begin_again(tmp_path):

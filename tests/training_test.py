@@ -167,7 +167,9 @@ def test_z_loss_is_the_square_of_the_logsumexp(config, batch):
   both = []
   for chunks in (0, 4):
     made = losses.pretraining_loss(model, LossConfig(z_loss=0.01, vocab_chunks=chunks))
-    run = jax.value_and_grad(lambda p, made=made: made(p, rows, None), has_aux=True)
+    run = jax.value_and_grad(
+      lambda p, made=made: made({'params': p}, rows, None), has_aux=True
+    )
     (total, found), gradients = jax.jit(run)(params)
     assert float(found['z_loss'][0]) == pytest.approx(wanted, rel=1e-5)
     assert float(total) == pytest.approx(float(found['loss'][0]) + wanted, rel=1e-5)
@@ -200,7 +202,7 @@ def test_unrolled_layers_are_no_loop(config, batch, unroll, loops):
   deep = dataclasses.replace(config, num_layers=3, unroll=unroll)
   loss = losses.pretraining_loss(models.build(deep))
   lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
-    state.abstract_params(deep), batch._replace(index=None), None
+    {'params': state.abstract_params(deep)}, batch._replace(index=None), None
   )
   assert lowered.as_text().count('stablehlo.while') == loops
 
@@ -210,7 +212,7 @@ def test_products_with_the_head_multiply_the_computations_dtype(batch):
   config = models.ChatGLM2Config(**_SMALL, num_kv_heads=2, head_size=16, dtype='bfloat16')
   loss = losses.pretraining_loss(models.build(config))
   lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
-    state.abstract_params(config), batch._replace(index=None), None
+    {'params': state.abstract_params(config)}, batch._replace(index=None), None
   )
   products = re.findall(r'dot_general .*: \((.*)\) -> (.*)', lowered.as_text())
   of_head = [line for line in products if re.search(r'[<x]512x', ' '.join(line))]
@@ -271,7 +273,7 @@ def test_the_loss_is_the_weighted_mean_over_the_batch(config, batch):
   log_probs = np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32)))
   ce = -np.take_along_axis(log_probs, batch.targets[..., None], -1)[..., 0]
   loss_fn = jax.jit(losses.pretraining_loss(models.build(config)))
-  _, found = loss_fn(params, batch._replace(index=None), None)
+  _, found = loss_fn({'params': params}, batch._replace(index=None), None)
   found = metrics.averages(found)
   w = batch.loss_weights
   assert found['loss'] == pytest.approx((ce * w).sum() / w.sum(), rel=1e-5)
@@ -345,8 +347,9 @@ def test_dropout_differs_by_step_and_repeats_by_seed(config, batch):
   half = jax.tree.map(lambda x: np.repeat(x[:8], 2, axis=0), rows)
   loss_fn = jax.jit(losses.pretraining_loss(models.build(config)))
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 0)
+  first_rows = jax.tree.map(lambda x: x[:8], rows)
   parts = [
-    float(loss_fn(fresh['params'], jax.tree.map(lambda x: x[:8], rows), part)[0])
+    float(loss_fn({'params': fresh['params']}, first_rows, part)[0])
     for part in (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
   ]
   total = train_step(fresh, half)[1]['loss'][0]
@@ -493,18 +496,19 @@ def test_waiting_for_data_is_a_share_of_the_time_that_steps_took(monkeypatch):
   clock = [0.0]
   monkeypatch.setattr(meters.time, 'perf_counter', lambda: clock[0])
 
-  def stream():
-    while True:
-      clock[0] += 0.25  # the pipeline is late
-      yield 'batch'
+  def stream(asked):
+    assert asked == 'state'
+    clock[0] += 0.25  # the pipeline is late
+    return 'batch'
 
-  meter, batches = meters.Meter(0, 10), stream()
+  meter = meters.Meter(0, 10)
   for _ in range(4):
-    assert meter.wait_for(batches) == 'batch'
+    assert meter.wait_for(stream, 'state') == 'batch'
     meter.count(100, 0)
     clock[0] += 0.75  # the step
   for ready in (True, False):  # while a step is being computed, nobody waits
-    meter.wait_for(batches, [{'loss': _Result(True)}, {'loss': _Result(ready)}])
+    running = [{'loss': _Result(True)}, {'loss': _Result(ready)}]
+    meter.wait_for(stream, 'state', running)
     meter.count(100, 0)
     clock[0] += 0.75
   meter.stop()

@@ -12,7 +12,8 @@ import pytest
 from commands import TINY, gin, in_process, refused, snapshot, start
 
 from glm_jax import cli, tune
-from glm_jax.training.config import CONFIGURABLES, TrainConfig
+from glm_jax.recipes import CONFIGURABLES
+from glm_jax.training.config import TrainConfig
 from glm_jax.tune import TuneConfig
 
 NAMES = ('blank', 'document', 'sentence')
@@ -80,16 +81,16 @@ def _load(*bindings, kind=TrainConfig):
 
 
 def test_what_is_compared_does_not_depend_on_what_is_searched():
-  fixed = tune._fixed_validation(_load())
+  fixed = _load().recipe.fixed_validation()
   runs = [
     _load(*fixed, 'ObjectiveConfig.blank=1.0', 'ObjectiveConfig.document=0.0'),
     _load(*fixed, 'ObjectiveConfig.mask_ratio=0.5', 'ObjectiveConfig.sentence=3.0'),
   ]
-  assert runs[0].objectives != runs[1].objectives
-  assert runs[0].evaluation == runs[1].evaluation
-  validated = runs[0].evaluation.objectives
+  assert runs[0].recipe.objectives != runs[1].recipe.objectives
+  assert runs[0].recipe.validated == runs[1].recipe.validated
+  validated = runs[0].recipe.validated
   assert validated.objectives == NAMES
-  assert validated.mask_ratio == _load().objectives.mask_ratio
+  assert validated.mask_ratio == _load().recipe.objectives.mask_ratio
 
 
 class _Running:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +22,28 @@ def identity(
   model: dict[str, Any],
   vocabulary: str,
   *,
-  task: str,
-  feature_lengths: dict[str, int],
   batch_size: int,
   seed: int,
-  objectives: Any,
-  data: str,
+  recipe: str,
+  data: Mapping[str, Any],
 ) -> dict[str, Any]:
   """What must stay equal for a resumed run to be the same run.
 
   Args:
     model: its configuration as a dict; how it is computed does not count.
     vocabulary: its fingerprint.
-    task: name of the seqio task.
-    feature_lengths: of the task.
     batch_size: global.
     seed: of data, initialisation and dropout.
-    objectives: an `ObjectiveConfig`.
-    data: fingerprint of the training rows.
+    recipe: its name.
+    data: what the recipe adds.
   """
   return {
     'model': {k: v for k, v in model.items() if k not in COMPUTE_FIELDS},
     'vocabulary': vocabulary,
-    'task': task,
-    'feature_lengths': dict(feature_lengths),
     'batch_size': batch_size,
     'seed': seed,
-    'objectives': dataclasses.asdict(objectives),
-    'data': data,
+    'recipe': recipe,
+    **data,
   }
 
 
@@ -87,11 +81,13 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
     ) from error
   # As it was written: JSON knows no tuples, and a list does not equal one.
   run, settings = json.loads(json.dumps([run, settings]))
-  differences = _differences(stored['identity'], run)
+  # Before there were recipes, every run was of this one.
+  before = {'recipe': 'Pretraining', **stored['identity']}
+  differences = _differences(before, run)
   configs.check(
     not differences,
     f'MODEL_DIR {model_dir!r} holds a run of another configuration; a resumed run keeps '
-    'its model, vocabulary, data, objectives, batch size and seed',
+    'its model, recipe, vocabulary, data, batch size and seed',
     '; '.join(differences),
     'set them back, or choose another MODEL_DIR',
   )

@@ -121,8 +121,11 @@ def _logits_backward(saved, d_BTV):
   # Left to JAX, two of the three products with the head would multiply float32 numbers,
   # which takes a GPU four times as long. Rounded, their gradient, a probability or one
   # less, keeps its sign and scale; `chunked_cross_entropy` does the same.
-  _, pull = jax.vjp(lambda x, weight: _head(x, weight, None), *saved)
-  return pull(d_BTV.astype(saved[0].dtype))
+  x_BTD, weight_VD = saved
+  d_BTV = d_BTV.astype(x_BTD.dtype)
+  of_x = jax.linear_transpose(lambda x: _head(x, weight_VD, None), x_BTD)
+  of_weight = jax.linear_transpose(lambda weight: _head(x_BTD, weight, None), weight_VD)
+  return *of_x(d_BTV), *of_weight(d_BTV)
 
 
 logits.defvjp(_logits_forward, _logits_backward)

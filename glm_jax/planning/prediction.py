@@ -9,10 +9,9 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from glm_jax import configs, sharding
-from glm_jax.batch import MIXED, Visibility
+from glm_jax.batch import Visibility
 from glm_jax.performance import flags, flops
 from glm_jax.performance.chips import Chip, of_device_kind
 from glm_jax.planning import estimate, hlo
@@ -118,7 +117,7 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
   """
   began = time.perf_counter()
   built, lowered = lower(config, layout)
-  rows = visibility_of(config)
+  rows = config.recipe.visibility(config)
   model_flops = config.batch_size * flops.training(
     config.model, rows_tokens(rows), flops.pairs(rows)
   )
@@ -165,30 +164,6 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
     efficiency=attention.efficiency if attention else None,
     visited=flops.visited(rows) / flops.pairs(rows) if attention else None,
   )
-
-
-def visibility_of(config: TrainConfig) -> Visibility:
-  """One row as a plan assumes it: full; causal, or with GLM's Part A as on average."""
-  T = config.length
-  t = np.arange(T)
-  # Query t sees the keys before end[t]; of Part A, all of Part A.
-  end = t + 1
-  if not config.model.causal:
-    end = np.maximum(round(T * part_a(config)), end)
-  return Visibility(np.zeros((1, T), np.int32), end[None].astype(np.int32))
-
-
-def part_a(config: TrainConfig) -> float:
-  """Share of a row that is Part A: what the mixture leaves of a text."""
-  o = config.objectives
-  only = config.task.removeprefix('glm_')
-  # A task of one objective has the mixture that holds nothing else.
-  if only in MIXED:
-    o = o.only(only)
-  # By objective (blank, document, sentence): the share of a text that spans replace. The
-  # length of a document's span is uniform between its least ratio and the whole.
-  hidden = (o.mask_ratio, (o.document_min_ratio + 1) / 2, o.mask_ratio)
-  return 1 - float(np.dot(o.weights, hidden)) / sum(o.weights)
 
 
 def rows_tokens(rows: Visibility) -> float:

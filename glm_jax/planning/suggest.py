@@ -76,7 +76,7 @@ def best(
         changed.model,
         changed.batch_size,
         changed.microbatches,
-        changed.length,
+        changed.recipe.length,
         layout,
       )
     except UserError:
@@ -131,7 +131,7 @@ def apply(config: TrainConfig, candidate: Candidate, devices: int) -> Any:
 
 def _candidates(config: TrainConfig, devices: int) -> Iterator[Candidate]:
   powers = [2**i for i in range(14) if devices % 2**i == 0]
-  long = config.length >= _LONG_ROW
+  long = config.recipe.length >= _LONG_ROW
   for fsdp, tensor, sequence, rows, remat in itertools.product(
     powers, (1, 2, 4, 8), (1, 2, 4, 8) if long else (1,), (1, 2, 4, 8), _RECOMPUTED
   ):
@@ -156,7 +156,7 @@ def _bytes(c: Candidate, config: TrainConfig) -> float:
   weights = layer_weights + 2 * m.hidden_size * m.vocab_size
   # Weights, gradients and two moments, 4 bytes each.
   state = 16 * weights / (c.fsdp * c.tensor)
-  tokens = c.rows * config.length / c.sequence
+  tokens = c.rows * config.recipe.length / c.sequence
   heads = m.num_heads * m.head_size / c.tensor
   inner = m.inner_size / c.tensor
   # Activations of a layer that are kept for the backward pass, numbers a token: its input,
@@ -169,9 +169,7 @@ def _bytes(c: Candidate, config: TrainConfig) -> float:
   if c.remat == 'projections':
     saved += m.hidden_size + (2 if m.gated else 1) * inner
   # 6 bytes: in float32, and once more in bfloat16.
-  logits = 6 * m.vocab_size / c.tensor
-  if config.loss.vocab_chunks:
-    logits /= config.loss.vocab_chunks
+  logits = 6 * m.vocab_size / c.tensor * config.recipe.logits_share
   # bfloat16 weights of two layers at a time, of the embedding and of the head.
   gathered = 4 * layer_weights / m.num_layers / c.tensor + 4 * m.hidden_size * (
     m.vocab_size / c.tensor
@@ -183,7 +181,7 @@ def _bytes(c: Candidate, config: TrainConfig) -> float:
 def _seconds_a_token(c: Candidate, config: TrainConfig, chip: Chip) -> float:
   m = config.model
   weights = flops.matmul_weights(m)
-  tokens = c.rows * config.length / c.sequence
+  tokens = c.rows * config.recipe.length / c.sequence
   # 2 FLOPs a weight: forward, twice in the backward pass, and what is computed again.
   compute = 2 * weights * (3 + _RECOMPUTED[c.remat]) / c.tensor / chip.peak_flops
   # Weights move three times a step (half of it hidden), sums over tensor eight times a

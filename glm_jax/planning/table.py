@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from glm_jax.performance.chips import calibrations
-from glm_jax.planning import prediction
 from glm_jax.planning.prediction import GIB, Prediction
 from glm_jax.training.config import TrainConfig
 
@@ -33,7 +32,7 @@ def render(result: Prediction, config: TrainConfig, where: str) -> str:
 
 
 def _batch(result: Prediction, config: TrainConfig) -> str:
-  length = config.length
+  length = config.recipe.length
   text = f'{result.rows} rows of {length:,}, {result.rows / result.devices:g} a device'
   if config.microbatches > 1:
     text += f', in {config.microbatches} micro-batches'
@@ -62,9 +61,8 @@ def _memory(result: Prediction) -> list[tuple[str, str]]:
 
 def _flops(result: Prediction, config: TrainConfig) -> str:
   text = f'{result.model_flops:.4g} a step, visible pairs only'
-  if not config.model.causal:
-    text += f' (rows full, {prediction.part_a(config):.0%} of them Part A)'
-  return text
+  words = config.recipe.rows_in_words(config)
+  return f'{text} ({words})' if words else text
 
 
 def _time(result: Prediction) -> list[tuple[str, str]]:

@@ -30,9 +30,9 @@ def shardings(logical: Any, shapes: Any, layout: Layout) -> Any:
   )
 
 
-def batch_sharding(layout: Layout) -> NamedSharding:
-  """The sharding of arrays [B, T]."""
-  return NamedSharding(layout.mesh, layout.spec('act_batch', 'act_length'))
+def batch_sharding(layout: Layout, rank: int = 2) -> NamedSharding:
+  """The sharding of arrays [B, T], or [B]."""
+  return NamedSharding(layout.mesh, layout.spec(*('act_batch', 'act_length')[:rank]))
 
 
 def replicated(layout: Layout) -> NamedSharding:
@@ -68,11 +68,13 @@ def row_share(layout: Layout) -> tuple[int, int]:
 
 def place(batch: Any, layout: Layout) -> Any:
   """This process's rows of a numpy batch as arrays of the global batch."""
-  sharding, (_, shares) = batch_sharding(layout), row_share(layout)
+  _, shares = row_share(layout)
 
   def put(rows: np.ndarray) -> jax.Array:
     shape = (rows.shape[0] * shares, *rows.shape[1:])
-    return jax.make_array_from_process_local_data(sharding, rows, shape)
+    return jax.make_array_from_process_local_data(
+      batch_sharding(layout, rows.ndim), rows, shape
+    )
 
   # A process has all tokens of its rows, whichever part its devices need.
   return jax.tree.map(put, batch)

@@ -1,8 +1,8 @@
-"""Validation during training, on masks that never change."""
+"""Validation during training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,64 +11,29 @@ from glm_jax import sharding
 from glm_jax.batch import Batch
 from glm_jax.sharding import Layout
 from glm_jax.training import metrics
-from glm_jax.training.config import TrainConfig
-from glm_jax.training.losses import LossFn
-from glm_jax.training.step import make_eval_step
 
-# One set of masks for every run, whatever its seed, so that runs can be compared.
-SEED = 0
-
-
-def validation_batches(config: TrainConfig, task: str, process: Any) -> Iterator[Batch]:
-  """The validation split of a task, once.
-
-  Args:
-    config: of the run.
-    task: a registered task.
-    process: a `glm_jax.data.pipeline.Process`.
-  """
-  from glm_jax.data import pipeline
-
-  return pipeline.batches(
-    task,
-    config.feature_lengths,
-    batch_size=config.batch_size,
-    seed=SEED,
-    split='validation',
-    train=False,
-    max_rows=config.evaluation.examples,
-    process=process,
-  )
+Sets = Mapping[str, Callable[[], Iterator[Batch]]]
+"""name -> the batches of a held-out set, numpy, this process's rows."""
 
 
 class Validation:
-  """Losses of each task's validation split."""
+  """Losses of each held-out set."""
 
-  def __init__(
-    self,
-    config: TrainConfig,
-    tasks: Mapping[str, str],
-    loss: LossFn,
-    layout: Layout,
-    process: Any,
-  ):
+  def __init__(self, sets: Sets, eval_step: Callable[[Any, Any], Any], layout: Layout):
     """
     Args:
-      config: of the run.
-      tasks: registered tasks to validate, by objective.
-      loss: of a batch.
+      sets: what is validated.
+      eval_step: (params, batch) -> metrics, to be jitted.
       layout: of the devices.
-      process: this process's share of each batch.
     """
-    self._config, self._tasks, self._layout = config, tasks, layout
-    self._process = process
-    self._step = jax.jit(make_eval_step(loss))
+    self._sets, self._layout = sets, layout
+    self._step = jax.jit(eval_step)
 
   def __call__(self, params: Any) -> dict[str, float]:
     """{'loss', 'loss/<objective>'}; 'loss' is their mean, each objective alike."""
     total: dict[str, tuple[float, float]] = {}
-    for task in self._tasks.values():
-      for batch in validation_batches(self._config, task, self._process):
+    for batches in self._sets.values():
+      for batch in batches():
         # `index` is int64, which stays on the host.
         batch = sharding.place(batch._replace(index=None), self._layout)
         total = metrics.add(total, jax.device_get(self._step(params, batch)))
@@ -81,10 +46,16 @@ class Validation:
 
 
 def line(values: Mapping[str, float]) -> str:
-  """One line for a person."""
-  parts = [
-    f'{k.removeprefix("loss/")} {v:.3f}'
-    for k, v in sorted(values.items())
-    if k.startswith('loss/')
-  ]
-  return 'validation loss  ' + '  '.join(parts) if parts else 'no validation split'
+  """One line for a person: the losses by objective, or what else was validated.
+
+  Example:
+    >>> line({'loss': 2.5, 'loss/blank': 2.0, 'loss/document': 3.0})
+    'validation loss  blank 2.000  document 3.000'
+    >>> line({'loss': 2.5, 'accuracy': 0.5})
+    'validation  accuracy 0.500  loss 2.500'
+  """
+  if not values:
+    return 'no validation split'
+  losses = {k.removeprefix('loss/'): v for k, v in values.items() if k.startswith('loss/')}
+  parts = [f'{k} {v:.3f}' for k, v in sorted((losses or values).items())]
+  return '  '.join(['validation loss' if losses else 'validation', *parts])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -19,8 +19,17 @@ from glm_jax.configs import at_least
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, count): they add up over micro-batches, devices and batches."""
 
-LossFn = Callable[[Any, Any, jax.Array | None], tuple[jax.Array, Metrics]]
-"""(params, batch, dropout key or None) -> (sum to differentiate, metrics with 'loss')."""
+Variables = Mapping[str, Any]
+"""Collections of Flax by name: 'params', and what a recipe or an adapter adds to them."""
+
+LossFn = Callable[
+  [Variables, Any, jax.Array | None, Mapping[str, jax.Array]], tuple[jax.Array, Metrics]
+]
+"""(variables, batch, dropout key or None, counts) -> (sum to differentiate, metrics).
+
+`counts` are the recipe's, of the whole batch. Among the metrics is 'loss', whose count the
+step divides the gradients by.
+"""
 
 
 _OFF_OR_MORE = at_least(0).but('use 0 to switch it off')
@@ -201,14 +210,15 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
     config: how it is computed.
   """
 
-  def loss(params: Any, batch: Batch, key: jax.Array | None):
+  def loss(variables: Variables, batch: Batch, key: jax.Array | None, counts: Any = None):
+    del counts  # one division by the weights of the whole batch is enough
     head = {}
     if config.vocab_chunks:
       head['head'] = lambda x, weight: chunked_cross_entropy(
         x, weight, batch.targets, config.vocab_chunks
       )
     result, _ = model.apply(
-      {'params': params},
+      variables,
       batch.tokens,
       batch.positions,
       batch.block_positions,

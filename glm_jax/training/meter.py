@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from glm_jax.performance import chips, flops
-
-
-def step_flops(model: Any, batch: Any) -> float:
-  """`flops.training` of the rows of a numpy batch."""
-  tokens = float((np.asarray(batch.key_end) > np.asarray(batch.key_start)).sum())
-  return flops.training(model, tokens, flops.pairs(batch.visibility))
+from glm_jax.performance import chips
 
 
 class Meter:
@@ -44,15 +37,18 @@ class Meter:
     self._tokens += tokens
     self._flops += flops
 
-  def wait_for(self, stream: Iterator[Any], running: Sequence[Any] = ()) -> Any:
-    """The next item, and how long the devices had to wait for it.
+  def wait_for(
+    self, stream: Callable[[Any], Any], state: Any, running: Sequence[Any] = ()
+  ) -> Any:
+    """What a stream answers, and how long the devices had to wait for it.
 
     Args:
-      stream: of batches.
+      stream: see `recipe.WorkStream`.
+      state: that it is asked with.
       running: results of the steps before; while they are computed nobody waits.
     """
     began = time.perf_counter()
-    item = next(stream)
+    item = stream(state)
     # Devices that are still at work did not wait, however long the host did.
     if all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
       self._waited += time.perf_counter() - began

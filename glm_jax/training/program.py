@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from glm_jax import attention, batch, models, sharding
+from glm_jax import attention, models, sharding
 from glm_jax.performance import flags
-from glm_jax.training import losses, optimizer, state, step
+from glm_jax.training import optimizer, state, step
 from glm_jax.training.config import TrainConfig
 
 
@@ -19,7 +19,7 @@ class Program(NamedTuple):
 
   Attributes:
     train_step: jitted, (state, batch) -> (state, metrics); the state is donated.
-    loss: see `losses.LossFn`.
+    eval_step: (params, batch) -> metrics, without dropout.
     optimizer: of optax.
     state: shapes, dtypes and shardings of the training state.
     batch: likewise, of a batch.
@@ -27,10 +27,10 @@ class Program(NamedTuple):
   """
 
   train_step: Any
-  loss: losses.LossFn
+  eval_step: Any
   optimizer: optax.GradientTransformation
   state: state.State
-  batch: batch.Batch
+  batch: Any
   attention: tuple[str, str]
 
 
@@ -44,15 +44,15 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
   Raises:
     UserError: the configuration does not fit the mesh or the device.
   """
-  rows, length = config.batch_size, config.length
-  sharding.check_fits(config.model, rows, config.microbatches, length, layout)
+  recipe, length = config.recipe, config.recipe.length
+  sharding.check_fits(config.model, config.batch_size, config.microbatches, length, layout)
   # Not jax.devices(): those of the layout may only be described.
   device = layout.devices.flat[0]
   backend, why = attention.choose(config.model, device, length)
   # 'auto' is resolved for the program alone; the run's configuration keeps it, so that
   # resuming on another device is the same run.
   model = dataclasses.replace(config.model, attention=backend)
-  loss_fn = losses.pretraining_loss(models.build(model), config.loss)
+  loss_fn = recipe.loss(config, models.build(model))
   update = optimizer.make_optimizer(config.optimizer, config.train_steps)
   train_step = step.make_train_step(
     loss_fn,
@@ -60,19 +60,22 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
     microbatches=config.microbatches,
     seed=config.seed,
     dtype=model.dtype,
+    counts=recipe.counts,
   )
-  on_mesh = sharding.batch_sharding(layout)
-  rows_of = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=on_mesh)
   return Program(
     train_step=jax.jit(
       train_step,
       donate_argnums=0,
       compiler_options=flags.compiler_options(device.device_kind),
     ),
-    loss=loss_fn,
+    eval_step=step.make_eval_step(loss_fn, recipe.counts),
     optimizer=update,
-    state=state.abstract_state(config.model, update, layout),
-    # Without `index`, which stays on the host.
-    batch=batch.Batch(*map(rows_of, batch.DTYPES))._replace(index=None),
+    state=state.abstract_state(config.model, update, layout, recipe.leaves(config)),
+    batch=jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(
+        a.shape, a.dtype, sharding=sharding.batch_sharding(layout, a.ndim)
+      ),
+      recipe.batch(config),
+    ),
     attention=(backend, why),
   )

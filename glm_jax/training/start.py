@@ -52,7 +52,7 @@ def resolve(
     model_config.from_dict(meta['model']),
     **{name: getattr(reference, name) for name in COMPUTE_FIELDS},
   )
-  vocabulary = None if config.vocabulary.path else vocabulary_of(folder, meta)
+  vocabulary = None if config.recipe.has_vocabulary else vocabulary_of(folder, meta)
   return dataclasses.replace(config, model=model), vocabulary, meta.get('source')
 
 
@@ -124,10 +124,13 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
   # Shapes of the checkpoint, float32 and on the shardings of the new run: Orbax casts and
   # spreads while it reads.
   old_sizes = dataclasses.replace(config, max_positions=stored_config.max_positions)
+  shapes = state.abstract_params(old_sizes)
+  # Leaves of the recipe are in no checkpoint of the model: they stay fresh.
+  own = {name: fresh[name] for name in shapes}
   abstract = jax.tree.map(
     lambda a, new: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=new.sharding),
-    state.abstract_params(old_sizes),
-    fresh,
+    shapes,
+    own,
   )
   params = checkpoints.read_params(folder, abstract)
 
@@ -140,4 +143,4 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
     )
     return merge(old, new)
 
-  return jax.tree.map(extend, params, fresh)
+  return {**fresh, **jax.tree.map(extend, params, own)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def make_train_step(
   microbatches: int,
   seed: int,
   dtype: str = 'float32',
+  counts: Callable[[Any], dict[str, jax.Array]] = lambda batch: {},
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
   """(state, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -35,8 +37,12 @@ def make_train_step(
     dtype: of the computation. Weights are cast to it once, before the layers, so that
       what moves between devices, gradients included, is of this size; sums over
       micro-batches and the optimizer are in float32.
+    counts: of a whole batch, for the loss of each of its parts.
   """
-  differentiate = jax.value_and_grad(loss, has_aux=True)
+  differentiate = jax.value_and_grad(
+    lambda params, batch, key, sums: loss({'params': params}, batch, key, sums),
+    has_aux=True,
+  )
 
   def train_step(state: State, batch: Any) -> tuple[State, Metrics]:
     # Dropout's keys must differ from the key that initialised the parameters.
@@ -45,10 +51,13 @@ def make_train_step(
     # Differentiated with respect to the cast weights, so that gradients, and what devices
     # exchange of them, have their dtype.
     weights = _cast(state['params'], dtype)
+    sums = counts(batch)
     if microbatches == 1:
-      (_, metrics), gradients = differentiate(weights, batch, key)
+      (_, metrics), gradients = differentiate(weights, batch, key, sums)
     else:
-      metrics, gradients = _accumulate(differentiate, weights, batch, key, microbatches)
+      metrics, gradients = _accumulate(
+        functools.partial(differentiate, weights), batch, key, sums, microbatches
+      )
     # The loss is a sum; this is the one division by the weights of the whole batch. A batch
     # without targets has gradients of 0.
     total = metrics['loss'][1]
@@ -64,11 +73,13 @@ def make_train_step(
   return train_step
 
 
-def make_eval_step(loss: LossFn) -> Callable[[Any, Any], Metrics]:
+def make_eval_step(
+  loss: LossFn, counts: Callable[[Any], dict[str, jax.Array]] = lambda batch: {}
+) -> Callable[[Any, Any], Metrics]:
   """(params, batch) -> metrics, without dropout."""
 
   def eval_step(params: Any, batch: Any) -> Metrics:
-    return loss(params, batch, None)[1]
+    return loss({'params': params}, batch, None, counts(batch))[1]
 
   return eval_step
 
@@ -83,7 +94,7 @@ def _cast(params, dtype):
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _accumulate(differentiate, params, batch, key, parts):
+def _accumulate(differentiate, batch, key, sums, parts):
   """Sums of metrics and gradients over parts of the batch, one after the other."""
   # Rows are dealt like cards: part i holds rows i, i + parts, ... Devices hold neighbouring
   # rows, so that each has an equal share of every part and no row moves: of 8 rows in 2
@@ -97,7 +108,7 @@ def _accumulate(differentiate, params, batch, key, parts):
   def add_part(carry, args):
     i, part = args
     # Dropout differs from part to part.
-    (_, metrics), gradients = differentiate(params, part, jax.random.fold_in(key, i))
+    (_, metrics), gradients = differentiate(part, jax.random.fold_in(key, i), sums)
     # Behind a barrier: XLA's TPU compiler stumbles over sums of gradients that it could
     # move behind the loop (while_loop_all_reduce_code_motion).
     gradients = jax.lax.optimization_barrier(gradients)
@@ -107,7 +118,7 @@ def _accumulate(differentiate, params, batch, key, parts):
 
   # Every sum begins at 0 in float32, with the shapes of one part's results.
   first = jax.tree.map(lambda x: x[0], split)
-  (_, metrics), gradients = jax.eval_shape(differentiate, params, first, key)
+  (_, metrics), gradients = jax.eval_shape(differentiate, first, key, sums)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (metrics, gradients))
   (metrics, gradients), _ = jax.lax.scan(add_part, zeros, (jnp.arange(parts), split))
   return metrics, gradients

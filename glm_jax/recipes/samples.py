@@ -1,0 +1,118 @@
+"""What a person looks at: losses beside baselines, blanks filled by the model."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm_jax import sharding
+from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.inference.decode import Filler
+from glm_jax.recipes.reading import TaskData
+from glm_jax.training.config import TrainConfig
+
+# Baselines are fitted on what the model saw; more would take longer than it is worth.
+_BASELINE_POSITIONS = 4_000_000
+
+
+def beside_baselines(
+  config: TrainConfig,
+  data: TaskData,
+  validated: Mapping[str, float],
+  say: Callable[..., None],
+) -> dict[str, dict[str, float]]:
+  """Prints a line for each validation set; the scores of unigrams and bigrams by name."""
+  if validated:
+    say(f'\n{"validation loss (nats)":<24}{"model":>8}{"bigram":>8}{"unigram":>9}')
+  baselines = {}
+  for name in data.validation:
+    loss = validated.get(f'loss/{name}', validated.get('loss'))
+    scores = baselines[name] = _baselines(config, data, name)
+    say(f'{name:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
+  return baselines
+
+
+def _baselines(config: TrainConfig, data: TaskData, name: str) -> dict[str, float]:
+  from glm_jax.data import baselines, pipeline
+
+  train = pipeline.batches(
+    f'glm_{name}' if data.prepared.indexed else data.task,
+    data.feature_lengths,
+    batch_size=config.batch_size,
+    seed=config.seed,
+  )
+  most_batches = max(1, _BASELINE_POSITIONS // (config.batch_size * config.recipe.length))
+  # All rows of each batch, whatever this process's share: the leader is alone by now.
+  return baselines.fit_and_score(
+    itertools.islice(train, min(config.train_steps, most_batches)),
+    data.whole_validation(name),
+    data.vocabulary.size,
+  )
+
+
+def fill(
+  config: TrainConfig,
+  vocabulary: Any,
+  source: CorpusConfig,
+  params: Any,
+  say: Callable[..., None],
+) -> list[dict[str, str]]:
+  """Prints held-out sentences with a few words hidden and filled, or their ends continued.
+
+  Args:
+    config: of the run.
+    vocabulary: of the tokens.
+    source: the corpus.
+    params: of this process alone.
+    say: prints.
+
+  Returns:
+    {'filled', 'was'} of each sentence.
+  """
+  kind = 'continued' if config.model.causal else 'blanks filled'
+  say(f'\nheld-out text, {kind} by the model:')
+  filled = []
+  # The leader is alone now: its computations must not wait for other processes.
+  alone = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+  with sharding.active(alone):
+    params = jax.device_put(params, sharding.replicated(alone))
+    for sentence in _filled(config, Filler(config.model, params, vocabulary), source):
+      filled.append(sentence)
+      say(f'  {sentence["filled"]}   (was: {sentence["was"]})'.replace('\n', '↵'))
+  return filled
+
+
+def _filled(
+  config: TrainConfig, filler: Filler, source: CorpusConfig
+) -> Iterator[dict[str, str]]:
+  # A fixed seed: runs are compared on the same blanks.
+  rng = np.random.default_rng(0)
+  for sentence in itertools.islice(_sentences(source), config.evaluation.fill):
+    words = list(re.finditer(r'\S+', sentence))
+    size = int(rng.integers(1, 4))
+    # At least two words before the blank and one behind it, which are something to go by.
+    first = int(rng.integers(2, len(words) - size))
+    start, end = words[first].start(), words[first + size - 1].end()
+    if config.model.causal:
+      prompt, end = filler.encode(sentence[:start].rstrip()), len(sentence)
+    else:
+      prompt = filler.encode(sentence[:start] + '[MASK]' + sentence[end:])
+    spans = filler.fill([prompt], max_tokens=16)[0]
+    yield {'filled': filler.text(prompt, spans, ('[', ']')), 'was': sentence[start:end]}
+
+
+def _sentences(source: CorpusConfig) -> Iterator[str]:
+  """One plain sentence a held-out document, of 8 words or more."""
+  from glm_jax.data.corpora import corpus
+
+  for document in corpus.documents(source, 'validation'):
+    # Letters, digits and light punctuation only: no headings, lists or code.
+    for sentence in re.findall(r'[A-Z][\w ,\'()-]{40,160}\.(?=\s)', document.text):
+      if len(sentence.split()) >= 8:
+        yield sentence
+        break

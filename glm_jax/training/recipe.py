@@ -1,0 +1,192 @@
+"""What a stage of training answers: what is read, what the loss is, what is reported.
+
+`train`, `plan`, `preview` and `tune` ask a recipe and name no stage. Most answers have
+defaults: a simple recipe gives `length`, `prepare` and `loss`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from glm_jax import sharding
+from glm_jax.batch import DTYPES, Batch, Visibility
+from glm_jax.performance import flops
+from glm_jax.training.losses import LossFn
+
+if TYPE_CHECKING:
+  from glm_jax.training.config import TrainConfig
+
+
+class Work(NamedTuple):
+  """What one update is made of.
+
+  Attributes:
+    batch: on the mesh.
+    tokens: of all processes, without padding.
+    flops: of all processes, as `performance.flops.training` counts them.
+  """
+
+  batch: Any
+  tokens: float
+  flops: float
+
+
+class WorkStream:
+  """Asked with the state before each update; answers with `Work`.
+
+  Attributes:
+    place: what a checkpoint must keep of the stream, with `save(prefix)` and
+      `restore(prefix)`; None for one that is a function of the step.
+  """
+
+  place: Any = None
+
+  def __call__(self, state: Any) -> Work:
+    raise NotImplementedError
+
+
+class Data:
+  """What a recipe has prepared for a run.
+
+  Attributes:
+    vocabulary: of the tokens; see `glm_jax.text.vocabulary`.
+    fingerprint: tells one set of training examples from another; processes compare it.
+    identity: what must stay equal for a resumed run to be the same run.
+    validation: name -> the batches of a held-out set, numpy, this process's rows.
+    skipped: documents too short to be read.
+  """
+
+  vocabulary: Any
+  fingerprint: str
+  identity: Mapping[str, Any]
+  validation: Mapping[str, Callable[[], Iterator[Batch]]]
+  skipped: int = 0
+
+  def stream(self, step: int) -> WorkStream:
+    """The stream, from a step on."""
+    raise NotImplementedError
+
+  def describe(self, step: int) -> list[str]:
+    """Lines that say what is trained on from a step on, for the leader."""
+    del step
+    return []
+
+  def examples(self) -> Iterator[Mapping[str, np.ndarray]]:
+    """Batches for a person to look at: fields of the contract, and what else is known."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+  """A stage of training; its fields are what gin binds.
+
+  A recipe of one's own is a subclass in a module named by `--import`, which lists it in
+  `CONFIGURABLES`.
+  """
+
+  @property
+  def length(self) -> int:
+    """T, positions of a row."""
+    raise NotImplementedError
+
+  def prepare(self, config: TrainConfig, vocabulary: Any, layout: sharding.Layout) -> Data:
+    """Makes, or finds, what is read. The leader is called first, the others find caches.
+
+    Args:
+      config: of the run, its model resolved.
+      vocabulary: of the checkpoint that the model comes from, or None.
+      layout: of the devices.
+    """
+    raise NotImplementedError
+
+  def loss(self, config: TrainConfig, model: Any) -> LossFn:
+    """The loss of a Flax module of the run's model; see `losses.LossFn`."""
+    raise NotImplementedError
+
+  def check(self, config: TrainConfig) -> None:
+    """Raises UserError for a run that cannot be; called as the configuration is made."""
+    del config
+
+  def check_data(self, config: TrainConfig, data: Data) -> None:
+    """Raises UserError for data that does not fit the run; all processes call it."""
+    del config, data
+
+  def counts(self, batch: Any) -> dict[str, jax.Array]:
+    """Sums over a whole batch that a loss divides by, before micro-batches cut it.
+
+    The loss is given them with each part, so that terms that count tokens and terms that
+    count pairs add up alike however the batch is cut.
+    """
+    del batch
+    return {}
+
+  def batch(self, config: TrainConfig) -> Any:
+    """Shapes and dtypes of a global batch, [B, T] each."""
+    shape = (config.batch_size, self.length)
+    rows = lambda dtype: jax.ShapeDtypeStruct(shape, dtype)
+    # Without `index`, which stays on the host.
+    return Batch(*map(rows, DTYPES))._replace(index=None)
+
+  def visibility(self, config: TrainConfig) -> Visibility:
+    """[1, T]: what an average row sees, by which a plan counts FLOPs."""
+    del config
+    t = np.arange(self.length, dtype=np.int32)
+    return Visibility(np.zeros_like(t)[None], (t + 1)[None])
+
+  def rows_in_words(self, config: TrainConfig) -> str:
+    """The same for a person."""
+    del config
+    return ''
+
+  @property
+  def logits_share(self) -> float:
+    """Share of the logits [B, T, V] that exists at a time."""
+    return 1.0
+
+  @property
+  def has_vocabulary(self) -> bool:
+    """Whether the recipe says which vocabulary, though the model's checkpoint has one."""
+    return False
+
+  def leaves(self, config: TrainConfig) -> dict[str, Callable[[jax.Array], Any]]:
+    """Parameters that are not the model's: name -> key -> tree, boxed or plain arrays."""
+    del config
+    return {}
+
+  def work(self, config: TrainConfig, batch: Batch) -> tuple[float, float]:
+    """Tokens and FLOPs of the rows of a numpy batch."""
+    # Padding has the empty interval [0, 0).
+    tokens = float((np.asarray(batch.key_end) > np.asarray(batch.key_start)).sum())
+    return tokens, flops.training(config.model, tokens, flops.pairs(batch.visibility))
+
+  def fixed_validation(self) -> list[str]:
+    """gin bindings that keep what is validated out of a search of `tune`."""
+    return []
+
+  def report(
+    self,
+    config: TrainConfig,
+    data: Data,
+    params: Any,
+    validated: Mapping[str, float],
+    say: Callable[..., None],
+  ) -> dict[str, Any]:
+    """Prints what a person wants to see at the end; the leader is alone by then.
+
+    Args:
+      config: of the run.
+      data: of `prepare`.
+      params: of this process alone.
+      validated: the last validation.
+      say: prints.
+
+    Returns:
+      What summary.json holds of it; under 'lines', levels to draw beside the loss.
+    """
+    del config, data, params, validated, say
+    return {}
