@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from glm_jax import checkpoints, sharding
-  from glm_jax.inference.decode import Filler
+  from glm_jax.inference.filling import Filler
   from glm_jax.inference.sampling import Sampling
   from glm_jax.models import config as model_config
   from glm_jax.training import start, state

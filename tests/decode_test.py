@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import small
 
+from glm_jax import models, sharding
 from glm_jax.batch import Visibility, prefix_visibility
-from glm_jax.inference.decode import Filler
+from glm_jax.inference import decode
+from glm_jax.inference.filling import Filler
 from glm_jax.inference.sampling import Sampling, sample
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.vocabulary import ByteVocabulary
+from glm_jax.training import state
 
 VOCABULARY = ByteVocabulary()
 S = VOCABULARY.specials
@@ -40,6 +43,11 @@ def filler(params):
 
 def _teacher_forced(params, prompt, spans, config=CONFIG):
   """Argmax of one full forward over the context and all spans laid out as in training."""
+  return _log_probs(params, prompt, spans, 1.0, config).argmax(-1)
+
+
+def _log_probs(params, prompt, spans, temperature, config=CONFIG):
+  """Log-probabilities of that forward, from the first [sop] on."""
   tokens, positions, blocks = list(prompt), list(range(len(prompt))), [0] * len(prompt)
   places = [i for i, t in enumerate(prompt) if t in (S.mask, S.gmask, S.smask)]
   for place, span in zip(places, spans, strict=True):
@@ -56,7 +64,8 @@ def _teacher_forced(params, prompt, spans, config=CONFIG):
   logits = small.logits(config, params, *inputs)[:, : len(tokens)]
   allowed = np.arange(config.vocab_size) < VOCABULARY.size
   allowed[[S.pad, S.enc, S.mask, S.gmask, S.smask, S.sop, S.dblock]] = False
-  return np.asarray(jnp.where(allowed, logits[0], -jnp.inf).argmax(-1))[len(prompt) :]
+  logits = jnp.where(allowed, logits[0], -jnp.inf) / temperature
+  return np.asarray(jax.nn.log_softmax(logits))[len(prompt) :]
 
 
 def test_greedy_decoding_equals_teacher_forcing(filler, params):
@@ -112,6 +121,69 @@ def test_a_causal_model_goes_on_as_the_full_forward_does():
     assert len(span) == 7 or predicted[len(span)] in VOCABULARY.stops
     text = filler.text(prompt, [span], ('<', '>'))
     assert text == f'{VOCABULARY.decode(prompt)}<{VOCABULARY.decode(span)}>'
+
+
+def _read(config, params, tokens, lengths):
+  cache = decode.init_cache(config, len(lengths), 32)
+  return decode.read_context(
+    models.build(config), params, cache, jnp.asarray(tokens), jnp.asarray(lengths)
+  )
+
+
+def test_a_context_is_read_without_its_logits(params):
+  read = lambda p: _read(CONFIG, p, np.ones((2, 8), int), [8, 5])
+  cache, result = jax.eval_shape(read, params)
+  assert result is None and cache['k'].shape == (2, 2, 32, 4, 8)
+  assert '2,8,384]' not in str(jax.make_jaxpr(read)(params))
+
+
+def test_later_blanks_see_all_of_a_span_that_was_cut(filler, params):
+  """The last token of a span that `max_tokens` ends has been sampled and not read."""
+  prompt = filler.encode('one [MASK] two [MASK] three')
+  spans, scores = (x[0] for x in filler.fill_scored([prompt], max_tokens=3))
+  assert len(spans[0]) == 3 and spans[1]
+  of_second = lambda first: [
+    _log_probs(params, prompt, [first, spans[1]], 1.0)[len(first) + 1 + i, token]
+    for i, token in enumerate(spans[1])
+  ]
+  found = scores[1][: len(spans[1])]
+  np.testing.assert_allclose(found, of_second(spans[0]), atol=2e-4)
+  assert np.abs(np.subtract(found, of_second(spans[0][:2]))).max() > 1e-2
+
+
+def test_log_probabilities_are_those_of_the_full_forward(filler, params):
+  prompts = [filler.encode('one [MASK] two [MASK]'), filler.encode('so', gmask=True)]
+  for sampling in (Sampling(), Sampling(temperature=0.7, top_k=5)):
+    spans, scores = filler.fill_scored(prompts, max_tokens=6, sampling=sampling, seed=1)
+    for prompt, made, found in zip(prompts, spans, scores, strict=True):
+      log_probs = _log_probs(params, prompt, made, sampling.temperature or 1.0)
+      at = 0
+      for span, of_span in zip(made, found, strict=True):
+        assert len(of_span) == min(len(span) + 1, 6)
+        wanted = [log_probs[at + i, token] for i, token in enumerate(span)]
+        np.testing.assert_allclose(of_span[: len(span)], wanted, atol=2e-4)
+        if len(span) < 6:  # that of the stop token behind it
+          stops = log_probs[at + len(span), [*VOCABULARY.stops]]
+          assert np.abs(stops - of_span[-1]).min() < 2e-4
+        at += len(span) + 1
+
+
+def test_decoding_over_a_mesh_equals_that_on_one_device(filler, params):
+  """Three prompts on four devices that cut rows, two that cut heads; and cut weights."""
+  texts = ('one [MASK] two [MASK] three', '[MASK]', 'a longer text with [sMASK]')
+  prompts = [filler.encode(text) for text in texts]
+  expected = filler.fill_scored(prompts, max_tokens=5)
+  layout = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+  abstract = state.abstract_params(CONFIG, layout)
+  with sharding.active(layout):
+    placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, abstract)
+    cache = decode.init_cache(CONFIG, 4, 8)
+    assert cache['k'].addressable_shards[0].data.shape == (2, 1, 8, 2, 8)
+    spans, scores = Filler(CONFIG, placed, VOCABULARY).fill_scored(prompts, max_tokens=5)
+  assert spans == expected[0]
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), scores, expected[1]
+  )
 
 
 def test_the_second_blank_is_conditioned_on_the_first(params):

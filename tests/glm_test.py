@@ -12,7 +12,7 @@ from foreign import arrays_of, imported
 from glm_jax import models, sharding
 from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference import decode
-from glm_jax.models import stack
+from glm_jax.models import layers, stack
 from glm_jax.models.config import REMAT_POLICIES
 from glm_jax.training import losses, optimizer
 
@@ -132,7 +132,7 @@ def test_incremental_decoding_equals_the_original_and_the_full_forward(golden):
   cache = decode.init_cache(config, 1, T)
   read = jax.jit(lambda *args: decode.read_token(model, params, *args))
   cache, logits = decode.read_context(
-    model, params, cache, tokens[:, :part_a], jnp.array([part_a])
+    model, params, cache, tokens[:, :part_a], jnp.array([part_a]), head=layers.logits
   )
   steps = [logits[0]]
   for t in range(part_a, T):

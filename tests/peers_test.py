@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from glm_jax import convert, models
 from glm_jax.batch import Visibility
 from glm_jax.checkpoints import slices
-from glm_jax.inference.decode import Filler
+from glm_jax.inference.filling import Filler
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import ChatGLM3Vocabulary
 

@@ -13,7 +13,7 @@ from glm_jax import models
 from glm_jax.batch import Visibility
 from glm_jax.inference import decode
 from glm_jax.inference.sampling import Sampling
-from glm_jax.models import ChatGLM2Config, ChatGLMConfig, chatglm, chatglm2
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, chatglm, chatglm2, layers
 from glm_jax.training import losses
 
 
@@ -170,6 +170,7 @@ def _incremental(config, params, inputs, context):
     tokens[:, :context],
     jnp.array([context]),
     causal=config.causal,
+    head=layers.logits,
   )
   read = jax.jit(lambda *args: decode.read_token(model, params, *args))
   steps = [logits[0]]
@@ -203,7 +204,7 @@ def test_greedy_tokens_are_those_of_transformers(golden):
   cache, _ = decode.read_context(
     model, params, cache, tokens, jnp.array([n - 1]), causal=True
   )
-  _, made, count, _ = decode.generate_span(
+  _, made, count, *_ = decode.generate_span(
     model,
     params,
     cache,

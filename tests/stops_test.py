@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax import models
-from glm_jax.inference import decode
+from glm_jax.inference import decode, filling
 from glm_jax.inference.sampling import Sampling, sample
 from glm_jax.interop import hub
 from glm_jax.models import ChatGLM2Config, GLMConfig
@@ -35,7 +35,7 @@ class Scripted:
   def __init__(self, script, size=V):
     self.script, self.size = jnp.asarray(script), size
 
-  def apply(self, _, tokens, positions, blocks, visibility, *, cache, cache_start):
+  def apply(self, _, tokens, positions, blocks, seen, *, cache, cache_start, head=None):
     read = jnp.stack([tokens, positions, blocks], axis=-1)[:, :, None].astype(jnp.float32)
     write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
     k = write(cache['k'][0], read, cache_start, 0)[None]
@@ -87,14 +87,14 @@ def ragged():
 
 
 def test_any_stop_ends_an_answer_and_is_no_part_of_it(ragged):
-  script, sizes, _, _, (_, tokens, count, _) = ragged
+  script, sizes, _, _, (_, tokens, count, *_) = ragged
   np.testing.assert_array_equal(count, sizes)
   for row, size in enumerate(sizes):
     assert tokens[row].tolist() == [*script[row][:size], *[0] * (MOST - size)]
 
 
 def test_a_row_takes_a_slot_for_each_token_that_it_reads_and_none_when_finished(ragged):
-  script, sizes, slots, active, (cache, _, _, behind) = ragged
+  script, sizes, slots, active, (cache, _, _, behind, _) = ragged
   for row, size in enumerate(sizes):
     read = [S.sop, *script[row][:size]][:MOST] if active[row] else []
     assert behind[row] == slots[row] + len(read)
@@ -108,9 +108,9 @@ def test_a_row_takes_a_slot_for_each_token_that_it_reads_and_none_when_finished(
 
 def test_the_next_blank_follows_the_last_one_without_a_gap(ragged):
   """Whatever a finished row wrote meanwhile is written over, and none of it is seen."""
-  script, sizes, slots, active, (cache, _, _, behind) = ragged
+  script, sizes, slots, active, (cache, _, _, behind, _) = ragged
   again = [[90 + i for i in range(MOST)]] * len(script)
-  later, _, _, end = _generate(
+  later, _, _, end, _ = _generate(
     np.array(again), behind, ~np.zeros(len(script), bool), stop=STOPS, cache=cache
   )
   for row, size in enumerate(sizes):
@@ -140,7 +140,7 @@ def _filler(monkeypatch, script, vocabulary=VOCABULARY, causal=False):
       'v': jnp.zeros((1, rows, 1, 1, 1)),
     },
   )
-  return decode.Filler(config, {}, vocabulary)
+  return filling.Filler(config, {}, vocabulary)
 
 
 def test_every_stop_of_a_vocabulary_may_be_said_and_ends_a_blank(monkeypatch):

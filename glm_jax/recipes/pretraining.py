@@ -208,7 +208,7 @@ class Pretraining(recipe.Recipe):
     if data.prepared.corpora and config.evaluation.fill:
       name = next(iter(self.mixture.corpora.values()), self.corpus.corpus)
       source = dataclasses.replace(self.corpus, corpus=name)
-      filled = samples.fill(config, data.vocabulary, source, params, say)
+      filled = samples.fill(config, data, source, params, say)
     lines = {
       f'{k} ({name})': v
       for name, scores in baselines.items()

@@ -47,6 +47,7 @@ class TaskData(recipe.Data):
 
   Attributes:
     prepared: what `glm_jax.data.prepare` found.
+    layout: of the devices.
   """
 
   def __init__(
@@ -74,7 +75,7 @@ class TaskData(recipe.Data):
     self.identity, self.prepared = identity, prepared
     self.skipped = sum(c.rows['train'].stats['skipped'] for c in prepared.corpora)
     self.task, self.feature_lengths = task, feature_lengths
-    self._config, self._layout = config, layout
+    self._config, self.layout = config, layout
     index, count = sharding.row_share(layout)
     self._process = pipeline.Process(index=index, count=count)
     self.validation = {
@@ -114,7 +115,7 @@ class TaskData(recipe.Data):
       start_step=step if self.prepared.indexed else 0,
       process=self._process,
     )
-    return TaskStream(self._config, batches, self._process, self._layout)
+    return TaskStream(self._config, batches, self._process, self.layout)
 
   def describe(self, step: int) -> list[str]:
     from glm_jax.data import shares

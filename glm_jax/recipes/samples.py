@@ -7,12 +7,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from glm_jax import sharding
+from glm_jax import distributed, sharding
 from glm_jax.data.corpora.config import CorpusConfig
-from glm_jax.inference.decode import Filler
+from glm_jax.inference.filling import Filler
 from glm_jax.recipes.reading import TaskData
 from glm_jax.training.config import TrainConfig
 
@@ -26,7 +25,12 @@ def beside_baselines(
   validated: Mapping[str, float],
   say: Callable[..., None],
 ) -> dict[str, dict[str, float]]:
-  """Prints a line for each validation set; the scores of unigrams and bigrams by name."""
+  """Prints a line for each validation set; the scores of unigrams and bigrams by name.
+
+  They are counted on the leader, which reads all rows.
+  """
+  if not distributed.is_leader():
+    return {}
   if validated:
     say(f'\n{"validation loss (nats)":<24}{"model":>8}{"bigram":>8}{"unigram":>9}')
   baselines = {}
@@ -47,7 +51,7 @@ def _baselines(config: TrainConfig, data: TaskData, name: str) -> dict[str, floa
     seed=config.seed,
   )
   most_batches = max(1, _BASELINE_POSITIONS // (config.batch_size * config.recipe.length))
-  # All rows of each batch, whatever this process's share: the leader is alone by now.
+  # All rows of each batch, whatever this process's share.
   return baselines.fit_and_score(
     itertools.islice(train, min(config.train_steps, most_batches)),
     data.whole_validation(name),
@@ -57,39 +61,43 @@ def _baselines(config: TrainConfig, data: TaskData, name: str) -> dict[str, floa
 
 def fill(
   config: TrainConfig,
-  vocabulary: Any,
+  data: TaskData,
   source: CorpusConfig,
   params: Any,
   say: Callable[..., None],
 ) -> list[dict[str, str]]:
   """Prints held-out sentences with a few words hidden and filled, or their ends continued.
 
+  All processes take part: the parameters stay where they are on the mesh.
+
   Args:
     config: of the run.
-    vocabulary: of the tokens.
+    data: that it was trained on.
     source: the corpus.
-    params: of this process alone.
-    say: prints.
+    params: on the mesh.
+    say: prints, on the leader.
 
   Returns:
     {'filled', 'was'} of each sentence.
   """
   kind = 'continued' if config.model.causal else 'blanks filled'
   say(f'\nheld-out text, {kind} by the model:')
+  # A token at a time is no length to be cut.
+  with sharding.active(data.layout.replace(act_length=None)):
+    filler = Filler(config.model, params, data.vocabulary)
+    asked = [*_questions(config, filler, source)]
+    spans = filler.fill([prompt for prompt, _ in asked], max_tokens=16) if asked else []
   filled = []
-  # The leader is alone now: its computations must not wait for other processes.
-  alone = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
-  with sharding.active(alone):
-    params = jax.device_put(params, sharding.replicated(alone))
-    for sentence in _filled(config, Filler(config.model, params, vocabulary), source):
-      filled.append(sentence)
-      say(f'  {sentence["filled"]}   (was: {sentence["was"]})'.replace('\n', '↵'))
+  for (prompt, was), made in zip(asked, spans, strict=True):
+    filled.append({'filled': filler.text(prompt, made, ('[', ']')), 'was': was})
+    say(f'  {filled[-1]["filled"]}   (was: {was})'.replace('\n', '↵'))
   return filled
 
 
-def _filled(
+def _questions(
   config: TrainConfig, filler: Filler, source: CorpusConfig
-) -> Iterator[dict[str, str]]:
+) -> Iterator[tuple[list[int], str]]:
+  """Prompts, and what was hidden."""
   # A fixed seed: runs are compared on the same blanks.
   rng = np.random.default_rng(0)
   for sentence in itertools.islice(_sentences(source), config.evaluation.fill):
@@ -102,8 +110,7 @@ def _filled(
       prompt, end = filler.encode(sentence[:start].rstrip()), len(sentence)
     else:
       prompt = filler.encode(sentence[:start] + '[MASK]' + sentence[end:])
-    spans = filler.fill([prompt], max_tokens=16)[0]
-    yield {'filled': filler.text(prompt, spans, ('[', ']')), 'was': sentence[start:end]}
+    yield prompt, sentence[start:end]
 
 
 def _sentences(source: CorpusConfig) -> Iterator[str]:

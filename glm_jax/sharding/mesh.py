@@ -168,6 +168,10 @@ class Layout:
     axes = as_tuple(dict(self.rules)[logical])
     return int(np.prod([self.shape[axis] for axis in axes], dtype=int))
 
+  def replace(self, **axes: Any) -> Layout:
+    """The same mesh, with other mesh axes (or None) for some logical ones."""
+    return Layout(self.mesh, tuple({**dict(self.rules), **axes}.items()))
+
   def words(self, logical: str) -> str:
     """The mesh axes of a logical one, for a message."""
     return ' x '.join(as_tuple(dict(self.rules)[logical]))

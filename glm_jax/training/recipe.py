@@ -176,14 +176,16 @@ class Recipe:
     validated: Mapping[str, float],
     say: Callable[..., None],
   ) -> dict[str, Any]:
-    """Prints what a person wants to see at the end; the leader is alone by then.
+    """Prints what a person wants to see at the end.
+
+    All processes call it, and must compute the same with what is on the mesh.
 
     Args:
       config: of the run.
       data: of `prepare`.
-      params: of this process alone.
-      validated: the last validation.
-      say: prints.
+      params: on the mesh.
+      validated: the last validation; on the leader alone.
+      say: prints, on the leader.
 
     Returns:
       What summary.json holds of it; under 'lines', levels to draw beside the loss.

@@ -7,9 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
 from glm_jax import distributed
 from glm_jax.checkpoints import folder
 from glm_jax.training import recipe, writer
@@ -24,16 +21,15 @@ def report(
   Args:
     config: of the run.
     data: of the recipe.
-    params: the trained parameters; all processes must take part.
+    params: the trained parameters, on the mesh; all processes must take part.
     say: prints, on the leader.
   """
-  # A collective: every process must come this far.
-  params = _on_every_process(params)
-  if not distributed.is_leader():
-    return
-  validations = writer.read(config.model_dir, 'validation')
+  leads = distributed.is_leader()
+  validations = writer.read(config.model_dir, 'validation') if leads else []
   validated = validations[-1] if validations else {}
   reported = config.recipe.report(config, data, params, validated, say)
+  if not leads:
+    return
   picture = writer.plot_losses(config.model_dir, reported.pop('lines', {}))
   summary = {'steps': config.train_steps, 'validation': validated, **reported}
   folder.write_atomically(
@@ -41,10 +37,3 @@ def report(
     json.dumps(summary, indent=2, ensure_ascii=False) + '\n',
   )
   say(f'\nloss curve in {picture}')
-
-
-def _on_every_process(params: Any) -> Any:
-  """Parameters as arrays of this process alone, since only the leader goes on."""
-  if jax.process_count() == 1:
-    return params
-  return multihost_utils.process_allgather(params, tiled=True)
