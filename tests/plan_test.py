@@ -1,15 +1,18 @@
 """The planner: it compiles what trains, refuses what cannot be, and reads what it got."""
 
 import dataclasses
+import functools
 import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT, command, in_process, refused
 
 from glm_jax import models, sharding
+from glm_jax.inference import decode
 from glm_jax.planning import hlo, prediction, suggest, table, topologies
 from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.sharding import MeshConfig
@@ -356,3 +359,35 @@ def test_the_published_rows_are_of_this_code():
       f'{row.key} is of another program: run python -m benchmarks.topologies'
     )
   assert re.search(r'<!-- topologies -->\n\| model', (ROOT / 'README.md').read_text())
+
+
+@pytest.mark.slow
+def test_reading_a_context_holds_no_logits_and_little_memory(monkeypatch):
+  """Two layers of ChatGLM2-6B's width, 8 rows of 4,096, on one v5p."""
+  monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  config = dataclasses.replace(
+    _CAUSAL, hidden_size=4096, num_heads=32, mlp_size=13696, remat='none'
+  )
+  layout = sharding.make_mesh(MeshConfig(), topologies.devices('v5p:2x2x1')[:1])
+  B, T = 8, 4096
+  on_chip = lambda tree: jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(
+      a.shape,
+      jnp.bfloat16 if a.dtype == jnp.float32 else a.dtype,
+      sharding=sharding.replicated(layout),
+    ),
+    tree,
+  )
+  params = on_chip(state.abstract_params(config, layout))
+  read = functools.partial(decode.read_context, models.build(config), causal=True)
+  with sharding.active(layout):
+    cache = on_chip(jax.eval_shape(lambda: decode.init_cache(config, B, T)))
+    ids = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, T), (B,))]
+    compiled = jax.jit(read, donate_argnums=1).lower(params, cache, *on_chip(ids)).compile()
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert f'{T},65024]' not in text.replace('65024,4096]', '')
+  size = sum(2 * leaf.size for leaf in jax.tree.leaves((params, cache)))
+  assert memory.peak_memory_in_bytes <= size + 3 * 2**30
+  # The cache is given back in its own memory.
+  assert memory.alias_size_in_bytes == sum(2 * a.size for a in jax.tree.leaves(cache))
