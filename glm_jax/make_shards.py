@@ -37,12 +37,12 @@ def main(argv: Sequence[str]) -> None:
   # Imported below the flags: a mistake in them is told at once.
   with startup.silenced_stderr():
     from glm_jax.data import prepare
-    from glm_jax.data.corpora import corpus, parts
+    from glm_jax.data.corpora import corpus, parts, sources
     from glm_jax.data.making import shard_job
     from glm_jax.data.rows import shards
   shard_job.check_folder(folder)
   configs.check(
-    not recipe.corpus.corpus.startswith(corpus.SHARDS),
+    not isinstance(sources.of(recipe.corpus), sources.Shards),
     'make_shards reads text',
     repr(recipe.corpus.corpus),
     'give CorpusConfig.corpus as it was when they were made',
@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
     imports=tuple(flags.imports),
   )
   todo = parts.find(job.corpus, flags.part_mb * 10**6)
+  if words := corpus.held_out_in_words(job.corpus):
+    print(words, flush=True)
   if flags.runner == 'beam':
     from glm_jax.data.making import beam
 

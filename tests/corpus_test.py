@@ -56,18 +56,6 @@ def test_jsonl_lines_are_documents_with_prompts(tmp_path):
   assert [*corpus.documents(config, 'train')] == [Document('中文', 'p'), Document('b')]
 
 
-def test_one_long_file_is_cut_at_blank_lines(tmp_path):
-  paragraphs = [f'Paragraph {i}. ' * 20 for i in range(60)]
-  (tmp_path / 'book.txt').write_text('\n\n'.join(paragraphs))
-  config = _config(tmp_path)
-  parts = [
-    d.text for split in ('train', 'validation') for d in corpus.documents(config, split)
-  ]
-  assert len(parts) > 5
-  for paragraph in paragraphs:
-    assert sum(paragraph.strip() in part for part in parts) == 1
-
-
 @pytest.mark.parametrize(
   'name,content,message',
   [

@@ -182,7 +182,8 @@ def test_training_code_and_generation_do_not_load_tensorflow():
 
 def test_making_shards_of_text_does_not_load_tensorflow(tmp_path):
   """Each worker would need seconds and a gigabyte for it."""
-  (tmp_path / 'a.txt').write_text('Some text. ' * 50)
+  for name in 'ab':
+    (tmp_path / f'{name}.txt').write_text('Some text. ' * 50)
   loaded = _loaded(
     f"""
 import glm_jax.make_shards
@@ -192,7 +193,7 @@ from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.making import shard_job, shard_runner
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.text.vocabulary import ByteVocabulary
-corpus = CorpusConfig(corpus={str(tmp_path / 'a.txt')!r})
+corpus = CorpusConfig(corpus={str(tmp_path / '*.txt')!r})
 vocabulary, plan = ByteVocabulary(), RowPlan(33)
 job = shard_job.of_config(corpus, vocabulary, plan, count=1, seed=0, imports=())
 folder = epath.Path({str(tmp_path / 'shards')!r})

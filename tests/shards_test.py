@@ -70,22 +70,10 @@ def _content(folder):
 
 def test_parts_of_any_size_hold_the_same_documents(corpus):
   whole = _documents(corpus, 10**9)
-  assert len(whole) == 120
+  assert len(whole) == 121  # an empty file is an empty document
   for size in (1, 7, 100, 3000):
     assert _documents(corpus, size) == whole
     assert len(parts.find(corpus, size)) > 1
-
-
-@pytest.mark.parametrize('end', ['\n', '\r\n'])
-def test_few_files_are_cut_at_blank_lines_wherever_parts_begin(tmp_path, end):
-  paragraphs = [f'Paragraph {i} ' + 'word ' * (i * 37 % 300) for i in range(120)]
-  text = (end * 2).join(paragraphs)
-  (tmp_path / 'book.txt').write_bytes(text.encode())
-  config = CorpusConfig(corpus=str(tmp_path / '*.txt'))
-  for size in (1000, 5000, 10**9):
-    found = [document.text for _, document in _documents(config, size)]
-    assert len(found) > 10
-    assert '\n\n'.join(found).split() == text.split()
 
 
 def test_a_document_is_held_out_by_its_text_alone(corpus):

@@ -12,6 +12,7 @@ import seqio
 from glm_jax import configs
 from glm_jax.data import tasks
 from glm_jax.data.corpora import corpus as corpora_module
+from glm_jax.data.corpora import sources
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.making import tokenized
@@ -194,12 +195,13 @@ def _registered_task(task: str) -> Prepared:
 def _rows_of(
   config: CorpusConfig, vocabulary: Vocabulary, plans: dict[str, RowPlan]
 ) -> dict[str, shards.StoredRows]:
-  if not config.corpus.startswith(corpora_module.SHARDS):
+  source = sources.of(config)
+  if not isinstance(source, sources.Shards):
     return {
       split: tokenized.cached_rows(config, vocabulary, split, plan)
       for split, plan in plans.items()
     }
-  path = config.corpus.removeprefix(corpora_module.SHARDS)
+  path = source.name
   rows = shards.load(path, vocabulary)
   configs.check(
     'train' in rows,

@@ -23,7 +23,8 @@ class CorpusConfig:
       stream of text that is cut into rows: for short documents.
     verify: compare shards with their checksums before training, each process its part.
     validation: a glob of held-out files; '' holds out `validation_fraction`.
-    validation_fraction: share of the documents held out, by a hash of their text.
+    validation_fraction: share of the documents held out, by a hash of all of each; of
+      fewer than 20, the end of the text (see `glm_jax.data.corpora.held_out`).
     errors: invalid UTF-8 stops the run ('strict'), becomes U+FFFD ('replace') or is left
       out ('ignore').
     text_key: the feature of a TFDS data set or a seqio task that holds the text.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -14,10 +16,8 @@ from glm_jax import configs
 from glm_jax.configs import UserError
 from glm_jax.data.corpora.config import CorpusConfig
 
-# With fewer documents than this, long ones are cut so that some can be held out.
-_FEW = 20
-# Characters, at least, of such a part.
-_PIECE = 2000
+# Bytes that are read at a time to find where a line ends.
+_SEARCH = 2**20
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
 
 
@@ -27,6 +27,14 @@ class Document(NamedTuple):
   text: str
   prompt: str = ''
   ids: Sequence[int] | None = None
+
+
+class ByteRange(NamedTuple):
+  """Bytes of a text file: documents that begin in [start, end)."""
+
+  path: str
+  start: int
+  end: int
 
 
 def find(pattern: str) -> list[epath.Path]:
@@ -56,16 +64,6 @@ def find(pattern: str) -> list[epath.Path]:
       'rename or convert it',
     )
   return paths
-
-
-def read(pattern: str, config: CorpusConfig) -> Iterator[Document]:
-  """The documents of the files of a glob, in order.
-
-  Raises:
-    UserError: no files, or what cannot be read, with its line or byte.
-  """
-  for path in find(pattern):
-    yield from parse(read_bytes(path, 0, None), path, config)
 
 
 def read_bytes(path: epath.Path, start: int, end: int | None) -> bytes:
@@ -112,41 +110,65 @@ def parse(
       yield _parse_line(line, path, start, number)
 
 
-def are_few(paths: Sequence[epath.Path]) -> bool:
-  """Whether there are so few documents that they are cut."""
-  # Files are read only until it is clear that there are enough.
-  count = 0
+def count(path: epath.Path, most: int) -> int:
+  """Documents in a file, or `most` if there are more."""
+  if path.suffix == '.txt':
+    return 1
+  with path.open('rb') as file:
+    lines = (line for line in file if line.strip())
+    return sum(1 for _ in itertools.islice(lines, most))
+
+
+def groups(paths: Sequence[epath.Path], size: float) -> list[list[ByteRange]]:
+  """Ranges of files together, of about `size` bytes a group; of all of them for infinity.
+
+  A .txt file, which is one document, is never divided.
+  """
+  ranges = []
   for path in paths:
-    if path.suffix == '.txt':
-      count += 1
-    else:
-      with path.open('rb') as file:
-        for line in file:
-          count += bool(line.strip())
-          if count >= _FEW:
-            break
-    if count >= _FEW:
-      return False
-  return True
+    length = path.stat().length
+    step = max(length, 1) if path.suffix == '.txt' or size == math.inf else int(size)
+    ranges += [
+      ByteRange(str(path), at, min(at + step, length))
+      for at in range(0, max(length, 1), step)
+    ]
+  # Files may be small and many.
+  found, group, total = [], [], 0
+  for piece in ranges:
+    group.append(piece)
+    total += piece.end - piece.start
+    if total >= size:
+      found.append(group)
+      group, total = [], 0
+  return [*found, group] if group else found
 
 
-def cut_if_few(documents: list[Document]) -> list[Document]:
-  """The documents, cut at blank lines if they are too few to hold some out."""
-  return documents if len(documents) >= _FEW else [p for d in documents for p in cut(d)]
+def documents(piece: ByteRange, config: CorpusConfig) -> Iterator[Document]:
+  """The documents that begin in a range, in order."""
+  path = epath.Path(piece.path)
+  start, end = piece.start, piece.end
+  if path.suffix != '.txt':
+    # The end of a range and the start of the next are found by the same search from the
+    # same offset, so each line is read exactly once however the file is divided.
+    with path.open('rb') as file:
+      start, end = _next(file, start), _next(file, end)
+  # An empty .txt file is an empty document.
+  yield from parse(read_bytes(path, start, end), path, config, start)
 
 
-def cut(document: Document) -> list[Document]:
-  """Parts of a document, cut at blank lines."""
-  parts, part = [], ''
-  # Each paragraph keeps the blank lines behind it: joined, the parts are the text.
-  for paragraph in document.text.replace('\r\n', '\n').split('\n\n'):
-    part += paragraph + '\n\n'
-    if len(part) >= _PIECE:
-      parts.append(Document(part.strip('\n'), document.prompt))
-      part = ''
-  if part.strip():
-    parts.append(Document(part.strip('\n'), document.prompt))
-  return parts
+def _next(file: Any, offset: int) -> int:
+  """The first place from `offset` on where a line begins, or the end of the file."""
+  if offset == 0:
+    return 0
+  # From one byte before: a line may begin at `offset` itself.
+  file.seek(offset - 1)
+  at = offset - 1
+  while data := file.read(_SEARCH):
+    index = data.find(b'\n')
+    if index >= 0:
+      return at + index + 1
+    at += len(data)
+  return at
 
 
 def _parse_line(line: str, path: epath.Path, start: int, number: int) -> Document:

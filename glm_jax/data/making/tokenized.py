@@ -18,7 +18,9 @@ from tqdm import tqdm
 from glm_jax import configs
 from glm_jax.configs import UserError
 from glm_jax.data.corpora import corpus as corpora
+from glm_jax.data.corpora import sources
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.corpora.text_files import Document
 from glm_jax.data.rows import shards
 from glm_jax.data.rows.table import Encoded, RowPlan, make_rows
 from glm_jax.text.vocabulary import Vocabulary
@@ -30,7 +32,7 @@ _AT_ONCE = 256
 
 
 def encode(
-  documents: Iterable[corpora.Document], vocabulary: Vocabulary, counts: dict[str, int]
+  documents: Iterable[Document], vocabulary: Vocabulary, counts: dict[str, int]
 ) -> Iterator[Encoded]:
   """(prompt ids, text ids) of each document of two tokens or more.
 
@@ -80,7 +82,7 @@ def cached_rows(
   key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split]
   key += [plan.row_length, plan.positions, plan.room]
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-  folder = corpora.cache_dir(config) / 'rows' / name
+  folder = sources.cache_dir(config) / 'rows' / name
   if not (folder / shards.INDEX).exists():
     _write(config, vocabulary, split, plan, folder)
   try:
@@ -129,6 +131,8 @@ def _write(config, vocabulary, split, plan, folder) -> None:
         raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+  if split == 'validation' and (words := corpora.held_out_in_words(config)):
+    print(words, flush=True)
   print(
     f'{split}: {counts["documents"]:,} documents, {counts["tokens"]:,} tokens in '
     f'{count:,} rows of {plan.row_length} ({counts["skipped"]} documents under two '
@@ -145,5 +149,9 @@ def check_not_empty(
     count > 0,
     f'the {split} split must hold a document of two tokens or more',
     f'none in {config.corpus!r} ({counts["skipped"]} skipped)',
-    'give more text',
+    {
+      'train': 'give more text',
+      'validation': 'give more text, raise CorpusConfig.validation_fraction, or give '
+      'CorpusConfig.validation',
+    }[split],
   )
