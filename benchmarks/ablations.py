@@ -163,7 +163,7 @@ class Bench:
     with sharding.active(self.layout):
       to_devices = lambda batch: sharding.place(batch._replace(index=None), self.layout)
       for batch in itertools.islice(stream, self.config.train_steps):
-        current, outputs = self.built.train_step(current, to_devices(batch))
+        current, outputs = self.built.train_step(current, {}, to_devices(batch))
       jax.block_until_ready(outputs)
       losses = {}
       for name, batches in self.sets[objectives.one_dimensional].items():

@@ -180,7 +180,7 @@ class OurStep:
     began = time.perf_counter()
     with sharding.active(self._layout):
       for _ in range(steps):
-        self._state, metrics = self._built.train_step(self._state, self._batch)
+        self._state, metrics = self._built.train_step(self._state, {}, self._batch)
     total, count = jax.block_until_ready(metrics['loss'])
     return (time.perf_counter() - began) / steps, float(total / count)
 

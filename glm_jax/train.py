@@ -22,6 +22,7 @@ from glm_jax.models import config as model_config
 from glm_jax.training import evaluation, metrics, optimizer, program, report, start, state
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.meter import Meter, progress_line
+from glm_jax.training.trained import merge
 from glm_jax.training.writer import Writer
 
 
@@ -60,13 +61,17 @@ def train(config: TrainConfig, config_text: str) -> None:
   recipe.check_data(config, data)
 
   # The folder: a new one, or this run's.
+  # What is not trained stays in the checkpoint that the run begins with.
+  base = (
+    checkpoints.describe(checkpoints.find(config.init_from)) if config.trained else None
+  )
   identity = folder.identity(
     model_config.to_dict(config.model),
     data.vocabulary.fingerprint,
     batch_size=config.batch_size,
     seed=config.seed,
     recipe=type(recipe).__name__,
-    data=data.identity,
+    data={**data.identity, **({'trained': config.trained, 'base': base} if base else {})},
   )
   settings = {'optimizer': dataclasses.asdict(config.optimizer)}
   for change in folder.check_same(config.model_dir, identity, settings):
@@ -75,7 +80,11 @@ def train(config: TrainConfig, config_text: str) -> None:
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
   saved_step = checkpoints.latest_step(config.model_dir)
-  if saved_step is None:
+  frozen: Any = {}
+  if saved_step is None and config.trained:
+    current, frozen = start.partly_trained(config, built, data.vocabulary.fingerprint)
+    say(f'trained: {config.trained}; the other parameters stay as in {base["folder"]}')
+  elif saved_step is None:
     current = state.init_state(
       config.model, built.optimizer, layout, config.seed, recipe.leaves(config)
     )
@@ -85,9 +94,11 @@ def train(config: TrainConfig, config_text: str) -> None:
       )
       current = state.with_params(current, params)
       say(f'parameters from {config.init_from}')
+  if saved_step is None:
     # Traced, so that a mistake in the loss leaves no folder behind.
     with sharding.active(layout):
-      jax.eval_shape(built.eval_step, built.state['params'], built.batch)
+      whole = merge(built.state['params'], built.frozen)
+      jax.eval_shape(built.eval_step, whole, built.batch)
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
@@ -96,11 +107,14 @@ def train(config: TrainConfig, config_text: str) -> None:
   stream = data.stream(saved_step or 0)
   if saved_step is not None:
     current = manager.restore(saved_step, built.state, stream.place)
+    frozen = start.frozen(config, built)
     say(f'resumed {config.model_dir} at step {saved_step}')
   first = int(current['step'])
   backend, why = built.attention
+  count = state.count(current['params'])
+  of_all = f' of {count + state.count(frozen):,}' if config.trained else ''
   say(
-    f'{state.count(current["params"]):,} parameters on {layout.size} '
+    f'{count:,}{of_all} parameters on {layout.size} '
     f'{layout.device_kind} device(s), mesh {layout.shape}; {config.batch_size} x '
     f'{recipe.length} positions a step; attention: {backend} ({why})'
   )
@@ -115,6 +129,7 @@ def train(config: TrainConfig, config_text: str) -> None:
     'vocabulary': data.vocabulary.to_dict(),
     'config': config_text,
     'source': source,
+    'base': base,
   }
   writer = Writer(config.model_dir, distributed.is_leader())
   with sharding.active(layout):
@@ -129,7 +144,7 @@ def train(config: TrainConfig, config_text: str) -> None:
       work = meter.wait_for(stream, current, waiting)
       meter.count(work.tokens, work.flops)
       # Returns at once. The state before is donated: `current` is the only one.
-      current, step_metrics = built.train_step(current, work.batch)
+      current, step_metrics = built.train_step(current, frozen, work.batch)
       waiting.append(step_metrics)
       last = number == config.train_steps
       saves = last or number % config.checkpoint.every == 0
@@ -155,7 +170,7 @@ def train(config: TrainConfig, config_text: str) -> None:
       # Validation and saving do not count as training time.
       meter.stop()
       if validates:
-        validated = validate(current['params'])
+        validated = validate(merge(current['params'], frozen))
         writer.write(number, 'validation', validated)
         say(evaluation.line(validated), flush=True)
       if saves:
@@ -167,7 +182,7 @@ def train(config: TrainConfig, config_text: str) -> None:
 
     # Reports; again if the run was complete but killed before it had reported.
     if first < config.train_steps or not (Path(config.model_dir) / 'summary.json').exists():
-      report.report(config, data, current['params'], say)
+      report.report(config, data, merge(current['params'], frozen), say)
   writer.close()
   distributed.barrier('done')
   say(

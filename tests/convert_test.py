@@ -389,7 +389,7 @@ def test_training_begins_at_the_imported_models_loss_and_it_falls(tmp_path):
   )
   current, values = state.with_params(fresh, params), []
   for _ in range(12):
-    current, found = train_step(current, batch)
+    current, found = train_step(current, {}, batch)
     values.append(float(found['loss'][0] / found['loss'][1]))
   np.testing.assert_allclose(values[0], arrays['out/loss'], rtol=1e-5)
   assert values[-1] < values[0] - 0.2

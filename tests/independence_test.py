@@ -373,6 +373,7 @@ def _keys_of_steps(seed, steps, microbatches):
   for number in steps:
     train_step(
       {'step': jnp.int32(number), 'params': params, 'opt_state': optimizer.init(params)},
+      {},
       jnp.ones(6),
     )
   jax.effects_barrier()

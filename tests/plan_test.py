@@ -47,7 +47,7 @@ def test_the_planned_step_is_the_step_that_trains(config, batch):
   current = state.init_state(run.model, built.optimizer, layout, run.seed)
   with sharding.active(layout):
     placed = sharding.place(batch._replace(index=None), layout)
-    trained = built.train_step.lower(current, placed)
+    trained = built.train_step.lower(current, {}, placed)
   assert planned.as_text() == trained.as_text()
   # Every part of the state is given back in its own memory.
   donated = re.findall(r'jax.buffer_donor|tf.aliasing_output', planned.as_text())
@@ -125,6 +125,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
 def _prediction(**changes):
   fields = dict(
     parameters=10,
+    trained=10,
     devices=8,
     device_kind='TPU v5 lite',
     mesh={'data': 1, 'fsdp': 8, 'sequence': 1, 'tensor': 1},

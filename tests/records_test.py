@@ -83,9 +83,9 @@ class _Watched:
     def built(*arguments):
       made = build(*arguments)
 
-      def train_step(current, batch):
+      def train_step(current, frozen, batch):
         batch_here, before = jax.device_get(batch), jax.device_get(current)
-        current, found = made.train_step(current, batch)
+        current, found = made.train_step(current, frozen, batch)
         self.steps.append((before, batch_here, jax.device_get(found)))
         return current, found
 

@@ -125,7 +125,7 @@ def test_pairs_and_tokens_of_a_batch_are_those_of_its_mask():
   mask = np.asarray(batch.visibility.mask(20))
   assert flops.pairs(batch.visibility) == mask.sum()
   wanted = flops.training(MODELS['glm'], mask.any(-1).sum(), mask.sum())
-  run = types.SimpleNamespace(model=MODELS['glm'])
+  run = types.SimpleNamespace(model=MODELS['glm'], trained='')
   assert Recipe().work(run, batch) == (mask.any(-1).sum(), wanted)
   backwards = Visibility(np.array([[3, 0]]), np.array([[1, 2]]))
   assert flops.pairs(backwards) == 2
@@ -175,7 +175,7 @@ def test_the_gradients_norm_is_that_of_the_mean_before_it_is_clipped(microbatche
   train_step = step.make_train_step(_linear, optimizer, microbatches=microbatches, seed=0)
   params = {'p': jnp.ones(5)}
   current = {'step': jnp.int32(3), 'params': params, 'opt_state': optimizer.init(params)}
-  made, found = jax.jit(train_step)(current, {'x': x, 'w': w})
+  made, found = jax.jit(train_step)(current, {}, {'x': x, 'w': w})
   values = metrics.averages(found)
   assert values['gradient_norm'] == pytest.approx(np.linalg.norm(mean), rel=1e-5)
   assert values['loss'] == values['more'] == pytest.approx(mean.sum(), rel=1e-5)
@@ -189,7 +189,7 @@ def test_a_step_without_a_scored_token_moves_nothing_and_is_finite():
   train_step = step.make_train_step(_linear, optimizer, microbatches=1, seed=0)
   params = {'p': jnp.ones(5)}
   current = {'step': jnp.int32(0), 'params': params, 'opt_state': optimizer.init(params)}
-  made, found = jax.jit(train_step)(current, {'x': jnp.ones((4, 5)), 'w': jnp.zeros(4)})
+  made, found = jax.jit(train_step)(current, {}, {'x': jnp.ones((4, 5)), 'w': jnp.zeros(4)})
   np.testing.assert_array_equal(made['params']['p'], 1)
   assert float(found['gradient_norm'][0]) == 0 and 'loss' not in metrics.averages(found)
 
@@ -293,6 +293,7 @@ def test_a_prediction_says_numbers_of_a_chip():
   """tpu7x has two devices a chip."""
   found = prediction.Prediction(
     parameters=1,
+    trained=1,
     devices=16,
     device_kind=chips.CHIPS['tpu7x'].device_kinds[0],
     mesh={},

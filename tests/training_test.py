@@ -62,7 +62,7 @@ def _run(
     train_step = jax.jit(train_step, donate_argnums=0)
     for _ in range(steps):
       placed = sharding.place(batch._replace(index=None), mesh)
-      current, found = train_step(current, placed)
+      current, found = train_step(current, {}, placed)
       jax.block_until_ready(found)
   return current, metrics.averages(found)
 
@@ -339,7 +339,7 @@ def test_dropout_differs_by_step_and_repeats_by_seed(config, batch):
   rows = batch._replace(index=None)
 
   def first_loss(start):
-    return metrics.averages(train_step(start, rows)[1])['loss']
+    return metrics.averages(train_step(start, {}, rows)[1])['loss']
 
   at_step = [first_loss({**fresh, 'step': jnp.int32(number)}) for number in (0, 1, 2, 0)]
   assert at_step[0] == at_step[3] and len({*at_step}) == 3
@@ -352,7 +352,7 @@ def test_dropout_differs_by_step_and_repeats_by_seed(config, batch):
     float(loss_fn({'params': fresh['params']}, first_rows, part)[0])
     for part in (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
   ]
-  total = train_step(fresh, half)[1]['loss'][0]
+  total = train_step(fresh, {}, half)[1]['loss'][0]
   assert abs(parts[0] - parts[1]) > 1e-2
   assert float(total) == pytest.approx(sum(parts), rel=1e-5)
 
@@ -368,7 +368,7 @@ def test_gradients_in_bfloat16_are_those_of_float32(config, batch):
     train_step = step.make_train_step(
       losses.pretraining_loss(model), sgd, microbatches=4, seed=0, dtype=dtype
     )
-    stepped, _ = jax.jit(train_step)(fresh, batch._replace(index=None))
+    stepped, _ = jax.jit(train_step)(fresh, {}, batch._replace(index=None))
     found[dtype] = jax.tree.map(lambda a, b: a - b, fresh['params'], stepped['params'])
   assert jax.tree.leaves(found['bfloat16'])[0].dtype == jnp.float32
   for path, right in jax.tree_util.tree_leaves_with_path(found['float32']):
@@ -410,7 +410,7 @@ def test_the_step_with_chunked_attention_holds_no_square_array(config, attention
   mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
   abstract = state.abstract_state(config, OPTIMIZER, mesh)
   with sharding.active(mesh):
-    text = jax.jit(train_step).lower(abstract, rows).compile().as_text()
+    text = jax.jit(train_step).lower(abstract, {}, rows).compile().as_text()
   assert (f'{T},{T}' in text) == square
 
 

@@ -1,5 +1,6 @@
 """Checkpoints and the folder of a run."""
 
+from glm_jax.checkpoints.base import describe
 from glm_jax.checkpoints.manager import (
   CheckpointConfig,
   Checkpoints,
@@ -12,6 +13,7 @@ from glm_jax.checkpoints.manager import (
 __all__ = [
   'CheckpointConfig',
   'Checkpoints',
+  'describe',
   'find',
   'latest_step',
   'read_meta',

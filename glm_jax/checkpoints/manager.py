@@ -19,10 +19,11 @@ from typing import Annotated, Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import serialization
+from flax import serialization, traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs
+from glm_jax.checkpoints import base
 from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
 from glm_jax.configs import ResourceError, UserError, at_least
 
@@ -198,20 +199,47 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
   return meta
 
 
-def read_params(folder: epath.Path, abstract: Any, *, as_stored: bool = False) -> Any:
+def read_params(
+  folder: epath.Path, abstract: Any, *, as_stored: bool = False, some: bool = False
+) -> Any:
   """The parameters of a checkpoint, on the shardings of `abstract`.
+
+  Those that it does not hold, since they were not trained, are read from its base.
 
   Args:
     folder: the checkpoint.
     abstract: shapes, dtypes and shardings.
     as_stored: keep the dtypes of the files, which may be half as large, instead.
+    some: `abstract` may lack parameters that the checkpoint has.
 
   Raises:
-    UserError: they do not have the shapes of `abstract`, or are damaged.
+    UserError: they do not have the shapes of `abstract`, or are damaged; the base is gone
+      or has changed.
   """
-  shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
+  whole = base.of(folder, read_meta(folder))
+  flat = traverse_util.flatten_dict(abstract)
   with _unreadable(folder), ocp.StandardCheckpointer() as reader:
-    stored = reader.metadata(folder.absolute() / 'params').item_metadata.tree
+    tree = reader.metadata(folder.absolute() / 'params').item_metadata.tree
+  held = traverse_util.flatten_dict(tree)
+  elsewhere = {k: v for k, v in flat.items() if whole and k not in held}
+  own = {k: v for k, v in flat.items() if k not in elsewhere}
+  found = _read(folder, own, held, as_stored, some or bool(elsewhere)) if own else {}
+  if elsewhere:
+    rest = traverse_util.unflatten_dict(elsewhere)
+    rest = read_params(whole, rest, as_stored=as_stored, some=True)
+    found |= traverse_util.flatten_dict(rest)
+  return traverse_util.unflatten_dict(found)
+
+
+def _read(
+  folder: epath.Path, flat: Any, held: Any, as_stored: bool, some: bool
+) -> dict[Any, Any]:
+  """Parameters that a checkpoint holds itself, by path."""
+  if some:
+    held = {k: v for k, v in held.items() if k in flat}
+  abstract, stored = traverse_util.unflatten_dict(flat), traverse_util.unflatten_dict(held)
+  shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
+  with _unreadable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     stored_shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
     # Orbax would give arrays of the stored shapes without a word, whatever was asked for.
     if stored_shapes != shapes:
@@ -226,7 +254,14 @@ def read_params(folder: epath.Path, abstract: Any, *, as_stored: bool = False) -
         abstract,
         stored,
       )
-    return reader.restore(folder.absolute() / 'params', abstract)
+    arrays = lambda a: ocp.ArrayRestoreArgs(
+      sharding=a.sharding, global_shape=a.shape, dtype=a.dtype
+    )
+    wanted = ocp.args.PyTreeRestore(
+      abstract, restore_args=jax.tree.map(arrays, abstract), partial_restore=some
+    )
+    found = reader.restore(folder.absolute() / 'params', args=wanted)
+  return traverse_util.flatten_dict(found)
 
 
 def _save_args(tree: Any) -> ocp.args.StandardSave:

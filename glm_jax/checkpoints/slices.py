@@ -18,8 +18,10 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
-from glm_jax.checkpoints.manager import FORMAT
+from glm_jax.checkpoints import base
+from glm_jax.checkpoints.manager import FORMAT, read_meta
 
 LeafPath = tuple[str, ...]
 
@@ -49,13 +51,18 @@ class StoredLeaves:
     Args:
       folder: a checkpoint, see `glm_jax.checkpoints.find`.
     """
-    self._params = Path(folder).absolute() / 'params'
-    with ocp.StandardCheckpointer() as reader:
-      tree = reader.metadata(self._params).item_metadata.tree
-    self.specs = {
-      path: LeafSpec(tuple(leaf.shape), np.dtype(leaf.dtype))
-      for path, leaf in flat(tree).items()
-    }
+    # Where each leaf is: what was not trained is in the checkpoint's base.
+    self._params: dict[LeafPath, Path] = {}
+    self.specs: dict[LeafPath, LeafSpec] = {}
+    while folder is not None:
+      params = Path(folder).absolute() / 'params'
+      with ocp.StandardCheckpointer() as reader:
+        tree = reader.metadata(params).item_metadata.tree
+      for path, leaf in flat(tree).items():
+        if path not in self.specs:
+          self.specs[path] = LeafSpec(tuple(leaf.shape), np.dtype(leaf.dtype))
+          self._params[path] = params
+      folder = base.of(epath.Path(folder), read_meta(epath.Path(folder)))
     self._context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
     self._open: dict[LeafPath, Any] = {}
 
@@ -64,12 +71,11 @@ class StoredLeaves:
     if path not in self._open:
       # Two layouts of Orbax's: a folder for each leaf, as `write` below makes them, or
       # OCDBT, a database in which the same files are keys, as a run saves it.
-      name = '.'.join(path)
-      if (self._params / name).is_dir():
-        store = {'driver': 'file', 'path': f'{self._params / name}/'}
+      name, params = '.'.join(path), self._params[path]
+      if (params / name).is_dir():
+        store = {'driver': 'file', 'path': f'{params / name}/'}
       else:
-        base = f'file://{self._params}/'
-        store = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
+        store = {'driver': 'ocdbt', 'base': f'file://{params}/', 'path': f'{name}/'}
       # A chunk that is missing is damage, not zeros.
       spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
       self._open[path] = ts.open(spec, context=self._context).result()

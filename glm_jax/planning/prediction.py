@@ -27,6 +27,7 @@ class Prediction:
 
   Attributes:
     parameters: how many the model has.
+    trained: how many of them are trained.
     devices: how many are in the mesh.
     device_kind: as JAX names it.
     mesh: axis -> devices.
@@ -44,6 +45,7 @@ class Prediction:
   """
 
   parameters: int
+  trained: int
   devices: int
   device_kind: str
   mesh: dict[str, int]
@@ -102,7 +104,7 @@ def lower(config: TrainConfig, layout: sharding.Layout) -> tuple[program.Program
   built = program.build(config, layout)
   # The GPU kernels ask which GPU they are traced for.
   with sharding.active(layout), jax.default_device(layout.devices.flat[0]):
-    return built, built.train_step.lower(built.state, built.batch)
+    return built, built.train_step.lower(built.state, built.frozen, built.batch)
 
 
 def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
@@ -119,7 +121,10 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
   built, lowered = lower(config, layout)
   rows = config.recipe.visibility(config)
   model_flops = config.batch_size * flops.training(
-    config.model, rows_tokens(rows), flops.pairs(rows)
+    config.model,
+    rows_tokens(rows),
+    flops.pairs(rows),
+    state.frozen_weights(config.model, config.trained),
   )
   kind = layout.device_kind
   chip = of_device_kind(kind)
@@ -146,8 +151,10 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
         step_time = estimate.estimate(step, chip, attention)
       else:
         step_time = estimate.roofline(step, chip, model_flops / layout.size)
+  count = state.count(built.state['params'])
   return Prediction(
-    parameters=state.count(built.state['params']),
+    parameters=count + state.count(built.frozen),
+    trained=count,
     devices=layout.size,
     device_kind=kind,
     mesh=layout.shape,

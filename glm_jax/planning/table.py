@@ -17,7 +17,7 @@ def render(result: Prediction, config: TrainConfig, where: str) -> str:
   """
   rows: list[tuple[str, str]] = [
     ('topology', f'{where}: {result.devices} x {result.device_kind}'),
-    ('parameters', f'{result.parameters:,}'),
+    ('parameters', _parameters(result)),
     ('mesh', ' x '.join(f'{k} {v}' for k, v in result.mesh.items() if v > 1) or 'one'),
     ('batch', _batch(result, config)),
     ('remat, dtype', f'{config.model.remat}, {config.model.dtype}'),
@@ -29,6 +29,12 @@ def render(result: Prediction, config: TrainConfig, where: str) -> str:
   ]
   width = max(len(name) for name, _ in rows)
   return '\n'.join(f'{name:<{width}}  {value}' for name, value in rows)
+
+
+def _parameters(result: Prediction) -> str:
+  if result.trained == result.parameters:
+    return f'{result.parameters:,}'
+  return f'{result.parameters:,}, of which {result.trained:,} are trained'
 
 
 def _batch(result: Prediction, config: TrainConfig) -> str:

@@ -6,6 +6,7 @@ A leaf: it imports the configurations of the other rooms, and nothing that compu
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Annotated
 
 from glm_jax import configs
@@ -66,6 +67,9 @@ class TrainConfig:
     log_every: steps between progress lines.
     init_from: a checkpoint whose parameters, and nothing else, a new run begins with;
       '' for fresh ones.
+    trained: pattern of the paths of parameters that are trained, matched whole, such as
+      'layers/attention/.*' or 'words/weight|.*norm/.*'; '' for all. The others stay as
+      `init_from` has them, in its dtype, and checkpoints hold none of them.
   """
 
   model: GLMConfig | ChatGLMConfig | ChatGLM2Config | CheckpointModel
@@ -81,6 +85,7 @@ class TrainConfig:
   seed: int = 0
   log_every: Annotated[int, POSITIVE] = 100
   init_from: str = ''
+  trained: str = ''
 
   def __post_init__(self):
     configs.check_fields(self)
@@ -90,6 +95,19 @@ class TrainConfig:
       "''",
       'set it, such as --gin.MODEL_DIR="\'runs/mine\'"',
     )
+    configs.check(
+      not self.trained or bool(self.init_from),
+      'TrainConfig.trained must have a checkpoint that holds the other parameters',
+      f'trained={self.trained!r}, init_from={self.init_from!r}',
+      'set TrainConfig.init_from',
+    )
+    try:
+      re.compile(self.trained)
+    except re.error as error:
+      raise configs.UserError(
+        f'TrainConfig.trained must be a regular expression, got {self.trained!r} '
+        f"({error}); write one such as 'layers/attention/.*'."
+      ) from error
     self.recipe.check(self)
 
 

@@ -10,7 +10,7 @@ import optax
 
 from glm_jax import attention, models, sharding
 from glm_jax.performance import flags
-from glm_jax.training import optimizer, state, step
+from glm_jax.training import optimizer, state, step, trained
 from glm_jax.training.config import TrainConfig
 
 
@@ -18,10 +18,12 @@ class Program(NamedTuple):
   """A run's computation on a mesh.
 
   Attributes:
-    train_step: jitted, (state, batch) -> (state, metrics); the state is donated.
+    train_step: jitted, (state, frozen, batch) -> (state, metrics); the state is donated.
     eval_step: (params, batch) -> metrics, without dropout.
     optimizer: of optax.
     state: shapes, dtypes and shardings of the training state.
+    frozen: likewise, of the parameters that are not trained, were they float32; {} if all
+      are.
     batch: likewise, of a batch.
     attention: the backend, and why it was chosen.
   """
@@ -30,6 +32,7 @@ class Program(NamedTuple):
   eval_step: Any
   optimizer: optax.GradientTransformation
   state: state.State
+  frozen: Any
   batch: Any
   attention: tuple[str, str]
 
@@ -62,6 +65,11 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
     dtype=model.dtype,
     counts=recipe.counts,
   )
+  leaves = recipe.leaves(config)
+  abstract = state.abstract_state(config.model, update, layout, leaves, config.trained)
+  _, frozen = trained.split(
+    state.abstract_params(config.model, layout, leaves), config.trained, leaves
+  )
   return Program(
     train_step=jax.jit(
       train_step,
@@ -70,7 +78,8 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
     ),
     eval_step=step.make_eval_step(loss_fn, recipe.counts),
     optimizer=update,
-    state=state.abstract_state(config.model, update, layout, recipe.leaves(config)),
+    state=abstract,
+    frozen=frozen,
     batch=jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(
         a.shape, a.dtype, sharding=sharding.batch_sharding(layout, a.ndim)

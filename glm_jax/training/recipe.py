@@ -16,6 +16,7 @@ import numpy as np
 from glm_jax import sharding
 from glm_jax.batch import DTYPES, Batch, Visibility
 from glm_jax.performance import flops
+from glm_jax.training import state
 from glm_jax.training.losses import LossFn
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class WorkStream:
 
   place: Any = None
 
-  def __call__(self, state: Any) -> Work:
+  def __call__(self, current: Any) -> Work:
     raise NotImplementedError
 
 
@@ -162,7 +163,9 @@ class Recipe:
     """Tokens and FLOPs of the rows of a numpy batch."""
     # Padding has the empty interval [0, 0).
     tokens = float((np.asarray(batch.key_end) > np.asarray(batch.key_start)).sum())
-    return tokens, flops.training(config.model, tokens, flops.pairs(batch.visibility))
+    frozen = state.frozen_weights(config.model, config.trained)
+    pairs = flops.pairs(batch.visibility)
+    return tokens, flops.training(config.model, tokens, pairs, frozen)
 
   def fixed_validation(self) -> list[str]:
     """gin bindings that keep what is validated out of a search of `tune`."""

@@ -87,6 +87,34 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
     UserError: another vocabulary, or a model that is not the same function.
   """
   folder = checkpoints.find(path)
+  stored_config = _same_model(folder, config, vocabulary)
+  # Shapes of the checkpoint, float32 and on the shardings of the new run: Orbax casts and
+  # spreads while it reads.
+  old_sizes = dataclasses.replace(config, max_positions=stored_config.max_positions)
+  shapes = state.abstract_params(old_sizes)
+  # Leaves of the recipe are in no checkpoint of the model: they stay fresh.
+  own = {name: fresh[name] for name in shapes}
+  abstract = jax.tree.map(
+    lambda a, new: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=new.sharding),
+    shapes,
+    own,
+  )
+  params = checkpoints.read_params(folder, abstract)
+
+  def extend(old: jax.Array, new: jax.Array) -> jax.Array:
+    if old.shape == new.shape:
+      return old
+    # Only a position table is longer. Under jit, so that the result is born sharded.
+    merge = jax.jit(
+      lambda old, new: new.at[: old.shape[0]].set(old), out_shardings=new.sharding
+    )
+    return merge(old, new)
+
+  return {**fresh, **jax.tree.map(extend, params, own)}
+
+
+def _same_model(folder: Any, config: Any, vocabulary: str) -> Any:
+  """The model's configuration in a checkpoint; UserError for that of another function."""
   meta = checkpoints.read_meta(folder)
   stored_config = model_config.from_dict(meta['model'])
   # A checkpoint may be converted without a vocabulary: then it is the user's word.
@@ -121,26 +149,43 @@ def params_from(path: str, config: Any, vocabulary: str, fresh: Any) -> Any:
     f'{stored_config.max_positions} there, {config.max_positions} here',
     f'raise {type(config).__name__}.max_positions',
   )
-  # Shapes of the checkpoint, float32 and on the shardings of the new run: Orbax casts and
-  # spreads while it reads.
-  old_sizes = dataclasses.replace(config, max_positions=stored_config.max_positions)
-  shapes = state.abstract_params(old_sizes)
-  # Leaves of the recipe are in no checkpoint of the model: they stay fresh.
-  own = {name: fresh[name] for name in shapes}
-  abstract = jax.tree.map(
-    lambda a, new: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=new.sharding),
-    shapes,
-    own,
+  return stored_config
+
+
+def partly_trained(
+  config: TrainConfig, built: Any, vocabulary: str
+) -> tuple[state.State, Any]:
+  """A fresh state of what is trained, and what is frozen, both from `init_from`.
+
+  Nothing is initialised but leaves of the recipe. What is trained becomes float32.
+
+  Args:
+    config: of the run.
+    built: its `program.Program`.
+    vocabulary: fingerprint of the run's.
+
+  Raises:
+    UserError: see `params_from`.
+  """
+  folder = checkpoints.find(config.init_from)
+  stored_config = _same_model(folder, config.model, vocabulary)
+  configs.check(
+    stored_config.max_positions == config.model.max_positions,
+    'a model that is trained in part must have the positions of init_from',
+    f'{stored_config.max_positions} there, {config.model.max_positions} here',
+    f'set {type(config.model).__name__}.max_positions={stored_config.max_positions}',
   )
-  params = checkpoints.read_params(folder, abstract)
+  leaves, abstract = config.recipe.leaves(config), built.state['params']
+  of_model = {name: tree for name, tree in abstract.items() if name not in leaves}
+  params = checkpoints.read_params(folder, of_model, some=True)
+  params |= state.init_leaves(leaves, abstract, config.seed) if leaves else {}
+  current = state.begin(params, built.optimizer, built.state)
+  return current, frozen(config, built)
 
-  def extend(old: jax.Array, new: jax.Array) -> jax.Array:
-    if old.shape == new.shape:
-      return old
-    # Only a position table is longer. Under jit, so that the result is born sharded.
-    merge = jax.jit(
-      lambda old, new: new.at[: old.shape[0]].set(old), out_shardings=new.sharding
-    )
-    return merge(old, new)
 
-  return {**fresh, **jax.tree.map(extend, params, own)}
+def frozen(config: TrainConfig, built: Any) -> Any:
+  """The parameters that a run does not train, as `init_from` stores them; {} if none."""
+  if not built.frozen:
+    return {}
+  folder = checkpoints.find(config.init_from)
+  return checkpoints.read_params(folder, built.frozen, as_stored=True, some=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -12,10 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from glm_jax import configs, models, sharding
 from glm_jax.batch import prefix_visibility
 from glm_jax.sharding import Layout
+from glm_jax.training import trained
 
 State = dict[str, Any]
 """{'step': int32, 'params': tree, 'opt_state': the optimizer's}"""
@@ -45,11 +48,12 @@ def init_params(config: Any, key: jax.Array, leaves: Leaves = MappingProxyType({
     str(taken),
     'give them others',
   )
-  for name, init in leaves.items():
-    # By name: another leaf more does not change this one.
-    own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    params = {**params, name: init(own)}
-  return params
+  return {**params, **{name: _leaf(name, init, key) for name, init in leaves.items()}}
+
+
+def _leaf(name: str, init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
+  # By name: another leaf more does not change this one.
+  return init(jax.random.fold_in(key, zlib.crc32(name.encode())))
 
 
 def abstract_params(
@@ -65,9 +69,10 @@ def abstract_state(
   optimizer: optax.GradientTransformation,
   layout: Layout,
   leaves: Leaves = MappingProxyType({}),
+  pattern: str = '',
 ) -> State:
-  """The same for the whole state."""
-  boxed = jax.eval_shape(lambda: _init(config, optimizer, 0, leaves))
+  """The same for the whole state, of the parameters that `pattern` says are trained."""
+  boxed = jax.eval_shape(lambda: _init(config, optimizer, 0, leaves, pattern))
   return _abstract(boxed, layout)
 
 
@@ -88,6 +93,24 @@ def init_state(
   return init()
 
 
+def init_leaves(leaves: Leaves, abstract: Any, seed: int) -> Any:
+  """Those of a recipe alone, as `init_state` has them; `abstract` holds their shardings."""
+  shardings = jax.tree.map(lambda a: a.sharding, {name: abstract[name] for name in leaves})
+  init = lambda: {n: _leaf(n, f, jax.random.key(seed)) for n, f in leaves.items()}
+  return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+
+
+def begin(params: Any, optimizer: optax.GradientTransformation, abstract: State) -> State:
+  """A fresh state of parameters that are there, with the shardings of `abstract`."""
+  shardings = jax.tree.map(lambda a: a.sharding, abstract)
+  fresh = jax.jit(
+    lambda params: (jnp.zeros((), jnp.int32), optimizer.init(params)),
+    out_shardings=(shardings['step'], shardings['opt_state']),
+  )
+  step, opt_state = fresh(params)
+  return {'step': step, 'params': params, 'opt_state': opt_state}
+
+
 def with_params(state: State, params: Any) -> State:
   """A fresh state that begins from other parameters."""
   return {**state, 'params': params}
@@ -98,10 +121,37 @@ def count(params: Any) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@functools.lru_cache
+def frozen_weights(model: Any, pattern: str) -> int:
+  """Weights of matmuls that are not trained: their gradients are not computed.
+
+  Args:
+    model: a model configuration.
+    pattern: of `TrainConfig.trained`.
+  """
+  if not pattern:
+    return 0
+  params = abstract_params(model)
+  _, frozen = trained.split(params, pattern)
+  flat = traverse_util.flatten_dict(frozen, sep='/')
+  # A head of its own, or the embedding.
+  head = 'head/weight' if 'head' in params else 'words/weight'
+  return sum(
+    leaf.size
+    for path, leaf in flat.items()
+    if path == head or (path.startswith('layers/') and path.endswith('/weight'))
+  )
+
+
 def _init(
-  config: Any, optimizer: optax.GradientTransformation, seed: int, leaves: Leaves
+  config: Any,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  leaves: Leaves,
+  pattern: str = '',
 ) -> State:
   params = init_params(config, jax.random.key(seed), leaves)
+  params, _ = trained.split(params, pattern, leaves)
   # Boxes are tree nodes, so the optimizer's moments inherit the logical axes.
   return {
     'step': jnp.zeros((), jnp.int32),
@@ -111,7 +161,13 @@ def _init(
 
 
 def _abstract(boxed: Any, layout: Layout | None) -> Any:
-  plain = nn.unbox(boxed)
+  # Under a mesh, `nn.unbox` would constrain shapes as if they were arrays.
+  is_box = lambda node: isinstance(node, nn.meta.AxisMetadata)
+  plain = jax.tree.map(
+    lambda node: node.unbox(apply_constraint=False) if is_box(node) else node,
+    boxed,
+    is_leaf=is_box,
+  )
   if layout is None:
     return plain
   shardings = sharding.shardings(nn.get_partition_spec(boxed), plain, layout)

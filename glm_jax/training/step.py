@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from glm_jax.training import trained
 from glm_jax.training.losses import LossFn, Metrics
 from glm_jax.training.state import State
 
@@ -22,8 +23,11 @@ def make_train_step(
   seed: int,
   dtype: str = 'float32',
   counts: Callable[[Any], dict[str, jax.Array]] = lambda batch: {},
-) -> Callable[[State, Any], tuple[State, Metrics]]:
-  """(state, batch) -> (state, metrics), to be jitted with the state donated.
+) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
+  """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+
+  `frozen` holds the parameters that the state does not, which are not differentiated; {}
+  if it holds all of them.
 
   The gradient is that of `sum(w ce) / sum(w)` over the whole batch, whatever the
   number of micro-batches: their sums are added and divided once. Dropout depends on
@@ -39,24 +43,25 @@ def make_train_step(
       micro-batches and the optimizer are in float32.
     counts: of a whole batch, for the loss of each of its parts.
   """
-  differentiate = jax.value_and_grad(
-    lambda params, batch, key, sums: loss({'params': params}, batch, key, sums),
-    has_aux=True,
-  )
 
-  def train_step(state: State, batch: Any) -> tuple[State, Metrics]:
+  def loss_of(params: Any, frozen: Any, *rest: Any) -> tuple[jax.Array, Metrics]:
+    return loss({'params': trained.merge(params, frozen)}, *rest)
+
+  differentiate = jax.value_and_grad(loss_of, has_aux=True)
+
+  def train_step(state: State, frozen: Any, batch: Any) -> tuple[State, Metrics]:
     # Dropout's keys must differ from the key that initialised the parameters.
     key = jax.random.fold_in(jax.random.key(seed), 1)
     key = jax.random.fold_in(key, state['step'])
     # Differentiated with respect to the cast weights, so that gradients, and what devices
     # exchange of them, have their dtype.
-    weights = _cast(state['params'], dtype)
+    weights, others = _cast(state['params'], dtype), _cast(frozen, dtype)
     sums = counts(batch)
     if microbatches == 1:
-      (_, metrics), gradients = differentiate(weights, batch, key, sums)
+      (_, metrics), gradients = differentiate(weights, others, batch, key, sums)
     else:
       metrics, gradients = _accumulate(
-        functools.partial(differentiate, weights), batch, key, sums, microbatches
+        functools.partial(differentiate, weights, others), batch, key, sums, microbatches
       )
     # The loss is a sum; this is the one division by the weights of the whole batch. A batch
     # without targets has gradients of 0.
