@@ -308,7 +308,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_nothing_more_is_saved(
   def built(*arguments):
     made = build(*arguments)
 
-    def train_step(current, batch):
+    def train_step(current, frozen, batch):
       step = int(current['step']) + 1
       found = {'loss': (1.0, 1.0), 'gradient_norm': (1.0, 1.0)}
       if step == 2:
