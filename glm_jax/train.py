@@ -60,11 +60,8 @@ def train(config: TrainConfig, config_text: str) -> None:
   )
   recipe.check_data(config, data)
 
-  # The folder: a new one, or this run's.
-  # What is not trained stays in the checkpoint that the run begins with.
-  base = (
-    checkpoints.describe(checkpoints.find(config.init_from)) if config.trained else None
-  )
+  # The folder: a new one, or this run's. What is not trained stays in its base.
+  base = start.base_of(config)
   identity = folder.identity(
     model_config.to_dict(config.model),
     data.vocabulary.fingerprint,
@@ -80,25 +77,15 @@ def train(config: TrainConfig, config_text: str) -> None:
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
   saved_step = checkpoints.latest_step(config.model_dir)
-  frozen: Any = {}
-  if saved_step is None and config.trained:
-    current, frozen = start.partly_trained(config, built, data.vocabulary.fingerprint)
-    say(f'trained: {config.trained}; the other parameters stay as in {base["folder"]}')
-  elif saved_step is None:
-    current = state.init_state(
-      config.model, built.optimizer, layout, config.seed, recipe.leaves(config)
-    )
-    if config.init_from:
-      params = start.params_from(
-        config.init_from, config.model, data.vocabulary.fingerprint, current['params']
-      )
-      current = state.with_params(current, params)
-      say(f'parameters from {config.init_from}')
   if saved_step is None:
+    current = start.begin(config, built, layout, data.vocabulary.fingerprint)
+    if config.init_from:
+      say(f'parameters from {config.init_from}')
     # Traced, so that a mistake in the loss leaves no folder behind.
     with sharding.active(layout):
       whole = merge(built.state['params'], built.frozen)
       jax.eval_shape(built.eval_step, whole, built.batch)
+  frozen = start.frozen(config, built)
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
@@ -107,7 +94,6 @@ def train(config: TrainConfig, config_text: str) -> None:
   stream = data.stream(saved_step or 0)
   if saved_step is not None:
     current = manager.restore(saved_step, built.state, stream.place)
-    frozen = start.frozen(config, built)
     say(f'resumed {config.model_dir} at step {saved_step}')
   first = int(current['step'])
   backend, why = built.attention

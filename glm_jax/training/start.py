@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from glm_jax import checkpoints, configs
+from glm_jax import checkpoints, configs, sharding
 from glm_jax.models import config as model_config
 from glm_jax.models.config import COMPUTE_FIELDS
 from glm_jax.text import loading
@@ -152,21 +152,35 @@ def _same_model(folder: Any, config: Any, vocabulary: str) -> Any:
   return stored_config
 
 
-def partly_trained(
-  config: TrainConfig, built: Any, vocabulary: str
-) -> tuple[state.State, Any]:
-  """A fresh state of what is trained, and what is frozen, both from `init_from`.
-
-  Nothing is initialised but leaves of the recipe. What is trained becomes float32.
+def begin(
+  config: TrainConfig, built: Any, layout: sharding.Layout, vocabulary: str
+) -> state.State:
+  """The state that a new run begins with: of what it trains, fresh or from `init_from`.
 
   Args:
     config: of the run.
     built: its `program.Program`.
+    layout: of the devices.
     vocabulary: fingerprint of the run's.
 
   Raises:
     UserError: see `params_from`.
   """
+  leaves = config.recipe.leaves(config)
+  if config.trained:
+    params = _trained_params(config, built.state['params'], leaves, vocabulary)
+    return state.begin(params, built.optimizer, built.state)
+  current = state.init_state(config.model, built.optimizer, layout, config.seed, leaves)
+  if not config.init_from:
+    return current
+  params = params_from(config.init_from, config.model, vocabulary, current['params'])
+  return state.with_params(current, params)
+
+
+def _trained_params(
+  config: TrainConfig, abstract: Any, leaves: state.Leaves, vocabulary: str
+) -> Any:
+  """What is trained of a model, float32; nothing is initialised but a recipe's leaves."""
   folder = checkpoints.find(config.init_from)
   stored_config = _same_model(folder, config.model, vocabulary)
   configs.check(
@@ -175,12 +189,16 @@ def partly_trained(
     f'{stored_config.max_positions} there, {config.model.max_positions} here',
     f'set {type(config.model).__name__}.max_positions={stored_config.max_positions}',
   )
-  leaves, abstract = config.recipe.leaves(config), built.state['params']
   of_model = {name: tree for name, tree in abstract.items() if name not in leaves}
   params = checkpoints.read_params(folder, of_model, some=True)
-  params |= state.init_leaves(leaves, abstract, config.seed) if leaves else {}
-  current = state.begin(params, built.optimizer, built.state)
-  return current, frozen(config, built)
+  return {**params, **(state.init_leaves(leaves, abstract, config.seed) if leaves else {})}
+
+
+def base_of(config: TrainConfig) -> dict[str, str] | None:
+  """What run.json says of the checkpoint that holds what is not trained; None if all is."""
+  if not config.trained:
+    return None
+  return checkpoints.describe(checkpoints.find(config.init_from))
 
 
 def frozen(config: TrainConfig, built: Any) -> Any:
