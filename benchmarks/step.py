@@ -34,7 +34,7 @@ from benchmarks import readme, rows
 from glm_jax import cli, configs, sharding
 from glm_jax.batch import Batch
 from glm_jax.models import ChatGLM2Config, GLMConfig
-from glm_jax.performance import chips, flops
+from glm_jax.performance import chips
 from glm_jax.planning import prediction
 from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.training import program, state
@@ -225,8 +225,7 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
   for _ in range(rounds):
     for name, contender in contenders.items():
       times[name].append(contender.run(steps[name])[0])
-  batch = case.batch
-  work = flops.training(case.model, float(batch.tokens.size), flops.pairs(batch.visibility))
+  _, work = case.config.recipe.work(case.config, case.batch.visibility)
   chip = chips.of_device_kind(jax.devices()[0].device_kind)
   result = {
     'case': case.name,

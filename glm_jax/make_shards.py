@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     imports=tuple(flags.imports),
   )
   todo = parts.find(job.corpus, flags.part_mb * 10**6)
-  if words := corpus.held_out_in_words(job.corpus):
+  if words := parts.held_out_in_words(todo):
     print(words, flush=True)
   if flags.runner == 'beam':
     from glm_jax.data.making import beam

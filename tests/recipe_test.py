@@ -5,6 +5,8 @@ import json
 import pytest
 from commands import TINY, gin, in_process, refused, snapshot
 
+from glm_jax.training import writer
+
 OWN = '''
 import dataclasses
 
@@ -86,8 +88,7 @@ def start(tmp_path, text):
 
 
 def _losses(run):
-  lines = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
-  return {r['step']: r['loss'] for r in lines if r['kind'] == 'train'}
+  return {record['step']: record['loss'] for record in writer.read(str(run), 'train')}
 
 
 def test_it_trains_validates_goes_on_and_reports(start, tmp_path):

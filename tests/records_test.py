@@ -182,7 +182,7 @@ def test_steps_read_the_stream_in_order_and_work_is_counted(run):
       if name != 'index':
         np.testing.assert_array_equal(found, getattr(wanted, name), err_msg=name)
     tokens = (wanted.key_end > 0).sum()
-    assert watched.counted[number] == config.recipe.work(config, wanted)
+    assert watched.counted[number] == config.recipe.work(config, wanted.visibility)
     assert watched.counted[number][0] == tokens
     assert tokens == wanted.visibility.mask(32).any(-1).sum()
 

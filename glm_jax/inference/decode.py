@@ -157,9 +157,7 @@ def generate_span(
     log-probabilities [B, max_tokens] of the tokens, and of a stop token behind them:
     those of the model among allowed tokens at the temperature of `sampling` (1 if greedy).
   """
-  B = position_B.shape[0]
-
-  temperature = sampling.temperature or 1.0
+  B, temperature = position_B.shape[0], sampling.temperature or 1.0
 
   def unfinished(carry):
     step, _, _, _, done_B, *_ = carry

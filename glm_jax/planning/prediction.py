@@ -120,11 +120,8 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
   began = time.perf_counter()
   built, lowered = lower(config, layout)
   rows = config.recipe.visibility(config)
-  model_flops = config.batch_size * flops.training(
-    config.model,
-    rows_tokens(rows),
-    flops.pairs(rows),
-    state.frozen_weights(config.model, config.trained),
+  tokens, model_flops = (
+    config.batch_size * of_a_row for of_a_row in config.recipe.work(config, rows)
   )
   kind = layout.device_kind
   chip = of_device_kind(kind)
@@ -160,7 +157,7 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
     mesh=layout.shape,
     attention=built.attention,
     rows=config.batch_size,
-    tokens=int(config.batch_size * rows_tokens(rows)),
+    tokens=int(tokens),
     memory=memory,
     # XLA refuses what does not fit into a TPU; for a GPU it compiles anything.
     fits=compiled is not None and (not limit or memory['peak'] <= limit),
@@ -171,10 +168,6 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
     efficiency=attention.efficiency if attention else None,
     visited=flops.visited(rows) / flops.pairs(rows) if attention else None,
   )
-
-
-def rows_tokens(rows: Visibility) -> float:
-  return float((rows.key_end > rows.key_start).sum())
 
 
 def _compile(lowered: Any) -> tuple[tuple[int, int] | None, Any]:

@@ -34,7 +34,7 @@ class TaskStream(recipe.WorkStream):
 
   def __call__(self, state: Any) -> recipe.Work:
     batch = next(self._batches)
-    tokens, flops = self._config.recipe.work(self._config, batch)
+    tokens, flops = self._config.recipe.work(self._config, batch.visibility)
     # Every process has as many rows; those of the others are taken to be like its own.
     shares = self._process.count
     # `index` is int64, which stays on the host.

@@ -159,13 +159,13 @@ class Recipe:
     del config
     return {}
 
-  def work(self, config: TrainConfig, batch: Batch) -> tuple[float, float]:
-    """Tokens and FLOPs of the rows of a numpy batch."""
+  def work(self, config: TrainConfig, visibility: Visibility) -> tuple[float, float]:
+    """Tokens and FLOPs of rows, of numpy: of a batch, or of an average row for a plan."""
     # Padding has the empty interval [0, 0).
-    tokens = float((np.asarray(batch.key_end) > np.asarray(batch.key_start)).sum())
+    start, end = map(np.asarray, visibility)
+    tokens = float((end > start).sum())
     frozen = state.frozen_weights(config.model, config.trained)
-    pairs = flops.pairs(batch.visibility)
-    return tokens, flops.training(config.model, tokens, pairs, frozen)
+    return tokens, flops.training(config.model, tokens, flops.pairs(visibility), frozen)
 
   def fixed_validation(self) -> list[str]:
     """gin bindings that keep what is validated out of a search of `tune`."""

@@ -8,8 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 
-from glm_jax import configs
-from glm_jax.data.corpora import parts, sources
+from glm_jax.data.corpora import parts, sources, text_files
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.corpora.text_files import Document
 from glm_jax.text import loading
@@ -35,9 +34,8 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
 
 
 def held_out_in_words(config: CorpusConfig) -> str:
-  """What a person is told about what is held out; '' if there is nothing to say."""
-  rule = parts.find(config, _PART_BYTES)[0].held_out
-  return rule.words if rule else ''
+  """See `parts.held_out_in_words`."""
+  return parts.held_out_in_words(parts.find(config, _PART_BYTES))
 
 
 def fingerprint(config: CorpusConfig) -> str:
@@ -68,7 +66,7 @@ def load_or_train_vocabulary(
     began = time.perf_counter()
     # Trained on training documents alone: validation must not shape the vocabulary.
     texts = [d.text for corpus in corpora for d in documents(corpus, 'train')]
-    _check_text(texts, corpora[0])
+    text_files.check_some(any(map(str.strip, texts)), corpora[0].corpus)
     model = vocabularies.train_sentencepiece(
       texts, config.size, bpe=config.kind == 'chatglm3'
     )
@@ -85,12 +83,3 @@ def load_or_train_vocabulary(
     if vocab.size < config.size:
       print(f'  (the corpus has no more; {config.size:,} were asked for)', flush=True)
   return loading.load(f'{config.kind}:{path}')
-
-
-def _check_text(texts: list[str], config: CorpusConfig) -> None:
-  configs.check(
-    any(text.strip() for text in texts),
-    'the corpus must hold some text',
-    f'none in {config.corpus!r}',
-    'give other files',
-  )

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from glm_jax import configs
+from glm_jax.data.corpora import text_files
 from glm_jax.data.corpora.text_files import Document
 
 ENOUGH = 200
@@ -93,12 +94,7 @@ def of_few(documents: Sequence[Document], share: float, name: str) -> HoldOut:
   Raises:
     UserError: nothing could be held out, or nothing would be left.
   """
-  configs.check(
-    any(document.text.strip() or document.ids for document in documents),
-    'the corpus must hold some text',
-    f'none in {name!r}',
-    'give other files',
-  )
+  text_files.check_some(any(d.text.strip() or d.ids for d in documents), name)
   count = f'{len(documents)} documents in {name!r}'
   if len(documents) < FEW:
     tail = _tail(documents, share)

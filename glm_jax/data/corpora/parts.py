@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from glm_jax.data.corpora import held_out, sources
 from glm_jax.data.corpora.config import CorpusConfig
@@ -48,3 +48,9 @@ def read(config: CorpusConfig, part: CorpusPart) -> Iterator[tuple[str, Document
   if part.held_out is None:
     return ((part.split, document) for document in documents)
   return part.held_out.split(documents)
+
+
+def held_out_in_words(found: Sequence[CorpusPart]) -> str:
+  """What a person is told of what is held out of these; '' if there is nothing to say."""
+  rule = found[0].held_out
+  return rule.words if rule else ''

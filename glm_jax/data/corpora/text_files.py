@@ -66,6 +66,13 @@ def find(pattern: str) -> list[epath.Path]:
   return paths
 
 
+def check_some(there_is: bool, name: str) -> None:
+  """Raises UserError for a corpus, by its name, without any text."""
+  configs.check(
+    there_is, 'the corpus must hold some text', f'none in {name!r}', 'give other files'
+  )
+
+
 def read_bytes(path: epath.Path, start: int, end: int | None) -> bytes:
   """A part of a file, to its end for None."""
   try:
