@@ -17,7 +17,7 @@ from glm_jax.planning import topologies
 
 RESULTS = Path(__file__).parent.parent / 'glm_jax' / 'performance' / 'calibration.json'
 
-_SHAPE = dict(head_size=128, max_positions=8192, qkv_bias=False, dtype='bfloat16')
+_SHAPE = dict(head_size=128, max_positions=8192, qkv_bias=False)
 
 # Sizes: MaxText's configs (the 16B and 32B by its `global_parameter_scale`). Measured:
 # its READMEs and tpu-recipes; the published figures count masked pairs, too.
@@ -76,7 +76,7 @@ def main() -> None:
   # Before JAX is imported, which the modules below do.
   topologies.prepare_environment()
   from glm_jax import sharding
-  from glm_jax.models import ChatGLM2Config
+  from glm_jax.models import ChatGLM2Config, ComputeConfig
   from glm_jax.planning import prediction
   from glm_jax.recipes.pretraining import Pretraining
   from glm_jax.training.config import TrainConfig
@@ -84,9 +84,8 @@ def main() -> None:
   results = {}
   for chip, run in RUNS.items():
     config = TrainConfig(
-      model=ChatGLM2Config(
-        **run['model'], **_SHAPE, vocab_size=run['vocab_size'], remat=run['remat']
-      ),
+      model=ChatGLM2Config(**run['model'], **_SHAPE, vocab_size=run['vocab_size']),
+      compute=ComputeConfig(dtype='bfloat16', remat=run['remat']),
       # Causal as those runs are: every pair of the lower triangle is visible.
       recipe=Pretraining(task='glm_causal', feature_lengths={'tokens': run['length']}),
       batch_size=run['rows'],

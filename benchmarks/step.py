@@ -33,7 +33,7 @@ import jax
 from benchmarks import readme, rows
 from glm_jax import cli, configs, sharding
 from glm_jax.batch import Batch
-from glm_jax.models import ChatGLM2Config, GLMConfig
+from glm_jax.models import ChatGLM2Config, ComputeConfig, GLMConfig
 from glm_jax.performance import chips
 from glm_jax.planning import prediction
 from glm_jax.recipes.pretraining import Pretraining
@@ -49,7 +49,8 @@ class Case:
 
   Attributes:
     name: of the row in the table.
-    model: a configuration without dropout; its `attention` may be 'auto'.
+    model: a configuration without dropout.
+    compute: how it is computed; its `attention` may be 'auto'.
     rows: B.
     length: T.
     documents: packed into a row of Part A and Part B; 0 for causal rows.
@@ -58,6 +59,7 @@ class Case:
 
   name: str
   model: Any
+  compute: ComputeConfig = ComputeConfig()
   rows: int
   length: int
   documents: int = 0
@@ -75,6 +77,7 @@ class Case:
   def config(self) -> TrainConfig:
     return TrainConfig(
       model=self.model,
+      compute=self.compute,
       recipe=Pretraining(
         task='glm_blank' if self.documents else 'glm_causal',
         feature_lengths={'tokens': self.length},
@@ -127,8 +130,6 @@ def gpu_cases(memory_bytes: int) -> list[Case]:
     num_heads=16,
     vocab_size=30592,
     max_positions=512,
-    dtype='bfloat16',
-    unroll=0,
     **_NO_DROPOUT,
   )
   layers = 3 if memory_bytes < 100e9 else 6
@@ -141,25 +142,33 @@ def gpu_cases(memory_bytes: int) -> list[Case]:
     mlp_size=13696,
     vocab_size=65024,
     max_positions=32768,
-    dtype='bfloat16',
-    unroll=0,
   )
   name = f'{layers} layers of ChatGLM2-6B'
-  cases = [Case(name='GLM-Large', model=large, rows=32, length=512, documents=2)]
+  whole = ComputeConfig(dtype='bfloat16', unroll=0)
+  cases = [
+    Case(name='GLM-Large', model=large, compute=whole, rows=32, length=512, documents=2)
+  ]
   for length in (4096, 8192):
     cases += [
-      Case(name=name, model=wide, rows=8192 // length, length=length, documents=documents)
+      Case(
+        name=name,
+        model=wide,
+        compute=whole,
+        rows=8192 // length,
+        length=length,
+        documents=documents,
+      )
       for documents in (0, 4)
     ]
   # The loop over layers, and each further backend, without PyTorch: a row each.
   others = []
   for case in cases:
-    looped = dataclasses.replace(case.model, unroll=1)
-    others.append(dataclasses.replace(case, model=looped, peers=False))
+    looped = dataclasses.replace(case.compute, unroll=1)
+    others.append(dataclasses.replace(case, compute=looped, peers=False))
     # Dense scores of 8,192 positions do not fit.
     for backend in ('chunked', 'dense') if case.length <= 4096 else ('chunked',):
-      model = dataclasses.replace(case.model, attention=backend)
-      others.append(dataclasses.replace(case, model=model, peers=False))
+      compute = dataclasses.replace(case.compute, attention=backend)
+      others.append(dataclasses.replace(case, compute=compute, peers=False))
   return cases + others
 
 
@@ -209,7 +218,12 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
 
     for name, compiled in (('eager', False), ('compile', True)):
       contenders[name] = torch_step.Step(
-        case.model, ours.optimizer, ours.params, case.batch, compiled=compiled
+        case.model,
+        case.compute.dtype,
+        ours.optimizer,
+        ours.params,
+        case.batch,
+        compiled=compiled,
       )
   first, peaks, steps = {}, {}, {}
   for name, contender in contenders.items():
@@ -217,7 +231,7 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
     contender.run(2)  # the first after compilation may still allocate
     peaks[name] = contender.peak_bytes()
     steps[name] = max(1, round(seconds / contender.run(1)[0]))
-  tolerance = 1e-4 if case.model.dtype == 'float32' else 1e-2
+  tolerance = 1e-4 if case.compute.dtype == 'float32' else 1e-2
   for name, loss in first.items():
     if abs(loss - first['ours']) > tolerance * first['ours']:
       raise ValueError(f'{name} computes another model: loss {loss}, ours {first["ours"]}')
@@ -232,10 +246,10 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
     'length': case.length,
     'rows': case.rows,
     'documents': case.documents,
-    'dtype': case.model.dtype,
+    'dtype': case.compute.dtype,
     'parameters': state.count(state.abstract_params(case.model)),
     'attention': ours.attention[0],
-    'unroll': case.model.unroll,
+    'unroll': case.compute.unroll,
     'flops': work,
     'first_loss': first,
     'peak_bytes': peaks,

@@ -37,11 +37,11 @@ class Row(NamedTuple):
 
 
 def _6b(topology: str, rows: int, remat: str, *more: str, slices: int = 1) -> Row:
-  bindings = (f'BATCH_SIZE={rows}', f"ChatGLM2Config.remat='{remat}'", *more)
+  bindings = (f'BATCH_SIZE={rows}', f"ComputeConfig.remat='{remat}'", *more)
   return Row('ChatGLM2-6B, 8,192', topology, bindings, slices)
 
 
-_GLM = ('GLMConfig.attention_dropout=0.0', "GLMConfig.remat='attention_qkv'")
+_GLM = ('GLMConfig.attention_dropout=0.0', "ComputeConfig.remat='attention_qkv'")
 
 ROWS = (
   _6b('v5e:16x16', 256, 'attention_qkv'),
@@ -59,7 +59,7 @@ ROWS = (
     (
       'BATCH_SIZE=64',
       'MeshConfig.sequence=4',
-      "ChatGLM2Config.remat='projections'",
+      "ComputeConfig.remat='projections'",
       "TASK_FEATURE_LENGTHS={'tokens': 32768}",
       'ChatGLM2Config.rope_ratio=50.0',
     ),
@@ -69,7 +69,7 @@ ROWS = (
     'v5p:4x4x8',
     (
       'BATCH_SIZE=128',
-      "ChatGLM2Config.remat='attention_qkv'",
+      "ComputeConfig.remat='attention_qkv'",
       'ChatGLM2Config.num_layers=40',
       'ChatGLM2Config.vocab_size=151552',
     ),

@@ -178,6 +178,7 @@ class Step:
   def __init__(
     self,
     config: Any,
+    dtype: str,
     optimizer: OptimizerConfig,
     params: Any,
     batch: Batch,
@@ -187,6 +188,7 @@ class Step:
     """
     Args:
       config: of a GLM or a ChatGLM2, without dropout.
+      dtype: of `ComputeConfig`.
       optimizer: its constants.
       params: our parameters, of which the step has a copy.
       batch: numpy.
@@ -194,7 +196,7 @@ class Step:
     """
     self._cuda = torch.cuda.is_available() and jax.default_backend() == 'gpu'
     device = torch.device('cuda' if self._cuda else 'cpu')
-    torch.set_float32_matmul_precision('highest' if config.dtype == 'float32' else 'high')
+    torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     self._model = Model(config).to(device)
     _load(self._model, params)
     fields = batch._asdict()
@@ -220,7 +222,7 @@ class Step:
     self._flex = compiled and self._cuda and not self._causal
     self._blocks = torch.compile(flex.create_block_mask) if self._flex else None
     self._loss = torch.compile(self._model) if compiled else self._model
-    self._cast = torch.autocast(device.type, torch.bfloat16, config.dtype == 'bfloat16')
+    self._cast = torch.autocast(device.type, torch.bfloat16, dtype == 'bfloat16')
 
   def _seen(self) -> Any:
     """What attention is given for this batch, made once a step, as ours is."""

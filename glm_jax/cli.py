@@ -244,8 +244,7 @@ def load_config(
   for file in files:
     # Before gin parses anything: parsing an import statement runs it.
     _refuse_code(_find(file, folders), folders, seen)
-  for binding in bindings:
-    _refuse_moved(binding.split('=')[0].split('/')[-1].strip())
+  _refuse_moved([binding.split('=')[0].split('/')[-1].strip() for binding in bindings])
   # No code of ours runs in here: whatever is raised is about the text.
   try:
     gin.parse_config_files_and_bindings(list(files), list(bindings), finalize_config=False)
@@ -306,25 +305,29 @@ def _refuse_code(path: Path, folders: Sequence[str], seen: dict[str, str]) -> No
     statements = list(config_parser.ConfigParser(text, _NoDelegate()))
   except SyntaxError as error:
     raise UserError(f'{path}: {error.msg} (line {error.lineno}).') from error
+  bound = [s for s in statements if isinstance(s, config_parser.BindingStatement)]
+  _refuse_moved([f'{s.selector}.{s.arg_name}' for s in bound], f' in {path}')
   for statement in statements:
     if isinstance(statement, config_parser.ImportStatement):
       raise UserError(
         f'a gin file must not import modules, got {statement.module!r} in {path}; name '
         'modules of your own on the command line with --import.'
       )
-    if isinstance(statement, config_parser.BindingStatement):
-      _refuse_moved(f'{statement.selector}.{statement.arg_name}', f' in {path}')
     if isinstance(statement, config_parser.IncludeStatement):
       _refuse_code(_find(statement.filename, folders), folders, seen)
 
 
-def _refuse_moved(name: str, where: str = '') -> None:
-  from glm_jax.recipes import MOVED
+def _refuse_moved(names: Sequence[str], where: str = '') -> None:
+  """Raises UserError for parameters under the names of an earlier version, all at once."""
+  from glm_jax.recipes import MOVED, WIRED
 
-  if name in MOVED:
+  old = [name for name in dict.fromkeys(names) if name in MOVED]
+  if old:
+    new = [MOVED[name] for name in old]
+    once = dict.fromkeys(WIRED[name.split('.')[0]] for name in new)
     raise UserError(
-      f'a parameter must have its name of today, got {name}{where}; write {MOVED[name]} '
-      '(and TrainConfig.recipe = @Pretraining() once).'
+      f'a parameter must have its name of today, got {", ".join(old)}{where}; write '
+      f'{", ".join(new)} (and {", ".join(once)} once).'
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 
 from glm_jax import cli, startup
@@ -19,6 +18,7 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax import checkpoints, sharding
   from glm_jax.inference.filling import Filler
   from glm_jax.inference.sampling import Sampling
+  from glm_jax.models import ComputeConfig
   from glm_jax.models import config as model_config
   from glm_jax.training import start, state
 
@@ -27,8 +27,6 @@ def main(argv: Sequence[str]) -> None:
   folder = checkpoints.find(flags.checkpoint)
   meta = checkpoints.read_meta(folder)
   config = model_config.from_dict(meta['model'])
-  if flags.dtype:
-    config = dataclasses.replace(config, dtype=flags.dtype)
   vocabulary = start.vocabulary_of(folder, meta)
   # One device: a prompt is a batch of one row.
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
@@ -38,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
   )
 
   with sharding.active(mesh):
-    filler = Filler(config, params, vocabulary)
+    filler = Filler(config, params, vocabulary, ComputeConfig(dtype=flags.dtype))
     prompt = filler.encode(flags.prompt, flags.gmask)
     spans = filler.fill(
       [prompt], max_tokens=flags.max_tokens, sampling=sampling, seed=flags.seed
@@ -81,7 +79,8 @@ def _flags() -> argparse.ArgumentParser:
   flags.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16'),
-    help="of activations, instead of the checkpoint's",
+    default='float32',
+    help='of activations (float32)',
   )
   return flags
 

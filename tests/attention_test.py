@@ -1,6 +1,5 @@
 """Attention over intervals: every backend equals a plain softmax."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -21,7 +20,7 @@ from glm_jax.attention import (
 )
 from glm_jax.attention.dense import drop
 from glm_jax.batch import Visibility
-from glm_jax.models import ChatGLM2Config, GLMConfig
+from glm_jax.models import ChatGLM2Config, ComputeConfig, GLMConfig
 from glm_jax.performance import flops
 from glm_jax.sharding import MeshConfig
 
@@ -344,6 +343,7 @@ class _Device:
 
 _SIZES = dict(num_layers=1, hidden_size=256, num_heads=2, vocab_size=64, max_positions=64)
 _CAUSAL = ChatGLM2Config(**_SIZES, num_kv_heads=1, head_size=128, mlp_size=8)
+_AUTO = ComputeConfig()
 
 
 @pytest.mark.parametrize(
@@ -358,32 +358,32 @@ _CAUSAL = ChatGLM2Config(**_SIZES, num_kv_heads=1, head_size=128, mlp_size=8)
   ],
 )
 def test_the_backend_is_that_of_the_chip(kind, length, best):
-  assert choose(_CAUSAL, _Device('tpu', kind), length)[0] == best
+  assert choose(_CAUSAL, _AUTO, _Device('tpu', kind), length)[0] == best
 
 
 def test_without_tokamax_the_next_best_is_named(monkeypatch):
   monkeypatch.setattr(api.importlib.util, 'find_spec', lambda name: None)
-  backend, why = choose(_CAUSAL, _Device('tpu', 'TPU v6 lite'), 8192)
+  backend, why = choose(_CAUSAL, _AUTO, _Device('tpu', 'TPU v6 lite'), 8192)
   assert backend == 'tpu_splash' and 'tpu_tokamax is out: tokamax is missing' in why
-  backend, why = choose(_CAUSAL, _Device('gpu', 'NVIDIA H100'), 8192)
+  backend, why = choose(_CAUSAL, _AUTO, _Device('gpu', 'NVIDIA H100'), 8192)
   assert backend == 'chunked' and "pip install 'glm_jax[gpu]'" in why
 
 
 def test_a_backend_that_cannot_is_refused_or_named():
   cpu, tpu = _Device('cpu', 'cpu'), _Device('tpu', 'TPU v5')
-  assert choose(_CAUSAL, cpu, 512)[0] == 'dense'
-  assert choose(_CAUSAL, cpu, 8192)[0] == 'chunked'
+  assert choose(_CAUSAL, _AUTO, cpu, 512)[0] == 'dense'
+  assert choose(_CAUSAL, _AUTO, cpu, 8192)[0] == 'chunked'
   dropping = GLMConfig(**_SIZES, attention_dropout=0.1)
-  backend, why = choose(dropping, tpu, 8192)
+  backend, why = choose(dropping, _AUTO, tpu, 8192)
   assert backend == 'chunked' and 'attention_dropout=0.1' in why
-  for model, device, words in [
-    (dataclasses.replace(_CAUSAL, attention='tpu_splash'), cpu, 'runs on tpu.*this is cpu'),
-    (dataclasses.replace(dropping, attention='tpu_splash'), tpu, 'attention_dropout=0.1'),
-    (dataclasses.replace(_CAUSAL, attention='tpu_tokamax'), tpu, '65536 positions'),
-    (dataclasses.replace(_CAUSAL, attention='gpu_tokamax'), tpu, 'runs on gpu'),
+  for model, asked, device, words in [
+    (_CAUSAL, 'tpu_splash', cpu, 'runs on tpu.*this is cpu'),
+    (dropping, 'tpu_splash', tpu, 'attention_dropout=0.1'),
+    (_CAUSAL, 'tpu_tokamax', tpu, '65536 positions'),
+    (_CAUSAL, 'gpu_tokamax', tpu, 'runs on gpu'),
   ]:
     with pytest.raises(ValueError, match=words):
-      choose(model, device, 65536)
+      choose(model, ComputeConfig(attention=asked), device, 65536)
   x = jnp.zeros((1, 2, 1, 128))
   ones = Visibility(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
   with pytest.raises(ValueError, match='prepare'):

@@ -45,7 +45,7 @@ def _continue(folder, run, *bindings):
     f"--gin.CORPUS='{folder}/text/*.txt'",
     f"--gin.CorpusConfig.cache_dir='{folder}/cache'",
     "--gin.TASK_FEATURE_LENGTHS={'tokens':48}",
-    "--gin.CheckpointModel.dtype='float32'",
+    "--gin.ComputeConfig.dtype='float32'",
     '--gin.EvaluationConfig.examples=32',
     '--gin.OptimizerConfig.warmup_steps=2',
     '--gin.OptimizerConfig.learning_rate=1e-3',

@@ -7,7 +7,7 @@ import pytest
 
 from glm_jax import cli
 from glm_jax.models import ChatGLMConfig
-from glm_jax.recipes import CONFIGURABLES
+from glm_jax.recipes import CONFIGURABLES, MOVED, WIRED
 from glm_jax.training import state
 from glm_jax.training.config import TrainConfig
 from glm_jax.tune import TuneConfig
@@ -39,6 +39,24 @@ QUICKSTART = 'gin_configs/quickstart.gin'
 def _load(*bindings, files=(QUICKSTART,), search_paths=''):
   both = (*CONFIGURABLES, TuneConfig)  # a search is a run, too
   return cli.load_config(TrainConfig, both, files, search_paths, bindings)
+
+
+def test_older_names_are_answered_with_todays(tmp_path):
+  """On the command line and in a file, and what must be said once beside them."""
+  for old, now in MOVED.items():
+    wired = WIRED[now.split('.')[0]]
+    message = re.escape(f'got {old}; write {now} (and {wired} once)')
+    with pytest.raises(ValueError, match=message):
+      _load(f'{old} = 1')
+  (tmp_path / 'old.gin').write_text("ChatGLM2Config.dtype = 'bfloat16'\n")
+  with pytest.raises(ValueError, match=r'old.gin; write ComputeConfig.dtype'):
+    _load(files=(QUICKSTART, str(tmp_path / 'old.gin')))
+  # As the files of this repository have it, the new name counts.
+  assert _load("ComputeConfig.dtype = 'bfloat16'")[0].compute.dtype == 'bfloat16'
+  for known in MOVED.values():
+    kind, name = known.split('.')
+    fields = next(c for c in CONFIGURABLES if c.__name__ == kind).__dataclass_fields__
+    assert name in fields, known
 
 
 @pytest.mark.parametrize('file', RUNS)
@@ -102,7 +120,7 @@ def test_later_files_and_bindings_win(tmp_path):
     ('GLMConfig.hidden_size = 101', 'divisible by num_heads'),
     ('ObjectiveConfig.mask_ratio = 1.5', r'must be in \(0, 1\)'),
     ("TASK_FEATURE_LENGTHS = {'tokens': '64'}", 'feature_lengths must be dict'),
-    ("GLMConfig.dtype = 'float16'", 'must be one of'),
+    ("ComputeConfig.dtype = 'float16'", 'must be one of'),
     ('GLMConfig.attention_dropout = 1.0', r'in \[0, 1\)'),
     ("MODEL_DIR = ''", 'must name a folder'),
     ('TRAIN_STEPS = 0', 'must be positive'),

@@ -13,7 +13,7 @@ from glm_jax import models, sharding
 from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference import decode
 from glm_jax.models import layers, stack
-from glm_jax.models.config import REMAT_POLICIES
+from glm_jax.models.compute import REMAT_POLICIES, ComputeConfig
 from glm_jax.training import losses, optimizer
 
 
@@ -97,8 +97,8 @@ def test_every_remat_policy_has_a_name():
 )
 def test_backends_and_remat_change_memory_not_numbers(golden, attention, remat):
   arrays, _, config, params = golden
-  config = dataclasses.replace(config, attention=attention, remat=remat)
-  model, inputs = models.build(config), _inputs(arrays)
+  compute = ComputeConfig(attention=attention, remat=remat)
+  model, inputs = models.build(config, compute), _inputs(arrays)
   apply = lambda params: model.apply({'params': params}, *inputs)[0]
   logits = jax.jit(apply)(params)
   np.testing.assert_allclose(logits, arrays['out/logits'], atol=2e-5)
@@ -243,8 +243,8 @@ def test_the_unseen_padding_changes_nothing(config, batch):
 
 def test_bfloat16_computes_close_to_float32(golden):
   arrays, _, config, params = golden
-  config = dataclasses.replace(config, dtype='bfloat16')
-  logits = small.logits(config, params, *_inputs(arrays))
+  compute = ComputeConfig(dtype='bfloat16')
+  logits = small.logits(config, params, *_inputs(arrays), compute=compute)
   assert logits.dtype == jnp.float32
   # bfloat16 keeps 8 bits: the references agree to 3e-2.
   np.testing.assert_allclose(logits, arrays['out/logits'], atol=3e-2)

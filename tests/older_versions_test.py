@@ -57,10 +57,10 @@ def test_its_run_is_refused_in_a_line_and_another_begins_with_it(tmp_path):
   flags = [f'--gin_file={config}', *gin('TrainConfig.log_every=1')]
   before = snapshot(run)
   done = in_process('train', *flags, cwd=tmp_path)
-  refused(done, 'must have its name of today', 'write Pretraining.')
+  refused(done, 'must have its name of today', 'Pretraining.task', 'ComputeConfig.dtype')
   assert snapshot(run) == before
   # As the message says.
-  text = config.read_text() + 'TrainConfig.recipe = @Pretraining()\n'
+  text = config.read_text() + '\n'.join(recipes.WIRED.values()) + '\n'
   for old, new in recipes.MOVED.items():
     text = re.sub(rf'^{old}\b', new, text, flags=re.MULTILINE)
   config.write_text(text)

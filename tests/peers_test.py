@@ -264,7 +264,7 @@ def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
     f"--gin.MODEL_DIR='{tmp_path}/more'",
     f"--gin.CORPUS='{tmp_path}/text/*.txt'",
     "--gin.TASK_FEATURE_LENGTHS={'tokens':128}",
-    "--gin.CheckpointModel.dtype='float32'",
+    "--gin.ComputeConfig.dtype='float32'",
     '--gin.OptimizerConfig.learning_rate=1e-3',
     '--gin.TRAIN_STEPS=40',
     *common,

@@ -97,7 +97,7 @@ def test_a_dry_run_on_virtual_devices(tmp_path):
       ("'mlp': 'pipe'", 'fsdp'),
     ),
     (
-      ['--platform=cpu', "--gin.GLMConfig.attention='tpu_splash'"],
+      ['--platform=cpu', "--gin.ComputeConfig.attention='tpu_splash'"],
       ('tpu_splash', 'runs on tpu', 'cpu'),
     ),
     (['--platform=cpu', '--suggest'], ('--suggest must know', 'topology')),
@@ -178,7 +178,7 @@ def test_suggestions_keep_the_fastest_that_fits(config, monkeypatch):
   tried = []
 
   def predict(changed, layout):
-    tried.append((changed.mesh.fsdp, changed.model.remat, changed.batch_size))
+    tried.append((changed.mesh.fsdp, changed.compute.remat, changed.batch_size))
     fits = len(tried) > 1
     seconds = dataclasses.replace(_ESTIMATE, tensorcore_seconds=float(len(tried)))
     return _prediction(fits=fits, estimate=seconds if fits else None)
@@ -193,7 +193,7 @@ def test_suggestions_keep_the_fastest_that_fits(config, monkeypatch):
   )
   assert len(tried) == 4 and len({*tried}) == 4
   assert found.estimate.step_seconds == 2.0  # the second: the first did not fit
-  assert (changed.mesh.fsdp, changed.model.remat, changed.batch_size) == tried[1]
+  assert (changed.mesh.fsdp, changed.compute.remat, changed.batch_size) == tried[1]
   assert 'does not fit' in lines[0] and '--gin.BATCH_SIZE=' in lines[-1]
   # The flags that are printed give the same run.
   before = _config(config, mesh=MeshConfig(data=2, tensor=4))
@@ -204,7 +204,7 @@ def test_suggestions_keep_the_fastest_that_fits(config, monkeypatch):
   )
   mesh = {k.split('.')[1]: int(v) for k, v in flags.items() if 'MeshConfig' in k}
   assert dataclasses.replace(before.mesh, **mesh) == after.mesh
-  assert int(flags['BATCH_SIZE']) == 16 and flags['GLMConfig.remat'] == '"\'full\'"'
+  assert int(flags['BATCH_SIZE']) == 16 and flags['ComputeConfig.remat'] == '"\'full\'"'
   monkeypatch.setattr(prediction, 'predict', lambda *_: _prediction())
   with pytest.raises(ValueError, match='must fit 8 x TPU v5 lite'):
     suggest.best(_config(config), [_Chip()] * 8, 2, lambda *_, **__: None)
@@ -252,9 +252,8 @@ _CAUSAL = models.ChatGLM2Config(
   head_size=128,
   mlp_size=5632,
   max_positions=8192,
-  dtype='bfloat16',
-  remat='attention_qkv',
 )
+_COMPUTE = models.ComputeConfig(dtype='bfloat16', remat='attention_qkv')
 
 
 def _compiled(run, topology):
@@ -273,6 +272,7 @@ def test_what_moves_between_chips(topology, mesh, monkeypatch):
   monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
   run = _config(
     _CAUSAL,
+    compute=_COMPUTE,
     task='glm_causal',
     feature_lengths={'tokens': 8192},
     batch_size=16,
@@ -302,6 +302,7 @@ def test_a_small_row_of_the_topologies_table():
   """Two layers on one v5p host: predicted with all parts; what does not fit is measured."""
   run = _config(
     _CAUSAL,
+    compute=_COMPUTE,
     task='glm_causal',
     feature_lengths={'tokens': 8192},
     batch_size=4,
@@ -328,6 +329,7 @@ def test_a_small_row_of_the_topologies_table():
 def test_an_h100_is_planned_without_one():
   run = _config(
     dataclasses.replace(_CAUSAL, num_layers=1),
+    compute=_COMPUTE,
     task='glm_causal',
     feature_lengths={'tokens': 4096},
     batch_size=8,
@@ -367,9 +369,8 @@ def test_reading_a_context_holds_no_logits_and_little_memory(monkeypatch):
   """Two layers of ChatGLM2-6B's width, 8 rows of 4,096, on one v5p."""
   monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
-  config = dataclasses.replace(
-    _CAUSAL, hidden_size=4096, num_heads=32, mlp_size=13696, remat='none'
-  )
+  config = dataclasses.replace(_CAUSAL, hidden_size=4096, num_heads=32, mlp_size=13696)
+  model = models.build(config, models.ComputeConfig(dtype='bfloat16'))
   layout = sharding.make_mesh(MeshConfig(), topologies.devices('v5p:2x2x1')[:1])
   B, T = 8, 4096
   on_chip = lambda tree: jax.tree.map(
@@ -381,9 +382,9 @@ def test_reading_a_context_holds_no_logits_and_little_memory(monkeypatch):
     tree,
   )
   params = on_chip(state.abstract_params(config, layout))
-  read = functools.partial(decode.read_context, models.build(config), causal=True)
+  read = functools.partial(decode.read_context, model, causal=True)
   with sharding.active(layout):
-    cache = on_chip(jax.eval_shape(lambda: decode.init_cache(config, B, T)))
+    cache = on_chip(jax.eval_shape(lambda: decode.init_cache(config, B, T, 'bfloat16')))
     ids = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, T), (B,))]
     compiled = jax.jit(read, donate_argnums=1).lower(params, cache, *on_chip(ids)).compile()
   text, memory = compiled.as_text(), compiled.memory_analysis()

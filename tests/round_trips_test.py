@@ -18,14 +18,21 @@ from foreign import InMemory
 from glm_jax import checkpoints, models, sharding
 from glm_jax.batch import Batch, Visibility
 from glm_jax.checkpoints import folder
+from glm_jax.configs import UserError
 from glm_jax.data.examples import infilling
 from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream import stateless
 from glm_jax.interop import files, hub, recognise
 from glm_jax.interop.formats import FORMATS, HEADS
-from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig, chatglm, chatglm2
+from glm_jax.models import (
+  ChatGLM2Config,
+  ChatGLMConfig,
+  ComputeConfig,
+  GLMConfig,
+  chatglm,
+  chatglm2,
+)
 from glm_jax.models import config as model_config
-from glm_jax.models.config import COMPUTE_FIELDS, Compute
 from glm_jax.sharding import MeshConfig
 from glm_jax.text.vocabulary import ByteVocabulary
 from glm_jax.training import losses, optimizer, start, state
@@ -50,15 +57,13 @@ BASE = {
   ),
 }
 # Another value of each field.
-_OF_COMPUTE = dict(dtype='bfloat16', remat='full', attention='chunked', unroll=2)
 _OTHER_SIZES = dict(num_layers=3, num_heads=2, vocab_size=72, max_positions=40, mlp_size=40)
 _OTHER_SIZES |= dict(init_std=0.05, norm_epsilon=3e-4, rope_theta=5000.0, hidden_size=64)
 _OTHER_SIZES |= dict(embedding_dropout=0.3, attention_dropout=0.4, output_dropout=0.2)
 _OTHER_SIZES |= dict(rope_phase_dtype='float16')
 OTHER = {
-  'glm': {**_OF_COMPUTE, **_OTHER_SIZES, 'activation': 'gelu_erf'},
+  'glm': {**_OTHER_SIZES, 'activation': 'gelu_erf'},
   'chatglm': {
-    **_OF_COMPUTE,
     **_OTHER_SIZES,
     'gated': True,
     'two_positions': False,
@@ -68,7 +73,6 @@ OTHER = {
     'embedding_gradient': 0.5,
   },
   'chatglm2': {
-    **_OF_COMPUTE,
     **_OTHER_SIZES,
     'num_kv_heads': 4,
     'head_size': 16,
@@ -138,8 +142,8 @@ def _same_function(config):
   return config
 
 
-# What no format says: how a model is computed and trained.
-_NEVER = {*COMPUTE_FIELDS, 'init_std', 'embedding_dropout', 'attention_dropout'}
+# What no format says: how a model is trained.
+_NEVER = {'init_std', 'embedding_dropout', 'attention_dropout'}
 _NEVER |= {'output_dropout', 'embedding_gradient', 'rope_phase_dtype'}
 SAYS = {
   # The code that reads a format computes one thing whatever the files say, or asks.
@@ -245,10 +249,10 @@ def _another(value):
 # Fields that are read and used.
 
 
-def _program(config):
+def _program(config, compute=ComputeConfig()):
   """What initialisation and a training forward compute, as text, tables included."""
   ids = jnp.zeros((1, 8), jnp.int32)
-  seen, model = Visibility(ids, ids + 8), models.build(config)
+  seen, model = Visibility(ids, ids + 8), models.build(config, compute)
   run = lambda key: model.init_with_output(
     {'params': key, 'dropout': key}, ids, ids, ids, seen, deterministic=False
   )
@@ -266,13 +270,23 @@ def test_every_field_of_a_model_changes_its_program(name):
   base = BASE[name]
   program, same = _program(base), set()
   for field in dataclasses.fields(base):
-    if field.name in _ARE_SIZES | {*COMPUTE_FIELDS}:
+    if field.name in _ARE_SIZES:
       continue
     changed = dataclasses.replace(base, **{field.name: OTHER[name][field.name]})
     if _program(changed) == program:
       same.add(field.name)
   # Rotary positions have no table; the longest row is checked when a run begins.
   assert same == (set() if name == 'glm' else {'max_positions'})
+
+
+@pytest.mark.parametrize('name', BASE)
+def test_every_field_of_compute_changes_the_program_and_no_parameter(name):
+  base = BASE[name]
+  program = _program(base)
+  others = dict(dtype='bfloat16', remat='full', attention='chunked', unroll=2)
+  assert {*others} == {field.name for field in dataclasses.fields(ComputeConfig)}
+  for field, value in others.items():
+    assert _program(base, ComputeConfig(**{field: value})) != program, field
 
 
 @pytest.mark.parametrize('name', BASE)
@@ -479,7 +493,7 @@ def test_whatever_makes_a_run_another_is_in_its_identity():
     data={'data': 'b'},
   )
   others = dict(
-    model={'num_layers': 3, 'dtype': 'float32'},
+    model={'num_layers': 3},
     vocabulary='c',
     batch_size=16,
     seed=1,
@@ -490,28 +504,26 @@ def test_whatever_makes_a_run_another_is_in_its_identity():
   base = folder.identity(**fields)
   for name, value in others.items():
     assert folder.identity(**{**fields, name: value}) != base, name
+  of = lambda config: folder.identity(**{**fields, 'model': model_config.to_dict(config)})
   for name, base_config in BASE.items():
-    written = lambda config: model_config.to_dict(config)
     for field, config in _changes(name):
-      same = folder.identity(
-        **{**fields, 'model': written(base_config)}
-      ) == folder.identity(**{**fields, 'model': written(config)})
-      assert same == (field in COMPUTE_FIELDS), field
+      assert of(config) != of(base_config), field
 
 
-def test_a_model_of_a_checkpoint_is_computed_as_the_run_says(monkeypatch):
-  """And nothing else of it changes."""
-  assert {*COMPUTE_FIELDS} == {field.name for field in dataclasses.fields(Compute)}
-  for name, stored in BASE.items():
-    meta = {'model': model_config.to_dict(stored), 'vocabulary': None, 'source': {'a': 1}}
-    monkeypatch.setattr(checkpoints, 'find', lambda path: path)
+@pytest.mark.parametrize('name', BASE)
+def test_a_model_of_a_checkpoint_is_that_and_computed_as_the_run_says(name, monkeypatch):
+  """Older checkpoints also say how they were computed, which nobody is asked for today."""
+  stored = BASE[name]
+  monkeypatch.setattr(checkpoints, 'find', lambda path: path)
+  for once in ({}, dict(dtype='bfloat16', remat='full', attention='dense', unroll=0)):
+    meta = {'model': {**model_config.to_dict(stored), **once}, 'source': {'a': 1}}
     monkeypatch.setattr(checkpoints, 'read_meta', lambda folder, meta=meta: meta)
-    for field in COMPUTE_FIELDS:
-      changed = {field: OTHER[name][field]}
-      config = _Run(CheckpointModel(path='x', **changed), _Recipe())
-      found, vocabulary, source = start.resolve(config)
-      assert found.model == dataclasses.replace(stored, **changed)
-      assert vocabulary is None and source == {'a': 1}
+    run = _Run(CheckpointModel(path='x'), _Recipe(), ComputeConfig(dtype='bfloat16'))
+    resolved, vocabulary, source = start.resolve(run)
+    assert resolved == dataclasses.replace(run, model=stored)
+    assert vocabulary is None and source == {'a': 1}
+  with pytest.raises(UserError, match='unheard'):
+    model_config.from_dict({**model_config.to_dict(stored), 'unheard': 1})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -523,6 +535,7 @@ class _Recipe:
 class _Run:
   model: CheckpointModel
   recipe: _Recipe
+  compute: ComputeConfig
 
 
 # Fields that do not change what parameters mean.

@@ -16,7 +16,7 @@ def params(config, seed=0):
   return init(jax.random.key(seed))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits(config, params, *inputs):
+@functools.partial(jax.jit, static_argnums=0, static_argnames='compute')
+def logits(config, params, *inputs, compute=models.ComputeConfig()):
   """[B, T, vocab_size] of tokens, both positions and their visibility."""
-  return models.build(config).apply({'params': params}, *inputs)[0]
+  return models.build(config, compute).apply({'params': params}, *inputs)[0]

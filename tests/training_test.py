@@ -44,6 +44,7 @@ def _run(
   steps=3,
   optimizer=OPTIMIZER,
   loss_config=LossConfig(),
+  compute=models.ComputeConfig(),
 ):
   """State and metrics after some steps on a mesh."""
   mesh = sharding.make_mesh(mesh_config, _devices(mesh_config))
@@ -53,7 +54,7 @@ def _run(
   )
   current = jax.device_put(_fresh(config, optimizer), shardings)
   train_step = step.make_train_step(
-    losses.pretraining_loss(models.build(config), loss_config),
+    losses.pretraining_loss(models.build(config, compute), loss_config),
     optimizer,
     microbatches=microbatches,
     seed=0,
@@ -190,8 +191,8 @@ def test_z_loss_is_the_square_of_the_logsumexp(config, batch):
   ids=lambda computed: '-'.join(map(str, *computed.items())),
 )
 def test_how_layers_are_computed_changes_nothing(config, batch, reference, computed):
-  again = dataclasses.replace(config, **computed)
-  current, found = _run(again, batch, MeshConfig(data=1))
+  compute = models.ComputeConfig(**computed)
+  current, found = _run(config, batch, MeshConfig(data=1), compute=compute)
   assert found == pytest.approx(reference[1], rel=1e-6)
   assert _largest_difference(current['params'], reference[0]) <= 1e-6
 
@@ -199,8 +200,11 @@ def test_how_layers_are_computed_changes_nothing(config, batch, reference, compu
 @pytest.mark.parametrize('unroll,loops', [(0, 0), (1, 2), (2, 2)])
 def test_unrolled_layers_are_no_loop(config, batch, unroll, loops):
   """Three layers; two in a turn leave one behind the loop. Forward and backward."""
-  deep = dataclasses.replace(config, num_layers=3, unroll=unroll)
-  loss = losses.pretraining_loss(models.build(deep))
+  deep, compute = (
+    dataclasses.replace(config, num_layers=3),
+    models.ComputeConfig(unroll=unroll),
+  )
+  loss = losses.pretraining_loss(models.build(deep, compute))
   lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
     {'params': state.abstract_params(deep)}, batch._replace(index=None), None
   )
@@ -209,8 +213,9 @@ def test_unrolled_layers_are_no_loop(config, batch, unroll, loops):
 
 def test_products_with_the_head_multiply_the_computations_dtype(batch):
   """Else two of the three are float32 products, at a quarter of a GPU's speed."""
-  config = models.ChatGLM2Config(**_SMALL, num_kv_heads=2, head_size=16, dtype='bfloat16')
-  loss = losses.pretraining_loss(models.build(config))
+  config = models.ChatGLM2Config(**_SMALL, num_kv_heads=2, head_size=16)
+  compute = models.ComputeConfig(dtype='bfloat16')
+  loss = losses.pretraining_loss(models.build(config, compute))
   lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
     {'params': state.abstract_params(config)}, batch._replace(index=None), None
   )
@@ -364,7 +369,7 @@ def test_gradients_in_bfloat16_are_those_of_float32(config, batch):
   fresh = state.init_state(config, sgd, mesh, 0)
   found = {}
   for dtype in ('float32', 'bfloat16'):
-    model = models.build(dataclasses.replace(config, dtype=dtype))
+    model = models.build(config, models.ComputeConfig(dtype=dtype))
     train_step = step.make_train_step(
       losses.pretraining_loss(model), sgd, microbatches=4, seed=0, dtype=dtype
     )
@@ -401,11 +406,12 @@ def test_sums_over_many_tokens_do_not_saturate():
 @pytest.mark.parametrize('attention,square', [('chunked', False), ('dense', True)])
 def test_the_step_with_chunked_attention_holds_no_square_array(config, attention, square):
   T = 4096
-  config = dataclasses.replace(config, attention=attention, max_positions=T, num_layers=1)
+  config = dataclasses.replace(config, max_positions=T, num_layers=1)
+  model = models.build(config, models.ComputeConfig(attention=attention))
   ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
   rows = _batch_of(ids)
   train_step = step.make_train_step(
-    losses.pretraining_loss(models.build(config)), OPTIMIZER, microbatches=1, seed=0
+    losses.pretraining_loss(model), OPTIMIZER, microbatches=1, seed=0
   )
   mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
   abstract = state.abstract_state(config, OPTIMIZER, mesh)

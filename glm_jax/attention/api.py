@@ -58,11 +58,12 @@ class Seen:
   spread: bool
 
 
-def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
+def choose(model: Any, compute: Any, device: Any, length: int) -> tuple[str, str]:
   """The backend for training a model on a device, and why.
 
   Args:
-    model: a model configuration; its `attention` may be 'auto'.
+    model: a model configuration.
+    compute: its `ComputeConfig`, whose `attention` may be 'auto'.
     device: a JAX device.
     length: positions of a row.
 
@@ -71,16 +72,16 @@ def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
   """
   platform = 'gpu' if device.platform in ('gpu', 'cuda', 'rocm') else device.platform
   plain = _plain(length)
-  if model.attention != 'auto':
-    lacking = _lacks(model.attention, model, platform, device, length)
+  asked, dtype = compute.attention, compute.dtype
+  if asked != 'auto':
+    lacking = _lacks(asked, model, dtype, platform, device, length)
     configs.check(
       not lacking,
-      f'{type(model).__name__}.attention={model.attention!r} must be able to compute the '
-      'model here',
+      f'ComputeConfig.attention={asked!r} must be able to compute the model here',
       lacking,
       f"set it to 'auto', or {plain!r}",
     )
-    return model.attention, 'as set'
+    return asked, 'as set'
   # In order of preference. JAX's own kernel is the fallback on every TPU, since it needs
   # no further package and takes rows of any length.
   candidates = {
@@ -89,14 +90,16 @@ def choose(model: Any, device: Any, length: int) -> tuple[str, str]:
   }.get(platform, ())
   why = f'best on {device.device_kind}'
   for backend in candidates:
-    lacking = _lacks(backend, model, platform, device, length)
+    lacking = _lacks(backend, model, dtype, platform, device, length)
     if not lacking:
       return backend, why
     why = f'{backend} is out: {lacking}'
   return plain, why
 
 
-def _lacks(backend: str, model: Any, platform: str, device: Any, length: int) -> str:
+def _lacks(
+  backend: str, model: Any, dtype: str, platform: str, device: Any, length: int
+) -> str:
   """What a backend cannot do for a model; '' if nothing."""
   if backend not in _PLATFORM:
     return ''
@@ -110,7 +113,7 @@ def _lacks(backend: str, model: Any, platform: str, device: Any, length: int) ->
   if backend.endswith('tokamax') and importlib.util.find_spec('tokamax') is None:
     return f"tokamax is missing (pip install 'glm_jax[{platform}]')"
   if backend == 'gpu_tokamax':
-    return gpu.lacks(model.head_size, model.dtype, device)
+    return gpu.lacks(model.head_size, dtype, device)
   return ''
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.models.config import COMPUTE_FIELDS
 
 FILE = 'run.json'
 
@@ -30,7 +29,7 @@ def identity(
   """What must stay equal for a resumed run to be the same run.
 
   Args:
-    model: its configuration as a dict; how it is computed does not count.
+    model: its configuration as a dict.
     vocabulary: its fingerprint.
     batch_size: global.
     seed: of data, initialisation and dropout.
@@ -38,7 +37,7 @@ def identity(
     data: what the recipe adds.
   """
   return {
-    'model': {k: v for k, v in model.items() if k not in COMPUTE_FIELDS},
+    'model': model,
     'vocabulary': vocabulary,
     'batch_size': batch_size,
     'seed': seed,

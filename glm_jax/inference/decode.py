@@ -27,13 +27,14 @@ Cache = dict[str, jax.Array]
 """{'k', 'v'}: [L, B, S, K, H] each."""
 
 
-def init_cache(config: Any, rows: int, slots: int) -> Cache:
+def init_cache(config: Any, rows: int, slots: int, dtype: str = 'float32') -> Cache:
   """An empty cache, spread over the mesh as activations are: rows, and heads.
 
   Args:
     config: of the model.
     rows: B.
     slots: S, tokens of context and spans together.
+    dtype: of keys and values.
   """
   shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_size)
   # Few heads, or few rows, are whole on every device.
@@ -43,7 +44,7 @@ def init_cache(config: Any, rows: int, slots: int) -> Cache:
     for axis, size in zip(axes, shape, strict=True)
   ]
   spec = PartitionSpec(*spread)
-  return {name: _zeros(shape, jnp.dtype(config.dtype), spec) for name in ('k', 'v')}
+  return {name: _zeros(shape, jnp.dtype(dtype), spec) for name in ('k', 'v')}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -22,12 +22,19 @@ _BUCKET = 64
 class Filler:
   """Fills the blanks of texts with one model; a causal model goes on with them."""
 
-  def __init__(self, config: Any, params: Any, vocabulary: Vocabulary):
+  def __init__(
+    self,
+    config: Any,
+    params: Any,
+    vocabulary: Vocabulary,
+    compute: models.ComputeConfig = models.ComputeConfig(),
+  ):
     """
     Args:
       config: of the model.
       params: its parameters.
       vocabulary: that it was trained with.
+      compute: of it, the dtype is what counts here.
     """
     # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
     # pieces, a span of GLM has none but a stop token.
@@ -36,7 +43,8 @@ class Filler:
       allowed[list(vocabulary.names)] = False
       allowed[list(vocabulary.stops)] = True
     self._config, self._params, self._vocabulary = config, params, vocabulary
-    model = models.build(config)
+    self._dtype = compute.dtype
+    model = models.build(config, compute)
     # Each gives back the cache that it was given, in the same memory.
     jit = functools.partial(jax.jit, donate_argnums=1)
     self._read = jit(functools.partial(decode.read_context, model, causal=config.causal))
@@ -148,7 +156,8 @@ class Filler:
     for row, context in enumerate(contexts):
       tokens[row, : len(context)] = context
     # One slot a span more than its tokens: [sop] is read, too.
-    cache = decode.init_cache(c, len(prompts), width + rounds * (max_tokens + 1))
+    slots = width + rounds * (max_tokens + 1)
+    cache = decode.init_cache(c, len(prompts), slots, self._dtype)
     cache, _ = self._read(self._params, cache, tokens, lengths)
 
     # 2. The blanks: in each round the next one of every prompt that has one left.

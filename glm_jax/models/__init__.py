@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from glm_jax.models.compute import ComputeConfig
 from glm_jax.models.config import ChatGLM2Config, ChatGLMConfig, GLMConfig
 
 FAMILIES = {'glm': GLMConfig, 'chatglm': ChatGLMConfig, 'chatglm2': ChatGLM2Config}
 
 
-def build(config: Any):
-  """The Flax module for a model configuration."""
+def build(config: Any, compute: ComputeConfig = ComputeConfig()):
+  """The Flax module of a model, and how it is computed."""
   from glm_jax.models import chatglm, chatglm2, glm  # Flax takes a second to import.
 
   modules = {
@@ -24,4 +25,4 @@ def build(config: Any):
     ChatGLMConfig: chatglm.ChatGLM,
     ChatGLM2Config: chatglm2.ChatGLM2,
   }
-  return modules[type(config)](config)
+  return modules[type(config)](config, compute)

@@ -21,6 +21,7 @@ import numpy as np
 
 from glm_jax.batch import Visibility
 from glm_jax.models import layers, positions
+from glm_jax.models.compute import ComputeConfig
 from glm_jax.models.config import ChatGLMConfig
 from glm_jax.models.stack import stack
 
@@ -34,6 +35,7 @@ class ChatGLMBlock(nn.Module):
   """
 
   config: ChatGLMConfig
+  compute: ComputeConfig
   deterministic: bool
 
   @nn.compact
@@ -46,7 +48,7 @@ class ChatGLMBlock(nn.Module):
     phases: tuple[positions.Phases, ...],
   ) -> tuple[jax.Array, Any]:
     c = self.config
-    dtype = jnp.dtype(c.dtype)
+    dtype = jnp.dtype(self.compute.dtype)
     alpha = (2 * c.deepnorm_layers) ** 0.5
     drop = nn.Dropout(c.output_dropout, deterministic=self.deterministic)
 
@@ -94,6 +96,7 @@ class ChatGLM(nn.Module):
   """Tokens, two positions and visibility to logits."""
 
   config: ChatGLMConfig
+  compute: ComputeConfig
 
   @nn.compact
   def __call__(
@@ -116,7 +119,7 @@ class ChatGLM(nn.Module):
     chex.assert_equal_shape(
       [tokens, positions, block_positions, visibility.key_start, visibility.key_end]
     )
-    dtype = jnp.dtype(c.dtype)
+    dtype = jnp.dtype(self.compute.dtype)
     words = layers.Table(
       c.vocab_size, c.hidden_size, 'vocab', c.init_std, dtype, name='words'
     )
@@ -130,7 +133,15 @@ class ChatGLM(nn.Module):
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
       phases = rotary_phases(c, positions, block_positions)
     x_BTD, cache = stack(
-      ChatGLMBlock, c, deterministic, x_BTD, cache, visibility, cache_start, phases
+      ChatGLMBlock,
+      c,
+      self.compute,
+      deterministic,
+      x_BTD,
+      cache,
+      visibility,
+      cache_start,
+      phases,
     )
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, c.norm_epsilon, name='final_norm')(x_BTD)

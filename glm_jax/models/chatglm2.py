@@ -17,6 +17,7 @@ import numpy as np
 
 from glm_jax.batch import Visibility
 from glm_jax.models import layers, positions
+from glm_jax.models.compute import ComputeConfig
 from glm_jax.models.config import ChatGLM2Config
 from glm_jax.models.stack import stack
 
@@ -25,6 +26,7 @@ class ChatGLM2Block(nn.Module):
   """`x + attention(norm(x))`, then `x + mlp(norm(x))`; biases on q, k and v alone."""
 
   config: ChatGLM2Config
+  compute: ComputeConfig
   deterministic: bool
 
   @nn.compact
@@ -37,7 +39,7 @@ class ChatGLM2Block(nn.Module):
     phases: positions.Phases,
   ) -> tuple[jax.Array, Any]:
     c = self.config
-    dtype = jnp.dtype(c.dtype)
+    dtype = jnp.dtype(self.compute.dtype)
     # The residual sum of 2 L terms keeps its size.
     out_std = c.init_std / (2 * c.num_layers) ** 0.5
     norm = functools.partial(layers.RMSNorm, dtype, c.norm_epsilon)
@@ -74,6 +76,7 @@ class ChatGLM2(nn.Module):
   """Tokens, positions and visibility to logits."""
 
   config: ChatGLM2Config
+  compute: ComputeConfig
 
   @nn.compact
   def __call__(
@@ -96,7 +99,7 @@ class ChatGLM2(nn.Module):
     chex.assert_equal_shape(
       [tokens, positions, block_positions, visibility.key_start, visibility.key_end]
     )
-    dtype = jnp.dtype(c.dtype)
+    dtype = jnp.dtype(self.compute.dtype)
     table = functools.partial(
       layers.Table, c.vocab_size, c.hidden_size, 'vocab', c.init_std, dtype
     )
@@ -105,7 +108,15 @@ class ChatGLM2(nn.Module):
       x_BTD = layers.constrain(words(tokens), 'act_length', 'act_embed')
       phases = rotary_phases(c, positions)
     x_BTD, cache = stack(
-      ChatGLM2Block, c, deterministic, x_BTD, cache, visibility, cache_start, phases
+      ChatGLM2Block,
+      c,
+      self.compute,
+      deterministic,
+      x_BTD,
+      cache,
+      visibility,
+      cache_start,
+      phases,
     )
     with jax.named_scope('head'):
       x_BTD = layers.RMSNorm(dtype, c.norm_epsilon, name='final_norm')(x_BTD)

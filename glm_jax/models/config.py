@@ -1,4 +1,4 @@
-"""Model configurations: sizes, and how they are computed."""
+"""Model configurations: what a model is, whatever computes it."""
 
 from __future__ import annotations
 
@@ -6,58 +6,15 @@ import dataclasses
 from typing import Annotated, Any
 
 from glm_jax import configs
-from glm_jax.attention import BACKENDS
 from glm_jax.configs import POSITIVE, at_least, one_of, within
 from glm_jax.models.positions import PHASE_DTYPES
-
-REMAT_POLICIES = (
-  'none',
-  'full',
-  'attention',
-  'attention_qkv',
-  'projections',
-  'offload',
-  'dots',
-  'dots_no_batch',
-)
-
 
 # 0.1 is the rate of THUDM/GLM's arguments.py.
 _DROPOUT = within('[0, 1)').but('use 0.1 as the original, or 0 for none')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compute:
-  """How a model is computed: what a run may change without becoming another model.
-
-  Attributes:
-    dtype: of activations; parameters are float32.
-    remat: what the backward pass recomputes of a layer: nothing ('none'), all ('full'),
-      all but the output of attention ('attention'), and but queries, keys and values
-      ('attention_qkv'), and but the MLP's gate and up and the output projection
-      ('projections'); the same without gate and up, and all but attention's output kept in
-      the host's memory ('offload', TPU and GPU); all but its matmuls ('dots'), all but
-      its weight matmuls ('dots_no_batch').
-    attention: of `glm_jax.attention.BACKENDS`; 'auto' is the best for the device.
-    unroll: layers in one turn of the loop over layers, or fewer in the last; 0 for all,
-      which then is no loop. One turn compiles fastest; without a loop nothing that the
-      backward pass needs is copied, which pays on a GPU (`python -m benchmarks.step`).
-  """
-
-  dtype: Annotated[str, one_of('float32', 'bfloat16')] = 'float32'
-  remat: Annotated[str, one_of(*REMAT_POLICIES)] = 'none'
-  attention: Annotated[str, one_of(*BACKENDS)] = 'auto'
-  unroll: Annotated[int, at_least(0).but('use 0 for all layers')] = 1
-
-  def __post_init__(self):
-    configs.check_fields(self)
-
-
-COMPUTE_FIELDS = tuple(field.name for field in dataclasses.fields(Compute))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GLMConfig(Compute):
+class GLMConfig:
   """GLM (Du et al., ACL 2022; THUDM/GLM model/modeling_glm.py).
 
   Attributes:
@@ -89,7 +46,7 @@ class GLMConfig(Compute):
   init_std: Annotated[float, POSITIVE] = 0.02
 
   def __post_init__(self):
-    super().__post_init__()
+    configs.check_fields(self)
     _check_divides(self, 'hidden_size', 'num_heads')
 
   causal = False
@@ -110,7 +67,7 @@ class GLMConfig(Compute):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatGLMConfig(Compute):
+class ChatGLMConfig:
   """ChatGLM-6B and GLM-130B; see `glm_jax.models.chatglm`.
 
   Attributes:
@@ -163,7 +120,7 @@ class ChatGLMConfig(Compute):
   init_std: Annotated[float, POSITIVE] = 0.02
 
   def __post_init__(self):
-    super().__post_init__()
+    configs.check_fields(self)
     _check_divides(self, 'hidden_size', 'num_heads')
     # Pairs of dimensions are rotated, in each half of a head if there are two positions.
     parts = 4 if self.two_positions else 2
@@ -190,7 +147,7 @@ class ChatGLMConfig(Compute):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatGLM2Config(Compute):
+class ChatGLM2Config:
   """ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B; see `glm_jax.models.chatglm2`.
 
   Attributes:
@@ -234,7 +191,7 @@ class ChatGLM2Config(Compute):
   init_std: Annotated[float, POSITIVE] = 0.02
 
   def __post_init__(self):
-    super().__post_init__()
+    configs.check_fields(self)
     _check_divides(self, 'num_heads', 'num_kv_heads')
     # The default is resolved once, so that configurations with 0 and with the number itself
     # are equal, in a checkpoint and out of it.
@@ -256,6 +213,10 @@ class ChatGLM2Config(Compute):
     return self.mlp_size
 
 
+ONCE_FIELDS = ('dtype', 'remat', 'attention', 'unroll')
+"""Fields that model configurations once had; those of `ComputeConfig` today."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
   """A configuration as JSON, with its family, for a checkpoint to carry."""
   from glm_jax.models import FAMILIES
@@ -268,7 +229,8 @@ def from_dict(fields: dict[str, Any]) -> Any:
   """The inverse of `to_dict`; raises UserError for an unknown family or field."""
   from glm_jax.models import FAMILIES
 
-  fields = dict(fields)
+  # Checkpoints of before there was `ComputeConfig` also say how they were computed.
+  fields = {k: v for k, v in fields.items() if k not in ONCE_FIELDS}
   family = fields.pop('family', None)
   configs.check(
     family in FAMILIES,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from glm_jax.batch import Visibility
 from glm_jax.models import layers
+from glm_jax.models.compute import ComputeConfig
 from glm_jax.models.config import GLMConfig
 from glm_jax.models.stack import stack
 
@@ -24,6 +25,7 @@ class GLMBlock(nn.Module):
   """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
   config: GLMConfig
+  compute: ComputeConfig
   deterministic: bool
 
   @nn.compact
@@ -31,7 +33,7 @@ class GLMBlock(nn.Module):
     self, x_BTD: jax.Array, cache: Any, seen: Any, cache_start: Any
   ) -> tuple[jax.Array, Any]:
     c = self.config
-    dtype = jnp.dtype(c.dtype)
+    dtype = jnp.dtype(self.compute.dtype)
     # mpu/transformer.py scaled_init_method: the residual sum of 2 L terms keeps its size.
     out_std = c.init_std / (2 * c.num_layers) ** 0.5
     drop = nn.Dropout(c.output_dropout, deterministic=self.deterministic)
@@ -65,6 +67,7 @@ class GLM(nn.Module):
   """Tokens, two positions and visibility to logits."""
 
   config: GLMConfig
+  compute: ComputeConfig
 
   @nn.compact
   def __call__(
@@ -99,7 +102,7 @@ class GLM(nn.Module):
     chex.assert_equal_shape(
       [tokens, positions, block_positions, visibility.key_start, visibility.key_end]
     )
-    dtype = jnp.dtype(c.dtype)
+    dtype = jnp.dtype(self.compute.dtype)
     words = layers.Table(
       c.vocab_size, c.hidden_size, 'vocab', c.init_std, dtype, name='words'
     )
@@ -116,7 +119,9 @@ class GLM(nn.Module):
       x_BTD = nn.Dropout(c.embedding_dropout, deterministic=deterministic)(x_BTD)
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
 
-    x_BTD, cache = stack(GLMBlock, c, deterministic, x_BTD, cache, visibility, cache_start)
+    x_BTD, cache = stack(
+      GLMBlock, c, self.compute, deterministic, x_BTD, cache, visibility, cache_start
+    )
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, name='final_norm')(x_BTD)
       return head(x_BTD, words.cast()), cache

@@ -9,6 +9,7 @@ import jax
 
 from glm_jax import attention, sharding
 from glm_jax.batch import Visibility
+from glm_jax.models.compute import ComputeConfig
 
 _policies = jax.checkpoint_policies
 
@@ -34,6 +35,7 @@ _REMAT = {
 def stack(
   block: type[nn.Module],
   config: Any,
+  compute: ComputeConfig,
   deterministic: bool,
   x_BTD: jax.Array,
   cache: Any,
@@ -41,15 +43,16 @@ def stack(
   cache_start: Any,
   *by_token: Any,
 ) -> tuple[jax.Array, Any]:
-  """`num_layers` blocks, one after the other, as a scan under the config's remat policy.
+  """`num_layers` blocks, one after the other, as a scan under a remat policy.
 
   Between first and last, tokens are in the order that balances a sequence axis.
 
   Args:
-    block: a module of (config, deterministic), called as
+    block: a module of (config, compute, deterministic), called as
       `(x_BTD, cache, seen, cache_start, *by_token)`, that returns its output and its
       cache; `seen` as `Attention` takes it.
     config: a model configuration.
+    compute: how it is computed.
     deterministic: no dropout.
     x_BTD: input of the first.
     cache: {'k', 'v'} with a leading axis L, or None.
@@ -67,10 +70,10 @@ def stack(
       sharding.spread, (x_BTD, visibility, by_token)
     )
   if cache is None:
-    seen = attention.prepare(visibility, config.attention, spread=spread)
-  if config.remat != 'none':
+    seen = attention.prepare(visibility, compute.attention, spread=spread)
+  if compute.remat != 'none':
     # Without prevent_cse's barriers: inside a scan nothing is merged across the passes.
-    block = nn.remat(block, prevent_cse=False, policy=_REMAT[config.remat])
+    block = nn.remat(block, prevent_cse=False, policy=_REMAT[compute.remat])
   x_BTD, cache = nn.scan(
     block,
     variable_axes={'params': 0},
@@ -78,7 +81,9 @@ def stack(
     # The cache has a layer axis; `seen`, `cache_start` and `by_token` are for all layers.
     in_axes=(0, *[nn.broadcast] * (2 + len(by_token))),
     length=config.num_layers,
-    unroll=config.unroll,
+    unroll=compute.unroll,
     metadata_params={nn.PARTITION_NAME: 'layers'},
-  )(config, deterministic, name='layers')(x_BTD, cache, seen, cache_start, *by_token)
+  )(
+    config, compute, deterministic, name='layers'
+  )(x_BTD, cache, seen, cache_start, *by_token)
   return sharding.unspread(x_BTD) if spread else x_BTD, cache

@@ -100,7 +100,6 @@ def best(
 
 def bindings(original: Any, config: TrainConfig) -> str:
   """The flags that make a suggested configuration of the original one."""
-  name = type(config.model).__name__
   before = original.mesh.sizes
   return ' '.join(
     [
@@ -110,7 +109,7 @@ def bindings(original: Any, config: TrainConfig) -> str:
     ]
     + [
       f'--gin.BATCH_SIZE={config.batch_size}',
-      f'--gin.{name}.remat="\'{config.model.remat}\'"',
+      f'--gin.ComputeConfig.remat="\'{config.compute.remat}\'"',
     ]
   )
 
@@ -125,7 +124,7 @@ def apply(config: TrainConfig, candidate: Candidate, devices: int) -> Any:
     config,
     mesh=mesh,
     batch_size=c.rows * devices // (c.sequence * c.tensor) * config.microbatches,
-    model=dataclasses.replace(config.model, remat=c.remat),
+    compute=dataclasses.replace(config.compute, remat=c.remat),
   )
 
 

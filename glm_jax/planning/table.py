@@ -20,7 +20,7 @@ def render(result: Prediction, config: TrainConfig, where: str) -> str:
     ('parameters', _parameters(result)),
     ('mesh', ' x '.join(f'{k} {v}' for k, v in result.mesh.items() if v > 1) or 'one'),
     ('batch', _batch(result, config)),
-    ('remat, dtype', f'{config.model.remat}, {config.model.dtype}'),
+    ('remat, dtype', f'{config.compute.remat}, {config.compute.dtype}'),
     ('attention', '{} ({})'.format(*result.attention)),
     *_memory(result),
     ('model FLOPs', _flops(result, config)),

@@ -1,5 +1,6 @@
 """Stages of training, a file each, and how a seqio task becomes a run's data."""
 
+from glm_jax.models.config import ONCE_FIELDS
 from glm_jax.recipes import pretraining
 from glm_jax.training import config
 
@@ -13,5 +14,16 @@ MOVED = {
   },
   'TrainConfig.loss': 'Pretraining.loss_config',
   'EvaluationConfig.objectives': 'Pretraining.validated',
+  **{
+    f'{kind}.{name}': f'ComputeConfig.{name}'
+    for kind in ('GLMConfig', 'ChatGLMConfig', 'ChatGLM2Config', 'CheckpointModel')
+    for name in ONCE_FIELDS
+  },
 }
-"""Parameters in gin files of before there were recipes -> what they are now."""
+"""Parameters in older gin files -> what they are now."""
+
+WIRED = {
+  'Pretraining': 'TrainConfig.recipe = @Pretraining()',
+  'ComputeConfig': 'TrainConfig.compute = @ComputeConfig()',
+}
+"""What a gin file must say once for parameters of these to count."""

@@ -84,7 +84,7 @@ def fill(
   say(f'\nheld-out text, {kind} by the model:')
   # A token at a time is no length to be cut.
   with sharding.active(data.layout.replace(act_length=None)):
-    filler = Filler(config.model, params, data.vocabulary)
+    filler = Filler(config.model, params, data.vocabulary, config.compute)
     asked = [*_questions(config, filler, source)]
     spans = filler.fill([prompt for prompt, _ in asked], max_tokens=16) if asked else []
   filled = []

@@ -12,15 +12,14 @@ from typing import Annotated
 from glm_jax import configs
 from glm_jax.checkpoints import CheckpointConfig
 from glm_jax.configs import POSITIVE, at_least
-from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
-from glm_jax.models.config import Compute
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, ComputeConfig, GLMConfig
 from glm_jax.sharding import MeshConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointModel(Compute):
+class CheckpointModel:
   """The model that a checkpoint holds: its family and sizes stand there.
 
   Attributes:
@@ -28,6 +27,9 @@ class CheckpointModel(Compute):
   """
 
   path: str
+
+  def __post_init__(self):
+    configs.check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,8 @@ class TrainConfig:
   """A training run.
 
   Attributes:
-    model: sizes and computation of the model, or `CheckpointModel`: those of a checkpoint.
+    model: sizes of the model, or `CheckpointModel`: those of a checkpoint.
+    compute: its dtype, what is computed again, the attention backend.
     recipe: the stage: what is read, what the loss is, what is reported.
     optimizer: and its schedule.
     mesh: of the devices.
@@ -74,6 +77,7 @@ class TrainConfig:
 
   model: GLMConfig | ChatGLMConfig | ChatGLM2Config | CheckpointModel
   recipe: Recipe
+  compute: ComputeConfig = ComputeConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
@@ -117,6 +121,7 @@ CONFIGURABLES = (
   ChatGLMConfig,
   ChatGLM2Config,
   CheckpointModel,
+  ComputeConfig,
   OptimizerConfig,
   MeshConfig,
   CheckpointConfig,

@@ -51,18 +51,18 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
   sharding.check_fits(config.model, config.batch_size, config.microbatches, length, layout)
   # Not jax.devices(): those of the layout may only be described.
   device = layout.devices.flat[0]
-  backend, why = attention.choose(config.model, device, length)
+  backend, why = attention.choose(config.model, config.compute, device, length)
   # 'auto' is resolved for the program alone; the run's configuration keeps it, so that
   # resuming on another device is the same run.
-  model = dataclasses.replace(config.model, attention=backend)
-  loss_fn = recipe.loss(config, models.build(model))
+  compute = dataclasses.replace(config.compute, attention=backend)
+  loss_fn = recipe.loss(config, models.build(config.model, compute))
   update = optimizer.make_optimizer(config.optimizer, config.train_steps)
   train_step = step.make_train_step(
     loss_fn,
     update,
     microbatches=config.microbatches,
     seed=config.seed,
-    dtype=model.dtype,
+    dtype=compute.dtype,
     counts=recipe.counts,
   )
   leaves = recipe.leaves(config)

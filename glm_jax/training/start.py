@@ -9,7 +9,6 @@ import jax
 
 from glm_jax import checkpoints, configs, sharding
 from glm_jax.models import config as model_config
-from glm_jax.models.config import COMPUTE_FIELDS
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import state
@@ -17,7 +16,6 @@ from glm_jax.training.config import CheckpointModel, TrainConfig
 
 # Fields that two models may differ in and still share their parameters' meaning.
 _FREE = {
-  *COMPUTE_FIELDS,
   'max_positions',
   'embedding_dropout',
   'attention_dropout',
@@ -44,14 +42,9 @@ def resolve(
   """
   if not isinstance(config.model, CheckpointModel):
     return config, None, None
-  reference = config.model
-  folder = checkpoints.find(reference.path)
+  folder = checkpoints.find(config.model.path)
   meta = checkpoints.read_meta(folder)
-  # The checkpoint says what the model is, this run how it is computed.
-  model = dataclasses.replace(
-    model_config.from_dict(meta['model']),
-    **{name: getattr(reference, name) for name in COMPUTE_FIELDS},
-  )
+  model = model_config.from_dict(meta['model'])
   vocabulary = None if config.recipe.has_vocabulary else vocabulary_of(folder, meta)
   return dataclasses.replace(config, model=model), vocabulary, meta.get('source')
 
