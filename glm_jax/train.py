@@ -93,7 +93,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   manager = Checkpoints(config.model_dir, config.checkpoint)
   stream = data.stream(saved_step or 0)
   if saved_step is not None:
-    current = manager.restore(saved_step, built.state, stream.place)
+    current = manager.restore(saved_step, built.state, stream)
     say(f'resumed {config.model_dir} at step {saved_step}')
   first = int(current['step'])
   backend, why = built.attention
@@ -156,13 +156,14 @@ def train(config: TrainConfig, config_text: str) -> None:
       # Validation and saving do not count as training time.
       meter.stop()
       if validates:
-        validated = validate(merge(current['params'], frozen))
+        whole = merge(current['params'], frozen)
+        validated = {**validate(whole), **recipe.validate(config, data, whole)}
         writer.write(number, 'validation', validated)
         say(evaluation.line(validated), flush=True)
       if saves:
         # An older validation says nothing of this checkpoint.
         scores = validated if validates else {}
-        manager.save(current, {**meta, 'step': number}, scores, stream.place)
+        manager.save(current, {**meta, 'step': number}, scores, stream)
       meter.restart()
     manager.close()
 

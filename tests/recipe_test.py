@@ -50,6 +50,46 @@ class Tempered(Pretraining):
 CONFIGURABLES = (Tempered,)
 '''
 
+REMEMBERS = '''
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+import own_recipe
+from glm_jax import sharding
+from glm_jax.training.recipe import WorkStream
+
+
+class Remembering(WorkStream):
+  """Weighs a batch by what was seen before it."""
+
+  def __init__(self, stream, layout):
+    self.stream = stream
+    self.kept = {'seen': jax.device_put(jnp.zeros(()), sharding.replicated(layout))}
+
+  def __call__(self, state):
+    work = self.stream(state)
+    weights = work.batch.loss_weights * (1 + jnp.sin(self.kept['seen']))
+    self.kept = {'seen': self.kept['seen'] + 1 + state['params']['temperature']['scale'][0]}
+    return work._replace(batch=work.batch._replace(loss_weights=weights))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remembers(own_recipe.Tempered):
+  def prepare(self, config, vocabulary, layout):
+    data = super().prepare(config, vocabulary, layout)
+    stream = data.stream
+    data.stream = lambda step: Remembering(stream(step), layout)
+    return data
+
+  def validate(self, config, data, params):
+    return {'warmth': float(params['temperature']['scale'][0])}
+
+
+CONFIGURABLES = (Remembers,)
+'''
+
 DROPOUTS = ('embedding', 'attention', 'output')
 
 
@@ -105,6 +145,20 @@ def test_it_trains_validates_goes_on_and_reports(start, tmp_path):
   assert 'validation' in (tmp_path / 'straight' / 'metrics.jsonl').read_text()
   summary = json.loads((tmp_path / 'stopped' / 'summary.json').read_text())
   assert summary['temperature'] != 2.0 and summary['steps'] == 4
+
+
+def test_a_stream_remembers_and_a_recipe_measures(start, tmp_path):
+  (tmp_path / 'remembers.py').write_text(REMEMBERS)
+  own = dict(imports='remembers', name='Remembers')
+  best = ("CheckpointConfig.best_metric='warmth'", "CheckpointConfig.best_mode='max'")
+  for run, ends in (('straight', [4]), ('stopped', [2, 4])):
+    for end in ends:
+      done = start('train', run, f'TRAIN_STEPS={end}', *best, **own)
+      assert done.returncode == 0, done.stderr
+  losses = [_losses(tmp_path / run) for run in ('straight', 'stopped')]
+  assert losses[0] == losses[1] and {*losses[0]} == {1, 2, 3, 4}
+  measured = [r['warmth'] for r in writer.read(str(tmp_path / 'straight'), 'validation')]
+  assert measured and measured[-1] != 2.0 and 'warmth' in done.stdout
 
 
 def test_it_is_planned_and_previewed(start, tmp_path):

@@ -2,7 +2,8 @@
 
 `MODEL_DIR/checkpoints/STEP/` holds `params` (alone), `optimizer`, and `meta`: format
 version, model configuration, the vocabulary itself, what identifies the run, the gin
-configuration; and `place`, of a stream that keeps one (`glm_jax.checkpoints.place`).
+configuration; of a stream that needs them, `place` (`glm_jax.checkpoints.place`) and the
+arrays that it keeps between steps, `stream`.
 Arrays are restored onto whatever mesh asks for them.
 """
 
@@ -25,11 +26,11 @@ from orbax.checkpoint import checkpoint_managers
 from glm_jax import configs
 from glm_jax.checkpoints import base
 from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
-from glm_jax.configs import ResourceError, UserError, at_least
+from glm_jax.configs import ResourceError, UserError, at_least, one_of
 
 FORMAT = 1
 FOLDER = 'checkpoints'
-_ITEMS = ('params', 'optimizer', 'meta', ITEM)
+_ITEMS = ('params', 'optimizer', 'meta', 'stream', ITEM)
 # Large enough that a file system is not flooded with files, small enough that a device
 # reads little more than its part.
 _CHUNK_BYTES = 2**26
@@ -42,14 +43,16 @@ class CheckpointConfig:
   Attributes:
     every: steps between checkpoints; the last step always has one.
     keep: newest checkpoints to keep.
-    keep_best: checkpoints of lowest `best_metric` to keep besides.
+    keep_best: checkpoints of the best `best_metric` to keep besides.
     best_metric: a validation metric, such as 'loss' or 'loss/blank'.
+    best_mode: whether its least ('min') or its largest ('max') value is best.
   """
 
   every: Annotated[int, at_least(1)] = 1000
   keep: Annotated[int, at_least(1)] = 3
   keep_best: Annotated[int, at_least(0)] = 1
   best_metric: str = 'loss'
+  best_mode: Annotated[str, one_of('min', 'max')] = 'min'
 
   def __post_init__(self):
     configs.check_fields(self)
@@ -68,11 +71,13 @@ class Checkpoints:
     policies = [checkpoint_managers.LatestN(config.keep)]
     # BestN keeps the end of its sorted list: of descending losses, the lowest. Checkpoints
     # between validations have no metrics and are not kept for it.
+    least = config.best_mode == 'min'
+    worst = math.inf if least else -math.inf
     if config.keep_best:
       policies.append(
         checkpoint_managers.BestN(
-          get_metric_fn=lambda metrics: metrics.get(config.best_metric, math.inf),
-          reverse=True,
+          get_metric_fn=lambda metrics: metrics.get(config.best_metric, worst),
+          reverse=least,
           n=config.keep_best,
           keep_checkpoints_without_metrics=False,
         )
@@ -101,11 +106,12 @@ class Checkpoints:
       state: of training.
       meta: the description that the checkpoint carries.
       metrics: of validation, which say what is best.
-      stream: a stream that keeps its place; None for one that needs none.
+      stream: of the run, with `place` and `kept`; None for a function of the step.
 
     Raises:
       ResourceError: an earlier save failed, such as on a full disk.
     """
+    place, kept = _memory(stream)
     with _storage_errors():
       self._manager.save(
         int(state['step']),
@@ -113,7 +119,8 @@ class Checkpoints:
           params=_save_args(state['params']),
           optimizer=_save_args(_optimizer_dict(state)),
           meta=ocp.args.JsonSave({'format': FORMAT, **meta}),
-          **({} if stream is None else {ITEM: SavePlace(stream)}),
+          **({} if place is None else {ITEM: SavePlace(place)}),
+          **({} if kept is None else {'stream': _save_args(kept)}),
         ),
         metrics=metrics or None,
         # The run decides which steps are saved, not Orbax's own interval.
@@ -123,18 +130,22 @@ class Checkpoints:
   def restore(
     self, step: int, abstract: dict[str, Any], stream: Any = None
   ) -> dict[str, Any]:
-    """The state of a step, on the shardings of `abstract`; `stream` goes to its place."""
+    """The state of a step, on the shardings of `abstract`; `stream` is as it was then."""
     # `params` lies apart, so that inference and `init_from` read nothing else.
     optimizer = _optimizer_dict(abstract)
+    place, kept = _memory(stream)
     with _unreadable(self.folder / str(step)):
       items = self._manager.restore(
         step,
         args=ocp.args.Composite(
           params=ocp.args.StandardRestore(abstract['params']),
           optimizer=ocp.args.StandardRestore(optimizer),
-          **({} if stream is None else {ITEM: RestorePlace(stream)}),
+          **({} if place is None else {ITEM: RestorePlace(place)}),
+          **({} if kept is None else {'stream': ocp.args.StandardRestore(kept)}),
         ),
       )
+    if kept is not None:
+      stream.kept = items['stream']
     opt_state = serialization.from_state_dict(
       abstract['opt_state'], items['optimizer']['opt_state']
     )
@@ -262,6 +273,10 @@ def _read(
     )
     found = reader.restore(folder.absolute() / 'params', args=wanted)
   return traverse_util.flatten_dict(found)
+
+
+def _memory(stream: Any) -> tuple[Any, Any]:
+  return (None, None) if stream is None else (stream.place, stream.kept)
 
 
 def _save_args(tree: Any) -> ocp.args.StandardSave:

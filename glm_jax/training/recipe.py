@@ -41,10 +41,14 @@ class WorkStream:
   """Asked with the state before each update; answers with `Work`.
 
   Attributes:
-    place: what a checkpoint must keep of the stream, with `save(prefix)` and
-      `restore(prefix)`; None for one that is a function of the step.
+    kept: a tree of arrays on the mesh that the stream needs from one step to the next, such
+      as rollouts that several updates learn from. Checkpoints hold them, and a resumed run
+      sets them again, on whatever mesh it has; None for a function of the step.
+    place: what each process keeps by itself, with `save(prefix)` and `restore(prefix)`, as
+      an iterator of TensorFlow does: as many processes go on from it. None for nothing.
   """
 
+  kept: Any = None
   place: Any = None
 
   def __call__(self, current: Any) -> Work:
@@ -170,6 +174,15 @@ class Recipe:
   def fixed_validation(self) -> list[str]:
     """gin bindings that keep what is validated out of a search of `tune`."""
     return []
+
+  def validate(self, config: TrainConfig, data: Data, params: Any) -> dict[str, float]:
+    """What is measured beside the losses at each validation: name -> number.
+
+    All processes call it, and must compute the same with `params` on the mesh. A metric
+    whose largest value is best is `best_metric` with `CheckpointConfig.best_mode='max'`.
+    """
+    del config, data, params
+    return {}
 
   def report(
     self,
