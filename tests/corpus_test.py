@@ -61,11 +61,15 @@ def test_jsonl_lines_are_documents_with_prompts(tmp_path):
   [
     ('a.txt', b'good \xff bad', r'a\.txt with byte 0xff at offset 5'),
     ('a.jsonl', b'{"text": "x"}\n{"text": }\n', r'a\.jsonl line 2'),
-    ('a.jsonl', b'{"prompt": "x"}\n', "a string 'text'"),
-    ('a.jsonl', b'{"text": 5}\n', "a string 'text'"),
-    ('a.jsonl', b'["text"]\n', "a string 'text'"),
+    (
+      'a.jsonl',
+      b'{"prompt": "x"}\n',
+      r"field 'text', got the fields \['prompt'\] in .*line 1",
+    ),
+    ('a.jsonl', b'\n{"text": 5}\n', r"'text' must be text, got 5 in .*a\.jsonl line 2"),
+    ('a.jsonl', b'["text"]\n', r'must be an object .*got \["text"\] in .*line 1'),
     ('a.jsonl', b'{"text": "\\ud800"}\n', 'lone surrogate'),
-    ('a.csv', b'text', 'must end in .txt or .jsonl'),
+    ('a.tsv', b'text', 'must end in .txt, .jsonl'),
   ],
 )
 def test_bad_text_is_named(tmp_path, name, content, message):

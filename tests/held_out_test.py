@@ -11,7 +11,7 @@ import seqio
 from glm_jax.configs import UserError
 from glm_jax.data.corpora import corpus, held_out, parts
 from glm_jax.data.corpora.config import CorpusConfig
-from glm_jax.data.corpora.text_files import Document
+from glm_jax.data.corpora.fields import Document
 from glm_jax.data.making import tokenized
 from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream.source import Corpus, IndexedRows, Reading

@@ -16,9 +16,9 @@ class CorpusConfig:
   Attributes:
     corpus: 'documentation' (what every Python installation carries), 'shards:DIR' (what
       `make_shards` wrote), 'tfds:NAME' or 'tfds:NAME:VERSION', 'task:NAME' (a seqio task
-      of text, or of the feature tokens), or a glob of .txt files (a document each) and
-      .jsonl files (a document a line: {"text"} or {"prompt", "text"}, with loss on the
-      text only).
+      of text, or of the feature tokens), or a glob of files: .txt (a document each),
+      .jsonl, .json, .csv and .parquet (objects), also .gz and .zst. An object has a text,
+      or a prompt and an answer with loss on the answer alone.
     packed: several whole documents a row, each an example of its own, instead of one
       stream of text that is cut into rows: for short documents.
     verify: compare shards with their checksums before training, each process its part.
@@ -27,7 +27,11 @@ class CorpusConfig:
       fewer than 20, the end of the text (see `glm_jax.data.corpora.held_out`).
     errors: invalid UTF-8 stops the run ('strict'), becomes U+FFFD ('replace') or is left
       out ('ignore').
-    text_key: the feature of a TFDS data set or a seqio task that holds the text.
+    text_key: the field of an object, or feature of a data set, that holds the text.
+    prompt_key: the field that precedes the text without loss, where an object has it;
+      '' for 'prompt'.
+    answer_key: the field with loss of objects that are all pairs; '' takes `text_key`, or
+      the pairs of `glm_jax.data.corpora.fields.PAIRS` where there is none.
     tfds_data_dir: where TFDS data sets are; '' for the TFDS default.
     cache_dir: where vocabularies and rows are kept between runs.
   """
@@ -41,6 +45,8 @@ class CorpusConfig:
   validation_fraction: Annotated[float, within('(0, 1)')] = 0.05
   errors: Annotated[str, one_of('strict', 'replace', 'ignore')] = 'strict'
   text_key: str = 'text'
+  prompt_key: str = ''
+  answer_key: str = ''
   tfds_data_dir: str = ''
   cache_dir: str = '~/.cache/glm_jax'
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 
 from glm_jax.data.corpora import parts, sources, text_files
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
-from glm_jax.data.corpora.text_files import Document
+from glm_jax.data.corpora.fields import Document
 from glm_jax.text import loading
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.vocabulary import Vocabulary
 
 # Counts up when other documents would be held out of the same text.
-_RULE = 2
+_RULE = 3
 # Of text that is in memory at a time.
 _PART_BYTES = 64 * 10**6
 
@@ -39,10 +39,11 @@ def held_out_in_words(config: CorpusConfig) -> str:
 
 
 def fingerprint(config: CorpusConfig) -> str:
-  """Tells one state of a corpus from another, without reading all of it."""
+  """Tells one state of a corpus from another."""
   found = sources.of(config).fingerprint()
   # And what decides which documents are held out, and how they are read.
   found += [config.validation, config.validation_fraction, config.errors, _RULE]
+  found += [config.text_key, config.prompt_key, config.answer_key]
   return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
@@ -65,7 +66,14 @@ def load_or_train_vocabulary(
   if not path.exists():
     began = time.perf_counter()
     # Trained on training documents alone: validation must not shape the vocabulary.
-    texts = [d.text for corpus in corpora for d in documents(corpus, 'train')]
+    # Prompts are read by the model, too.
+    texts = [
+      text
+      for corpus in corpora
+      for document in documents(corpus, 'train')
+      for text in (document.prompt, document.text)
+      if text
+    ]
     text_files.check_some(any(map(str.strip, texts)), corpora[0].corpus)
     model = vocabularies.train_sentencepiece(
       texts, config.size, bpe=config.kind == 'chatglm3'

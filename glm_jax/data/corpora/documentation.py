@@ -7,7 +7,10 @@ packages, near-duplicates removed, split into training and validation by package
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import io
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +76,7 @@ class Documentation(tfds.core.GeneratorBasedBuilder):
 def prepared(cache_dir: Path) -> Documentation:
   """The builder, its data made at first use (half a minute)."""
   tfds.disable_progress_bar()
-  builder = Documentation(data_dir=str(cache_dir / 'tfds'))
+  builder = Documentation(data_dir=str(cache_dir / 'tfds' / _environment()))
   if not Path(builder.data_dir).exists():
     # TFDS reports what it does on stdout and stderr; only the lines of this module count.
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -86,6 +89,13 @@ def prepared(cache_dir: Path) -> Documentation:
       flush=True,
     )
   return builder
+
+
+def _environment() -> str:
+  """Tells one Python and its packages from another."""
+  packages = {f'{d.name} {d.version}' for d in importlib.metadata.distributions()}
+  text = '\n'.join([sys.version, *sorted(packages)])
+  return hashlib.sha256(text.encode('utf-8')).hexdigest()[:16]
 
 
 def split_by_package(

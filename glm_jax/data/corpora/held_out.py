@@ -16,7 +16,7 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.data.corpora import text_files
-from glm_jax.data.corpora.text_files import Document
+from glm_jax.data.corpora.fields import Document
 
 ENOUGH = 200
 """Documents from which on hashes alone decide."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from glm_jax.data.corpora import held_out, sources
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.corpora.fields import Document
 from glm_jax.data.corpora.sources import CorpusPart
-from glm_jax.data.corpora.text_files import Document
 
 
 def find(config: CorpusConfig, part_bytes: float) -> list[CorpusPart]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,16 @@ from etils import epath
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.data.corpora import text_files
+from glm_jax.data.corpora import fields, text_files
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.corpora.fields import Document
 from glm_jax.data.corpora.held_out import HoldOut
-from glm_jax.data.corpora.text_files import ByteRange, Document
+from glm_jax.data.corpora.text_files import ByteRange
 
 # Of a TFDS data set in a part.
 _EXAMPLES = 100_000
+# Bytes of files that are read to know whether they are the same.
+_READ_WHOLE = 2**31
 # Rows of shards that are decoded at a time.
 _AT_ONCE = 256
 
@@ -73,8 +78,8 @@ class TextSource:
     raise NotImplementedError
 
   def fingerprint(self) -> list[Any]:
-    """What tells one state of the text from another, without reading all of it."""
-    return [self.config.corpus, self.config.text_key, self.config.tfds_data_dir]
+    """What tells one state of the text from another."""
+    return [self.config.corpus, self.config.tfds_data_dir]
 
   def holds(self, count: int) -> bool:
     """Whether there are so many documents to train on, held-out ones included."""
@@ -90,9 +95,12 @@ class TextSource:
     """That of the text's tokens; None for text that has none."""
     return None
 
+  def _where(self) -> str:
+    return f' in {self.config.corpus!r}'
+
 
 class TextFiles(TextSource):
-  """.txt and .jsonl files, here or in a bucket; no TensorFlow."""
+  """Files of the formats of `glm_jax.data.corpora.formats`, here or in a bucket."""
 
   def has_validation(self) -> bool:
     return bool(self.config.validation)
@@ -116,14 +124,14 @@ class TextFiles(TextSource):
     # Files are read only until it is clear that there are enough.
     seen = 0
     for path in text_files.find(self.name):
-      seen += text_files.count(path, count)
+      seen += text_files.count(path, count, self.config)
       if seen >= count:
         return True
     return False
 
   def fingerprint(self) -> list[Any]:
     patterns = [self.name] + [self.config.validation] * self.has_validation()
-    return [_stats(path) for pattern in patterns for path in text_files.find(pattern)]
+    return [_state_of(text_files.find(pattern)) for pattern in patterns]
 
 
 class DataSet(TextSource):
@@ -187,7 +195,7 @@ class DataSet(TextSource):
     with self._prepared():
       dataset = tfds.as_numpy(builder.as_dataset(split=split, read_config=reading))
     for example in dataset:
-      yield _text_of(example, self.config)
+      yield fields.document(example, self.config, self._where)
 
 
 class InstalledDocs(DataSet):
@@ -202,7 +210,7 @@ class InstalledDocs(DataSet):
 
   def fingerprint(self) -> list[Any]:
     # Files that the builder wrote.
-    return [_stats(path) for path in sorted(Path(self.builder().data_dir).iterdir())]
+    return _state_of(sorted(epath.Path(self.builder().data_dir).iterdir()))
 
 
 class SeqioTask(TextSource):
@@ -255,7 +263,7 @@ class SeqioTask(TextSource):
       if 'tokens' in example:
         yield Document('', ids=example['tokens'].tolist())
       else:
-        yield _text_of(example, self.config)
+        yield fields.document(example, self.config, self._where)
 
 
 class Shards(TextSource):
@@ -316,19 +324,33 @@ def cache_dir(config: CorpusConfig) -> Path:
   return Path(config.cache_dir).expanduser()
 
 
-def _text_of(example: dict, config: CorpusConfig) -> Document:
-  value = example.get(config.text_key)
-  configs.check(
-    isinstance(value, bytes),
-    'CorpusConfig.text_key must be a text feature',
-    f'{config.text_key!r} of {sorted(example)}',
-    'choose one of these',
-  )
-  return Document(value.decode('utf-8', config.errors))
+def _state_of(paths: Sequence[epath.Path]) -> list[Any]:
+  """Tells files from others: by content, or by path, size and time if they are large."""
+  here = [path for path in paths if '://' not in str(path)]
+  small = sum(os.path.getsize(path) for path in here) <= _READ_WHOLE
+  return [_digest(path) if small and path in here else _stats(path) for path in paths]
 
 
-def _stats(path: epath.Path) -> list:
-  # Files are told apart by path, size and time, not by content.
+def _digest(path: epath.Path) -> list[Any]:
+  # The ending says how the file is read.
+  return [path.suffix, _sha256(*_stats(path))]
+
+
+@functools.cache
+def _sha256(path: str, size: int, modified: int) -> str:
+  # A process asks more than once; a file that changes meanwhile has another time.
+  del size, modified
+  try:
+    with open(path, 'rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError as error:
+    raise UserError(
+      f'text files must be readable, got {path} ({error.strerror}); give this user '
+      'permission to read it.'
+    ) from error
+
+
+def _stats(path: epath.Path) -> list[Any]:
   if '://' in str(path):
     stat = path.stat()
     return [str(path), stat.length, stat.mtime]

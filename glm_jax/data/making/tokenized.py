@@ -20,13 +20,13 @@ from glm_jax.configs import UserError
 from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora import sources
 from glm_jax.data.corpora.config import CorpusConfig
-from glm_jax.data.corpora.text_files import Document
+from glm_jax.data.corpora.fields import Document
 from glm_jax.data.rows import shards
 from glm_jax.data.rows.table import Encoded, RowPlan, make_rows
 from glm_jax.text.vocabulary import Vocabulary
 
 # Counts up when the same text and plan would make other rows: caches are made again.
-_FORMAT = 4
+_FORMAT = 5
 # Documents that are encoded together, which the vocabulary does in threads.
 _AT_ONCE = 256
 
@@ -34,7 +34,7 @@ _AT_ONCE = 256
 def encode(
   documents: Iterable[Document], vocabulary: Vocabulary, counts: dict[str, int]
 ) -> Iterator[Encoded]:
-  """(prompt ids, text ids) of each document of two tokens or more.
+  """(prompt ids, text ids) of each document with something to see and to predict.
 
   Args:
     documents: of a corpus; those that hold token ids already are taken as they are.
@@ -50,8 +50,8 @@ def encode(
     for document in group:
       text = next(texts) if document.ids is None else document.ids
       prompt = next(prompts) if document.prompt else []
-      # A single token leaves nothing to see or nothing to predict.
-      if len(text) < 2:
+      # A single token leaves nothing to see or nothing to predict, unless a prompt is seen.
+      if not len(text) or len(prompt) + len(text) < 2:
         counts['skipped'] += 1
         continue
       counts['documents'] += 1
@@ -76,7 +76,7 @@ def cached_rows(
     plan: how documents become rows.
 
   Raises:
-    UserError: no document of two tokens or more; a cache that is damaged.
+    UserError: nothing to learn from; a cache that is damaged.
   """
   # All that decides what is in the rows is in the name of their folder.
   key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split]
