@@ -1,15 +1,18 @@
 """Makes shards: text, once and for all, as shuffled rows of tokens that pods read.
 
 The same gin file as for training says which text, which vocabulary and how long the rows
-are; training then reads `CorpusConfig.corpus='shards:DIR'`.
+are; training then reads `CorpusConfig.corpus='shards:DIR'`. Of a mixture, every corpus has
+a folder of its own in the output folder, and all have one vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
@@ -33,39 +36,66 @@ def main(argv: Sequence[str]) -> None:
     'use Pretraining or a recipe made of it',
   )
   folder = epath.Path(os.path.expanduser(flags.output_dir))
-  began = time.perf_counter()
   # Imported below the flags: a mistake in them is told at once.
   with startup.silenced_stderr():
     from glm_jax.data import prepare
-    from glm_jax.data.corpora import corpus, parts, sources
+    from glm_jax.data.corpora import corpus, sources
     from glm_jax.data.making import shard_job
-    from glm_jax.data.rows import shards
-  shard_job.check_folder(folder)
-  configs.check(
-    not isinstance(sources.of(recipe.corpus), sources.Shards),
-    'make_shards reads text',
-    repr(recipe.corpus.corpus),
-    'give CorpusConfig.corpus as it was when they were made',
-  )
+  # One corpus fills the folder; those of a mixture have a folder each in it.
+  corpora = prepare.corpora_of(recipe.corpus, recipe.mixture)
+  folders = {name: folder / name if name else folder for name in corpora}
+  for name, named in corpora.items():
+    configs.check(
+      re.fullmatch(r'[\w.-]*', name) is not None and name.strip('.') == name,
+      'a corpus of a mixture must have a name that a folder can have',
+      repr(name),
+      'use letters, digits, - and _ in MixtureConfig.corpora',
+    )
+    configs.check(
+      not isinstance(sources.of(named), sources.Shards),
+      'make_shards reads text',
+      repr(named.corpus),
+      'give the corpus as it was when they were made',
+    )
+  left = shard_job.unfinished(list(folders.values()))
   config, vocabulary, _ = start.resolve(config)
   if vocabulary is None:
-    vocabulary = corpus.load_or_train_vocabulary(recipe.vocabulary, [recipe.corpus])
+    vocabulary = corpus.load_or_train_vocabulary(recipe.vocabulary, [*corpora.values()])
+  packed, why = recipe.corpus.packed, ''
+  if packed is None:
+    packed, why = prepare.decide_packed([*corpora.values()])
   plan = prepare.row_plan(
-    recipe.task,
-    recipe.length,
-    recipe.objectives,
-    vocabulary,
-    packed=recipe.corpus.packed,
+    recipe.task, recipe.length, recipe.objectives, vocabulary, packed=packed
   )
+  if why:
+    print(why, flush=True)
+  for name, named in corpora.items():
+    if folders[name] in left:
+      _make(named, folders[name], vocabulary, plan, flags)
+    else:
+      shard_job.check_same(folders[name], vocabulary, plan)
+      print(f'{folders[name]}: as an earlier call made it', flush=True)
+  print('train with')
+  of_shards = {name: f'shards:{path}' for name, path in folders.items()}
+  if recipe.mixture.corpora:
+    print(f'  --gin.MixtureConfig.corpora="{of_shards}"')
+  else:
+    print(f'  --gin.CorpusConfig.corpus="\'{of_shards[""]}\'"')
+
+
+def _make(
+  corpus: Any, folder: epath.Path, vocabulary: Any, plan: Any, flags: argparse.Namespace
+) -> None:
+  """Makes the shards of one corpus, and says what is in them."""
+  from glm_jax.data.corpora import parts
+  from glm_jax.data.making import shard_job, tokenized
+  from glm_jax.data.rows import shards
+
+  began = time.perf_counter()
+  todo = parts.find(corpus, flags.part_mb * 10**6)
   job = shard_job.of_config(
-    recipe.corpus,
-    vocabulary,
-    plan,
-    count=flags.shards,
-    seed=config.seed,
-    imports=tuple(flags.imports),
+    corpus, vocabulary, plan, todo, count=flags.shards, imports=tuple(flags.imports)
   )
-  todo = parts.find(job.corpus, flags.part_mb * 10**6)
   if words := parts.held_out_in_words(todo):
     print(words, flush=True)
   if flags.runner == 'beam':
@@ -80,15 +110,12 @@ def main(argv: Sequence[str]) -> None:
   # Read back as a run would: what is printed is what was written.
   splits = shards.load(str(folder))
   for split, rows in splits.items():
-    stats = rows.stats
     print(
-      f'{split}: {stats["documents"]:,} documents, {stats["tokens"]:,} tokens in '
-      f'{len(rows):,} rows of {plan.row_length}, {len(rows.files)} file(s) '
-      f'({stats["skipped"]} documents under two tokens skipped)'
+      f'{split}: {tokenized.in_words(rows.stats)} in {len(rows):,} rows of '
+      f'{plan.row_length}, {len(rows.files)} file(s)'
     )
   tokens = sum(rows.stats['tokens'] for rows in splits.values())
-  print(f'{tokens / seconds:,.0f} tokens/s; train with')
-  print(f'  --gin.CorpusConfig.corpus="\'shards:{folder}\'"')
+  print(f'{folder}: {tokens / seconds:,.0f} tokens/s', flush=True)
 
 
 def _flags() -> argparse.ArgumentParser:

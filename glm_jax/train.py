@@ -89,7 +89,7 @@ def train(config: TrainConfig, config_text: str) -> None:
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
-    folder.write(config.model_dir, identity, settings, config_text)
+    folder.write(config.model_dir, identity, settings, config_text, data.decided)
   manager = Checkpoints(config.model_dir, config.checkpoint)
   stream = data.stream(saved_step or 0)
   if saved_step is not None:
@@ -159,7 +159,7 @@ def train(config: TrainConfig, config_text: str) -> None:
         whole = merge(current['params'], frozen)
         validated = {**validate(whole), **recipe.validate(config, data, whole)}
         writer.write(number, 'validation', validated)
-        say(evaluation.line(validated), flush=True)
+        say(evaluation.line(validated, bool(data.validation)), flush=True)
       if saves:
         # An older validation says nothing of this checkpoint.
         scores = validated if validates else {}

@@ -154,7 +154,7 @@ def test_rows_are_cached_and_short_documents_counted(tmp_path, capsys):
   config = _config(tmp_path, validation=str(tmp_path / '3.txt'))
   made = tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
   assert made.stats['documents'] == 3 and made.stats['skipped'] == 2
-  assert '2 documents under two tokens skipped' in capsys.readouterr().out
+  assert '2 with nothing to predict skipped' in capsys.readouterr().out
   again = tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
   assert capsys.readouterr().out == ''
   table = made.read()
@@ -170,7 +170,7 @@ def test_rows_are_cached_and_short_documents_counted(tmp_path, capsys):
 def test_only_empty_documents_are_refused_and_leave_nothing(tmp_path):
   (tmp_path / 'a.txt').write_text('')
   config = _config(tmp_path, validation=str(tmp_path / 'a.txt'))
-  with pytest.raises(ValueError, match='a document of two tokens or more'):
+  with pytest.raises(ValueError, match='something to see and to predict'):
     tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
   assert not list((tmp_path / 'cache' / 'rows').iterdir())
 

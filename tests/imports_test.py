@@ -195,7 +195,8 @@ from glm_jax.data.rows.table import RowPlan
 from glm_jax.text.vocabulary import ByteVocabulary
 corpus = CorpusConfig(corpus={str(tmp_path / '*.txt')!r})
 vocabulary, plan = ByteVocabulary(), RowPlan(33)
-job = shard_job.of_config(corpus, vocabulary, plan, count=1, seed=0, imports=())
+todo = parts.find(corpus, 10**6)
+job = shard_job.of_config(corpus, vocabulary, plan, todo, count=1, imports=())
 folder = epath.Path({str(tmp_path / 'shards')!r})
 todo = parts.find(corpus, 10**6)
 shard_runner._begin(job, folder)

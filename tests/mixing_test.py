@@ -16,6 +16,7 @@ from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples import infilling, packed
 from glm_jax.data.examples.objective_config import ObjectiveConfig, causal_packing
 from glm_jax.data.making import shard_job, shard_runner
+from glm_jax.data.making.order import Order
 from glm_jax.data.pipeline import Process
 from glm_jax.data.rows.table import make_rows, packed_rows
 from glm_jax.data.stream import mixing, stateless
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('mixed')
   plan = OBJECTIVE.packing(L)
   rng = np.random.default_rng(0)
-  shard_block, shard_job.BLOCK = shard_job.BLOCK, 4
+  block, Order.block = Order.block, property(lambda order: 4)
   for name, count in (('a', 500), ('b', 300), ('c', 300)):
     (folder / f'{name}.text').mkdir()
     for number in range(count):
@@ -55,10 +56,10 @@ def folder(tmp_path_factory):
     corpus = CorpusConfig(
       corpus=str(folder / f'{name}.text' / '*.txt'), cache_dir=str(folder / 'cache')
     )
-    job = shard_job.of_config(corpus, VOCABULARY, plan, count=3, seed=0, imports=())
     todo = parts.find(corpus, 4000)
+    job = shard_job.of_config(corpus, VOCABULARY, plan, todo, count=3, imports=())
     shard_runner.run(job, epath.Path(folder / name), todo, 1)
-  shard_job.BLOCK = shard_block
+  Order.block = block
   return folder
 
 
@@ -412,7 +413,7 @@ def test_shards_for_something_else_are_refused(folder):
     prepare.prepare(
       'glm_mixture',
       LENGTHS,
-      CorpusConfig(corpus=f'shards:{folder}/a'),
+      CorpusConfig(corpus=f'shards:{folder}/a', packed=False),
       VocabularyConfig(),
       OBJECTIVE,
     )

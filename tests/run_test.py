@@ -19,7 +19,7 @@ def test_a_new_or_empty_folder_is_fine(tmp_path):
 
 
 def test_the_same_run_is_recognised_and_changed_settings_are_said(tmp_path):
-  folder.write(str(tmp_path), IDENTITY, SETTINGS, 'text')
+  folder.write(str(tmp_path), IDENTITY, SETTINGS, 'text', {})
   assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
   changed = folder.check_same(
     str(tmp_path), IDENTITY, {'optimizer': {'learning_rate': 2e-3}}
@@ -35,7 +35,7 @@ def test_every_configuration_is_recognised_after_json(tmp_path):
   steps = ObjectiveConfig(schedule=((0, 5, 1, 0, 0), (5, -1, 2, 1, 1)))
   wanted = folder.identity({'betas': (0.9,)}, 'x', data=of(steps), **fields)
   settings = {'optimizer': dataclasses.asdict(OptimizerConfig())}
-  folder.write(str(tmp_path), wanted, settings, 'text')
+  folder.write(str(tmp_path), wanted, settings, 'text', {})
   assert folder.check_same(str(tmp_path), wanted, settings) == []
   other = folder.identity({'betas': (0.9,)}, 'x', data=of(ObjectiveConfig()), **fields)
   with pytest.raises(ValueError, match='objectives.schedule was'):
@@ -44,7 +44,7 @@ def test_every_configuration_is_recognised_after_json(tmp_path):
 
 def test_a_run_of_before_there_were_recipes_is_one_of_pretraining(tmp_path):
   old = {k: v for k, v in IDENTITY.items() if k != 'recipe'}
-  folder.write(str(tmp_path), old, SETTINGS, 'text')
+  folder.write(str(tmp_path), old, SETTINGS, 'text', {})
   assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
   with pytest.raises(ValueError, match="recipe was 'Pretraining' and is now 'Reward'"):
     folder.check_same(str(tmp_path), {**IDENTITY, 'recipe': 'Reward'}, SETTINGS)
@@ -53,7 +53,7 @@ def test_a_run_of_before_there_were_recipes_is_one_of_pretraining(tmp_path):
 def test_a_process_killed_while_it_wrote_the_folder_may_begin_again(tmp_path):
   (tmp_path / f'.{folder.FILE}.123').write_text('{"iden')
   assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
-  folder.write(str(tmp_path), IDENTITY, SETTINGS, 'text')
+  folder.write(str(tmp_path), IDENTITY, SETTINGS, 'text', {})
   (tmp_path / 'config.gin').unlink()  # killed between the two files
   assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
   assert json.loads((tmp_path / folder.FILE).read_text())['identity'] == IDENTITY

@@ -12,7 +12,8 @@ from etils import epath
 from glm_jax.data import pipeline
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig
-from glm_jax.data.making import beam, shard_job, shard_runner
+from glm_jax.data.making import beam, shard_job, shard_runner, tokenized
+from glm_jax.data.making.order import Order
 from glm_jax.data.rows import records, shards
 from glm_jax.data.rows.table import RowPlan, RowTable, make_rows
 from glm_jax.data.stream import hashing, stateless
@@ -48,8 +49,9 @@ def corpus(tmp_path_factory):
   )
 
 
-def _job(corpus, count=5, plan=PLAN, seed=0):
-  return shard_job.of_config(corpus, VOCABULARY, plan, count=count, seed=seed, imports=())
+def _job(corpus, count=5, plan=PLAN, part_bytes=700):
+  todo = parts.find(corpus, part_bytes)
+  return shard_job.of_config(corpus, VOCABULARY, plan, todo, count=count, imports=())
 
 
 @pytest.fixture(scope='session')
@@ -85,7 +87,7 @@ def test_a_document_is_held_out_by_its_text_alone(corpus):
     assert split == 'train' or splits[document.text] == 'validation'
 
 
-def test_shards_hold_every_token_once_shuffled(made, corpus):
+def test_shards_hold_every_token_once_in_the_order_of_the_text(made, corpus):
   for split, found in shards.load(str(made)).items():
     table = found.read()
     count, want = 0, []
@@ -94,13 +96,13 @@ def test_shards_hold_every_token_once_shuffled(made, corpus):
       encoded = [
         (np.array(list(d.prompt.encode())), np.array(list(d.text.encode())))
         for d in chosen
-        if len(d.text.encode()) > 1
+        if d.text and len((d.prompt + d.text).encode()) > 1
       ]
       count += len(encoded)
       own = make_rows(encoded, VOCABULARY.prefix, VOCABULARY.specials.eos, PLAN)
       want += [own.tokens[i].tobytes() for i in range(len(own.lengths))]
     got = [row.tobytes() for row in table.tokens]
-    assert sorted(got) == sorted(want) and got != want
+    assert got == want
     assert found.stats['documents'] == count
     inside = np.arange(33) < table.lengths[:, None]
     assert (table.tokens[~inside] == 0).all() and not table.scored[~inside].any()
@@ -109,14 +111,57 @@ def test_shards_hold_every_token_once_shuffled(made, corpus):
     )
 
 
-def test_processes_change_nothing_and_seeds_the_order_alone(made, corpus, tmp_path):
+def test_processes_change_nothing_and_the_number_of_shards_no_order(made, corpus, tmp_path):
   todo = parts.find(corpus, 700)
   shard_runner.run(_job(corpus), epath.Path(tmp_path / 'two'), todo, 2)
   assert _content(epath.Path(tmp_path / 'two')) == _content(made)
-  shard_runner.run(_job(corpus, seed=1), epath.Path(tmp_path / 'seed'), todo, 1)
-  one, two = (shards.load(str(f))['train'].read() for f in (made, tmp_path / 'seed'))
-  assert one.tokens.tobytes() != two.tokens.tobytes()
-  assert {*map(bytes, one.tokens)} == {*map(bytes, two.tokens)}
+  shard_runner.run(_job(corpus, count=3), epath.Path(tmp_path / 'three'), todo, 1)
+  one, other = (shards.load(str(f))['train'].read() for f in (made, tmp_path / 'three'))
+  np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+@pytest.mark.parametrize('count', [1, 2, 7, 16])
+@pytest.mark.parametrize('small', [True, False])
+def test_shards_are_cut_from_one_order(small, count):
+  """A small corpus keeps that of its text; every shard has its share of a large one."""
+  order, sizes = Order(small=small, parts=5), [40, 0, 7, 1, 300]
+  keys = [order.keys(n, part, 0) for part, n in enumerate(sizes)]
+  every = np.concatenate(keys)
+  assert len({*every.tolist()}) == sum(sizes)
+  ranks = np.argsort(np.argsort(every))
+  assert (ranks == np.arange(sum(sizes))).all() == small
+  shard = np.concatenate([order.shards(k, count) for k in keys])
+  assert (np.diff(shard[np.argsort(every)]) >= 0).all()
+  assert shard.min() >= 0 and shard.max() < count
+  if not small and count <= 7:
+    assert np.bincount(shard, minlength=count).min() > 0.5 * sum(sizes) / count
+  other = Order(small=small, parts=5).keys(40, 0, 1)
+  assert (other == keys[0]).all() == small
+
+
+def test_the_rows_of_a_large_corpus_are_shuffled_when_they_are_written(
+  corpus, made, tmp_path
+):
+  job = dataclasses.replace(_job(corpus), order=Order(small=False, parts=9))
+  shard_runner.run(job, epath.Path(tmp_path), parts.find(corpus, 700), 1)
+  one, other = (shards.load(str(f))['train'] for f in (made, tmp_path))
+  assert (one.block, other.block) == (1, 32)
+  rows = [[*map(bytes, found.read().tokens)] for found in (one, other)]
+  assert rows[0] != rows[1] and sorted(rows[0]) == sorted(rows[1])
+
+
+def test_a_runs_cache_has_the_rows_of_shards_in_their_order(corpus, tmp_path):
+  todo = parts.find(corpus, parts.PART_BYTES)
+  job = _job(corpus, part_bytes=parts.PART_BYTES)
+  shard_runner.run(job, epath.Path(tmp_path), todo, 1)
+  for split, stored in shards.load(str(tmp_path)).items():
+    cached = tokenized.cached_rows(corpus, VOCABULARY, split, PLAN)
+    for ours, theirs in zip(cached.read(), stored.read(), strict=True):
+      np.testing.assert_array_equal(ours, theirs)
+    assert cached.block == stored.block
+    assert {k: cached.stats[k] for k in shards.COUNTS} == {
+      k: stored.stats[k] for k in shards.COUNTS
+    }
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
@@ -284,10 +329,13 @@ def test_a_record_altered_after_the_start_is_not_trained_on(corpus, made, tmp_pa
   data[60] ^= 1
   path.write_bytes(data)
   found = shards.load(str(tmp_path / 'copy'))['train']
-  read = records.reader(dataclasses.replace(found, folder=_Far(found.folder)))
+  read = records.reader(dataclasses.replace(found, folder=_Far(found.folder), block=32))
   dataset = tf.data.Dataset.range(len(found)).batch(len(found)).map(read)
   with pytest.raises(tf.errors.DataLossError):
     list(dataset)
+  # A small corpus is fetched whole, and compared with its checksum then.
+  with pytest.raises(ValueError, match='train-00003-of-00005.*SHA-256'):
+    [records._fetched(found, file) for file in found.files]
   stream = object.__new__(pipeline.Stream)
   stream._iterator = iter(dataset)
   with pytest.raises(ValueError, match='shards must be whole.*corrupted record'):

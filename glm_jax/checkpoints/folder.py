@@ -93,10 +93,31 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
   return _differences(stored['settings'], settings)
 
 
+def decided(model_dir: str) -> dict[str, Any]:
+  """What a run found for itself when it began, and keeps; {} for a new folder."""
+  try:
+    stored = json.loads((Path(model_dir) / FILE).read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return {}  # `check_same` says what is wrong with it
+  # Before that was decided, rows were cut from a stream unless the user said otherwise.
+  return stored.get('decided', {'packed': False})
+
+
 def write(
-  model_dir: str, run: dict[str, Any], settings: dict[str, Any], config_text: str
+  model_dir: str,
+  run: dict[str, Any],
+  settings: dict[str, Any],
+  config_text: str,
+  decided: Mapping[str, Any],
 ) -> None:
-  """Creates the folder with run.json and config.gin; arguments as `check_same`.
+  """Creates the folder with run.json and config.gin.
+
+  Args:
+    model_dir: the folder.
+    run: this run's `identity`.
+    settings: as `check_same` has them.
+    config_text: its gin configuration.
+    decided: what `decided` is to return.
 
   Raises:
     OSError: no permission, or a file in the way.
@@ -105,7 +126,7 @@ def write(
   folder.mkdir(parents=True, exist_ok=True)
   # run.json first: a folder that holds anything else, and no run.json, is refused as
   # somebody else's, even if this run began it.
-  content = {'identity': run, 'settings': settings}
+  content = {'identity': run, 'settings': settings, 'decided': dict(decided)}
   write_atomically(folder / FILE, json.dumps(content, indent=2) + '\n')
   write_atomically(folder / 'config.gin', config_text)
 

@@ -16,7 +16,7 @@ from glm_jax.batch import Batch
 def fit_and_score(
   train: Iterable[Batch], validation: Iterable[Batch], vocabulary_size: int
 ) -> dict[str, float]:
-  """{'unigram', 'bigram'}: mean loss on validation targets, in nats.
+  """{'unigram', 'bigram'}: mean loss on validation targets, in nats; {} without targets.
 
   Args:
     train: batches to count in.
@@ -25,6 +25,8 @@ def fit_and_score(
   """
   V = vocabulary_size
   tokens, targets, _ = _pairs(train)
+  if not len(targets):
+    return {}
   counts = np.bincount(targets, minlength=V).astype(np.float64)
   unigram = (counts + 1) / (counts.sum() + V)
 
@@ -34,6 +36,8 @@ def fit_and_score(
   kinds = np.bincount(pairs // V, minlength=V)
 
   tokens, targets, weights = _pairs(validation)
+  if not len(targets):
+    return {}
   queries = tokens * V + targets
   index = np.minimum(np.searchsorted(pairs, queries), len(pairs) - 1)
   count = np.where(pairs[index] == queries, pair_counts[index], 0)
@@ -53,7 +57,7 @@ def fit_and_score(
 
 def _pairs(batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Input token, target and weight of every scored position."""
-  parts = []
+  parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
   for batch in batches:
     scored = batch.loss_weights > 0
     parts.append(

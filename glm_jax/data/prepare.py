@@ -35,6 +35,8 @@ class Prepared:
     corpora: rows by split; empty for a task of the user's.
     indexed: whether the stream is a function of a step alone; a task of the user's keeps
       its place in an iterator.
+    packed: whether rows hold whole documents.
+    why: for a person, where nobody said so; '' if there is nothing to say.
   """
 
   vocabulary: Vocabulary
@@ -42,6 +44,8 @@ class Prepared:
   evaluation_tasks: dict[str, str]
   corpora: tuple[Corpus, ...] = ()
   indexed: bool = True
+  packed: bool = False
+  why: str = ''
 
 
 def prepare(
@@ -54,6 +58,7 @@ def prepare(
   *,
   mixture: MixtureConfig = MixtureConfig(),
   evaluation: ObjectiveConfig | None = None,
+  packed: bool | None = None,
 ) -> Prepared:
   """Makes (or finds, cached) everything that the task reads, and registers it.
 
@@ -70,6 +75,7 @@ def prepare(
       `vocabulary_config` says which.
     mixture: of corpora.
     evaluation: what is validated, if not what is trained on.
+    packed: what a run that goes on began with; None for a new one.
 
   Raises:
     UserError: a task that is not registered; bad text or shards (see `corpus`,
@@ -78,22 +84,25 @@ def prepare(
   if task not in tasks.NAMES:
     return _registered_task(task)
   # 1. Corpora and the vocabulary. A run without a mixture has one corpus, without a name.
-  named = mixture.corpora or {'': corpus.corpus}
-  sources = {name: dataclasses.replace(corpus, corpus=spec) for name, spec in named.items()}
+  named = corpora_of(corpus, mixture)
   if vocabulary is None:
     vocabulary = corpora_module.load_or_train_vocabulary(
-      vocabulary_config, list(sources.values())
+      vocabulary_config, list(named.values())
     )
   # 2. Rows. Training and validation may be of other objectives, hence of other plans.
   if task not in (tasks.CAUSAL, tasks.MIXTURE):
     objectives = objectives.only(task.removeprefix('glm_'))
   evaluation = evaluation or objectives
-  length = feature_lengths['tokens']
+  length, why = feature_lengths['tokens'], ''
+  if corpus.packed is not None:
+    packed = corpus.packed
+  elif packed is None:
+    packed, why = decide_packed([*named.values()])
   plans = {
-    'train': row_plan(task, length, objectives, vocabulary, packed=corpus.packed),
-    'validation': row_plan(task, length, evaluation, vocabulary, packed=corpus.packed),
+    'train': row_plan(task, length, objectives, vocabulary, packed=packed),
+    'validation': row_plan(task, length, evaluation, vocabulary, packed=packed),
   }
-  rows = {name: _rows_of(source, vocabulary, plans) for name, source in sources.items()}
+  rows = {name: _rows_of(source, vocabulary, plans) for name, source in named.items()}
   shares = mixture.shares({name: len(r['train']) for name, r in rows.items()})
   # A corpus without a share is not read.
   corpora = [Corpus(name, rows[name], share) for name, share in shares.items() if share]
@@ -111,7 +120,27 @@ def prepare(
     fingerprint=_fingerprint(corpora),
     evaluation_tasks=evaluation_tasks if has_validation else {},
     corpora=tuple(corpora),
+    packed=packed,
+    why=why,
   )
+
+
+def decide_packed(corpora: Sequence[CorpusConfig]) -> tuple[bool, str]:
+  """Whether rows hold whole documents where nobody says so, and why in words."""
+  for config in corpora:
+    source = sources.of(config)
+    if isinstance(source, sources.Shards):
+      return next(iter(shards.load(source.name).values())).plan.packed, ''
+    if source.has_prompts():
+      what = f'{config.corpus!r} has prompts'
+      return True, f'{what}: rows hold whole documents (CorpusConfig.packed)'
+  return False, ''
+
+
+def corpora_of(corpus: CorpusConfig, mixture: MixtureConfig) -> dict[str, CorpusConfig]:
+  """The corpora of a run by name; one without a name where there is no mixture."""
+  named = mixture.corpora or {'': corpus.corpus}
+  return {name: dataclasses.replace(corpus, corpus=spec) for name, spec in named.items()}
 
 
 def row_plan(

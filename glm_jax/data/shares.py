@@ -62,6 +62,8 @@ def table(
         )
         # Rows and epochs are of a corpus: they stand in its first line alone.
         size = ''
+  if not counts[..., 2].any():
+    lines.append('  nothing is scored: none of these rows has a target')
   padding = 1 - totals[1] / batch['tokens'].size
   lines.append(f'  of {len(batch["tokens"]):,} rows, {padding:.1%} of which is padding')
   return lines

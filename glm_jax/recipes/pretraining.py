@@ -12,6 +12,7 @@ import numpy as np
 
 from glm_jax import configs, sharding
 from glm_jax.batch import MIXED, Visibility
+from glm_jax.checkpoints import folder
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream.mixing import MixtureConfig
@@ -87,6 +88,7 @@ class Pretraining(recipe.Recipe):
       vocabulary,
       mixture=self.mixture,
       evaluation=self.validated,
+      packed=folder.decided(config.model_dir).get('packed'),
     )
     identity = {
       'task': self.task,
@@ -110,12 +112,12 @@ class Pretraining(recipe.Recipe):
   def check_data(self, config: TrainConfig, data: TaskData) -> None:
     from glm_jax.data import prepare
 
-    self._check_model(config, data.vocabulary)
+    self._check_model(config, data)
     prepare.check_batch(data.prepared, config.batch_size)
     prepare.verify(data.prepared, self.corpus, jax.process_index(), jax.process_count())
 
-  def _check_model(self, config: TrainConfig, vocabulary: Any) -> None:
-    model = config.model
+  def _check_model(self, config: TrainConfig, data: TaskData) -> None:
+    model, vocabulary = config.model, data.vocabulary
     name = type(model).__name__
     if self.task.startswith('glm_'):
       configs.check(
@@ -140,16 +142,16 @@ class Pretraining(recipe.Recipe):
     # longer than its text, whose spans repeat the positions of their masks.
     most = model.max_positions + 1
     configs.check(
-      self.length <= most or self._text_length() <= most,
+      self.length <= most or self._text_length(data.prepared.packed) <= most,
       "rows must fit the model's position table",
       f'rows of {self.length} positions, max_positions={model.max_positions}',
       f'raise {name}.max_positions or shorten TASK_FEATURE_LENGTHS',
     )
 
-  def _text_length(self) -> int:
+  def _text_length(self, packed: bool) -> int:
     """Tokens of text in a row: no position is larger."""
     # A packed row may hold one document alone.
-    if self.corpus.packed or self.objectives.one_dimensional:
+    if packed or self.objectives.one_dimensional:
       return self.length
     return self.objectives.row_length(self.length)
 

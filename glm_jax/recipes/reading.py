@@ -73,6 +73,7 @@ class TaskData(recipe.Data):
 
     self.vocabulary, self.fingerprint = prepared.vocabulary, prepared.fingerprint
     self.identity, self.prepared = identity, prepared
+    self.decided = {'packed': prepared.packed}
     self.skipped = sum(c.rows['train'].stats['skipped'] for c in prepared.corpora)
     self.task, self.feature_lengths = task, feature_lengths
     self._config, self.layout = config, layout
@@ -122,7 +123,8 @@ class TaskData(recipe.Data):
 
     if not self.prepared.corpora:
       return []
-    return shares.table(
+    why = [self.prepared.why] if self.prepared.why else []
+    return why + shares.table(
       self.task,
       self.feature_lengths,
       self.prepared.corpora,

@@ -25,7 +25,7 @@ def beside_baselines(
   validated: Mapping[str, float],
   say: Callable[..., None],
 ) -> dict[str, dict[str, float]]:
-  """Prints a line for each validation set; the scores of unigrams and bigrams by name.
+  """Prints a line for each validation set; scores of unigrams and bigrams by its name.
 
   They are counted on the leader, which reads all rows.
   """
@@ -36,7 +36,11 @@ def beside_baselines(
   baselines = {}
   for name in data.validation:
     loss = validated.get(f'loss/{name}', validated.get('loss'))
-    scores = baselines[name] = _baselines(config, data, name)
+    scores = _baselines(config, data, name)
+    if loss is None or not scores:
+      say(f'{name:<24}  nothing scored')
+      continue
+    baselines[name] = scores
     say(f'{name:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
   return baselines
 

@@ -45,8 +45,12 @@ class Validation:
     return values
 
 
-def line(values: Mapping[str, float]) -> str:
+def line(values: Mapping[str, float], split: bool = True) -> str:
   """One line for a person: the losses by objective, or what else was validated.
+
+  Args:
+    values: of the validation.
+    split: whether there was something to validate on.
 
   Example:
     >>> line({'loss': 2.5, 'loss/blank': 2.0, 'loss/document': 3.0})
@@ -55,7 +59,7 @@ def line(values: Mapping[str, float]) -> str:
     'validation  accuracy 0.500  loss 2.500'
   """
   if not values:
-    return 'no validation split'
+    return 'validation  nothing scored' if split else 'no validation split'
   losses = {k.removeprefix('loss/'): v for k, v in values.items() if k.startswith('loss/')}
   parts = [f'{k} {v:.3f}' for k, v in sorted((losses or values).items())]
   return '  '.join(['validation loss' if losses else 'validation', *parts])

@@ -82,7 +82,9 @@ def progress_line(step: int, total: int, values: Mapping[str, float]) -> str:
     ...                         'seconds_left': 125.0})
     'step    20/300  loss 6.250  5,210 tokens/s  2:05 left'
   """
-  parts = [f'step {step:>5}/{total}', f'loss {values["loss"]:.3f}']
+  # Batches may hold prompts alone.
+  scored = f'loss {values["loss"]:.3f}' if 'loss' in values else 'nothing scored'
+  parts = [f'step {step:>5}/{total}', scored]
   if 'tokens_per_second' in values:
     parts.append(f'{values["tokens_per_second"]:,.0f} tokens/s')
   if 'mfu' in values:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -64,6 +65,8 @@ class Data:
     identity: what must stay equal for a resumed run to be the same run.
     validation: name -> the batches of a held-out set, numpy, this process's rows.
     skipped: documents too short to be read.
+    decided: what was found for the user, and must stay as it is in a run that goes on; see
+      `checkpoints.folder.decided`.
   """
 
   vocabulary: Any
@@ -71,6 +74,7 @@ class Data:
   identity: Mapping[str, Any]
   validation: Mapping[str, Callable[[], Iterator[Batch]]]
   skipped: int = 0
+  decided: Mapping[str, Any] = MappingProxyType({})
 
   def stream(self, step: int) -> WorkStream:
     """The stream, from a step on."""

@@ -70,9 +70,9 @@ def plot_losses(model_dir: str, baselines: Mapping[str, float]) -> Path:
   FigureCanvasAgg(figure)
   axes = figure.subplots()
   train, validation = read(model_dir, 'train'), read(model_dir, 'validation')
-  axes.plot(
-    [r['step'] for r in train], [r['loss'] for r in train], label='training', color='0.6'
-  )
+  # A record has no loss if none of its rows had a target.
+  scored = [(r['step'], r['loss']) for r in train if 'loss' in r]
+  axes.plot(*zip(*scored or [((), ())], strict=True), label='training', color='0.6')
   for name in sorted({k for r in validation for k in r if k.startswith('loss/')}):
     points = [(r['step'], r[name]) for r in validation if name in r]
     axes.plot(

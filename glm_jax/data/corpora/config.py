@@ -20,7 +20,12 @@ class CorpusConfig:
       .jsonl, .json, .csv and .parquet (objects), also .gz and .zst. An object has a text,
       or a prompt and an answer with loss on the answer alone.
     packed: several whole documents a row, each an example of its own, instead of one
-      stream of text that is cut into rows: for short documents.
+      stream of text that is cut into rows: for short documents, and for pairs, whose
+      answers a cut would part from their prompts. None packs a corpus with prompts.
+    too_long: what becomes of a pair longer than a packed row: its prompt loses its
+      beginning ('truncate_prompt_left') or its answer its end ('truncate_answer'), which
+      is followed by the end token all the same; it is left out ('drop'), as where nothing
+      of one or the other would remain; or it stops the run ('error').
     verify: compare shards with their checksums before training, each process its part.
     validation: a glob of held-out files; '' holds out `validation_fraction`.
     validation_fraction: share of the documents held out, by a hash of all of each; of
@@ -39,7 +44,10 @@ class CorpusConfig:
   corpus: Annotated[
     str, NOT_EMPTY.but("use 'documentation', a glob of files, or 'tfds:NAME'")
   ] = 'documentation'
-  packed: bool = False
+  packed: bool | None = None
+  too_long: Annotated[
+    str, one_of('truncate_prompt_left', 'truncate_answer', 'drop', 'error')
+  ] = 'truncate_prompt_left'
   verify: bool = True
   validation: str = ''
   validation_fraction: Annotated[float, within('(0, 1)')] = 0.05

@@ -17,8 +17,6 @@ from glm_jax.text.vocabulary import Vocabulary
 
 # Counts up when other documents would be held out of the same text.
 _RULE = 3
-# Of text that is in memory at a time.
-_PART_BYTES = 64 * 10**6
 
 
 def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
@@ -28,14 +26,14 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
     UserError: no such files, none left, or text that cannot be read: the file and
       the line or byte are named.
   """
-  for part in parts.find(config, _PART_BYTES):
+  for part in parts.find(config, parts.PART_BYTES):
     if part.split in ('', split):
       yield from (d for name, d in parts.read(config, part) if name == split)
 
 
 def held_out_in_words(config: CorpusConfig) -> str:
   """See `parts.held_out_in_words`."""
-  return parts.held_out_in_words(parts.find(config, _PART_BYTES))
+  return parts.held_out_in_words(parts.find(config, parts.PART_BYTES))
 
 
 def fingerprint(config: CorpusConfig) -> str:

@@ -11,6 +11,9 @@ from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import Document
 from glm_jax.data.corpora.sources import CorpusPart
 
+PART_BYTES = 64 * 10**6
+"""Of text that is in memory at a time, where nobody says otherwise."""
+
 
 def find(config: CorpusConfig, part_bytes: float) -> list[CorpusPart]:
   """The parts of a corpus; they do not depend on who works on them.

@@ -31,6 +31,8 @@ from glm_jax.data.corpora.text_files import ByteRange
 _EXAMPLES = 100_000
 # Bytes of files that are read to know whether they are the same.
 _READ_WHOLE = 2**31
+# Documents of a corpus that say whether it has prompts.
+_FIRST = 1000
 # Rows of shards that are decoded at a time.
 _AT_ONCE = 256
 
@@ -80,6 +82,10 @@ class TextSource:
   def fingerprint(self) -> list[Any]:
     """What tells one state of the text from another."""
     return [self.config.corpus, self.config.tfds_data_dir]
+
+  def has_prompts(self) -> bool:
+    """Whether documents are pairs: of the first so many, any is."""
+    return any(d.prompt for d in itertools.islice(self.training(), _FIRST))
 
   def holds(self, count: int) -> bool:
     """Whether there are so many documents to train on, held-out ones included."""
@@ -207,6 +213,9 @@ class InstalledDocs(DataSet):
     from glm_jax.data.corpora import documentation
 
     return documentation.prepared(cache_dir(self.config))
+
+  def has_prompts(self) -> bool:
+    return False
 
   def fingerprint(self) -> list[Any]:
     # Files that the builder wrote.

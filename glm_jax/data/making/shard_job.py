@@ -1,8 +1,8 @@
 """Making shards: what is done to a part of a corpus, and to a shard, by any runner.
 
-Each part of the corpus is tokenised into rows; every row draws a shard and its place
-there from (seed, part, row); a shard is all that fell to it, in that order. The result
-depends neither on the runner nor on how many processes it has.
+Each part of the corpus is tokenised into rows; each has its place in one order of all of
+them, and shards are cut from that. The result depends neither on the runner nor on how many
+processes it has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,15 +23,11 @@ from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.making import tokenized
+from glm_jax.data.making.order import Order
 from glm_jax.data.rows import shards
-from glm_jax.data.rows.table import RowPlan, make_rows
-from glm_jax.data.stream import hashing
+from glm_jax.data.rows.table import RowPlan
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
-
-SPLITS = ('train', 'validation')
-BLOCK = 32
-"""Rows that stay together when the stream is shuffled: tens of kilobytes a request."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +39,8 @@ class Job:
     corpus_fingerprint: of its files, so that a job does not go on with others.
     vocabulary: as `Vocabulary.to_dict`.
     plan: how documents become rows.
+    order: of the rows.
     shards: of each split.
-    seed: of the order of rows.
     imports: modules that register a seqio task.
   """
 
@@ -51,14 +48,14 @@ class Job:
   corpus_fingerprint: str
   vocabulary: dict[str, Any]
   plan: RowPlan
+  order: Order
   shards: dict[str, int]
-  seed: int
   imports: tuple[str, ...] = ()
 
   @property
   def names(self) -> list[tuple[str, int]]:
     """(split, number) of every shard, in order."""
-    return [(split, i) for split in SPLITS for i in range(self.shards[split])]
+    return [(split, i) for split in shards.SPLITS for i in range(self.shards[split])]
 
   @property
   def fingerprint(self) -> str:
@@ -72,7 +69,7 @@ class Bucket(NamedTuple):
   Attributes:
     keys: [n] uint64, their order in the shard.
     records: [n, record_bytes] uint8.
-    counts: documents, tokens and skipped of the part; in one bucket of it, so that the
+    counts: `shards.COUNTS` of the part; in one bucket of it, so that the
       sums over shards are those over parts.
   """
 
@@ -85,9 +82,9 @@ def of_config(
   corpus: CorpusConfig,
   vocabulary: Vocabulary,
   plan: RowPlan,
+  todo: Sequence[parts.CorpusPart],
   *,
   count: int,
-  seed: int,
   imports: tuple[str, ...],
 ) -> Job:
   """The job of a configuration.
@@ -96,8 +93,8 @@ def of_config(
     corpus: the text.
     vocabulary: of the tokens.
     plan: how documents become rows.
+    todo: the parts of the corpus.
     count: shards of the training split.
-    seed: of the order of rows.
     imports: modules that register a seqio task.
   """
   held_out = max(1, round(count * corpus.validation_fraction))
@@ -107,8 +104,8 @@ def of_config(
     corpus_fingerprint=corpora.fingerprint(corpus),
     vocabulary=vocabulary.to_dict(),
     plan=plan,
-    shards=dict(zip(SPLITS, (count, held_out), strict=True)),
-    seed=seed,
+    order=Order.of(todo),
+    shards=dict(zip(shards.SPLITS, (count, held_out), strict=True)),
     imports=imports,
   )
 
@@ -124,23 +121,28 @@ def work(job: Job, part: parts.CorpusPart) -> dict[tuple[str, int], Bucket]:
   if part.source:
     startup.import_tensorflow()
     startup.import_modules(job.imports)
-  documents: dict[str, list[Any]] = {split: [] for split in SPLITS}
+  documents: dict[str, list[Any]] = {split: [] for split in shards.SPLITS}
   for split, document in parts.read(job.corpus, part):
     documents[split].append(document)
-  layout = shards.layout_of(vocabulary, job.plan.row_length)
   buckets = {}
-  for number, split in enumerate(SPLITS):
+  for split in shards.SPLITS:
     if not documents[split]:
       continue
     counts = tokenized.new_counts()
-    encoded = tokenized.encode(documents[split], vocabulary, counts)
-    table = make_rows(encoded, vocabulary.prefix, vocabulary.specials.eos, job.plan)
-    records = layout.encode(table)
-    # A key for each row, from (seed, part, split, row): its remainder is the shard, and the
-    # whole of it the place there, since `write` sorts by it.
-    keys = hashing.keys(job.seed, len(records), part.number, number)
+    keys, records = tokenized.part_rows(
+      documents[split],
+      part,
+      split,
+      job.order,
+      job.corpus,
+      vocabulary,
+      job.plan,
+      counts,
+    )
+    # `write` sorts by key, too: whatever the number of shards, the rows of all of them one
+    # after the other are in one order.
     count = job.shards[split]
-    shard_of = (keys % np.uint64(count)).astype(np.int64)
+    shard_of = job.order.shards(keys, count)
     # The counts of the part go with one bucket, even an empty one: a part whose documents
     # were all skipped is still counted.
     counting = part.number % count
@@ -189,21 +191,25 @@ def finish(
     UserError: a split without rows.
   """
   splits = {}
-  for split in SPLITS:
+  for split in shards.SPLITS:
     results = [written[name] for name in job.names if name[0] == split]
     files, counts = [file for file, _ in results], _sum([counts for _, counts in results])
     total = sum(file.rows for file in files)
     tokenized.check_not_empty(total, counts, split, job.corpus)
     splits[split] = {**counts, 'files': files}
-  about = {'corpus': job.corpus.corpus, 'seed': job.seed}
-  shards.write_index(folder, _vocabulary(job), job.plan, BLOCK, splits, about)
+  about = {'corpus': job.corpus.corpus}
+  shards.write_index(folder, _vocabulary(job), job.plan, job.order.block, splits, about)
 
 
-def check_folder(folder: epath.Path) -> None:
-  """Raises UserError for a folder of finished shards, or in a bucket that is not."""
-  scheme, separator, rest = str(folder).partition('://')
+def unfinished(folders: Sequence[epath.Path]) -> list[epath.Path]:
+  """Those of the folders that hold no finished shards.
+
+  Raises:
+    UserError: all do; or a bucket that is not there.
+  """
   # Asked before any work: making a folder in a bucket that is not there is retried for
   # minutes.
+  scheme, separator, rest = str(folders[0]).partition('://')
   if separator:
     bucket = f'{scheme}://{rest.split("/")[0]}'
     configs.check(
@@ -212,12 +218,25 @@ def check_folder(folder: epath.Path) -> None:
       bucket,
       'give --output_dir a bucket that exists, or ask for permission to read this one',
     )
+  left = [folder for folder in folders if not (folder / shards.INDEX).exists()]
   configs.check(
-    not (folder / shards.INDEX).exists(),
+    bool(left),
     'the output folder must not hold finished shards',
-    f'{folder}, which does',
+    f'{", ".join(map(str, folders))}, which does',
     'train from them, or choose another folder',
   )
+  return left
+
+
+def check_same(folder: epath.Path, vocabulary: Vocabulary, plan: RowPlan) -> None:
+  """Raises UserError for finished shards of another vocabulary or plan."""
+  for rows in shards.load(str(folder), vocabulary).values():
+    configs.check(
+      rows.plan == plan,
+      f'the shards in {folder} must have the rows of this mixture',
+      f'rows of {rows.plan.row_length} tokens',
+      'choose another --output_dir, or delete them to have them made again',
+    )
 
 
 def _sum(counts: list[dict[str, int]]) -> dict[str, int]:

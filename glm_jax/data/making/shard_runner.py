@@ -82,7 +82,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], processes: i
 
 def _begin(job: Job, folder: epath.Path) -> None:
   """Makes the folder, or checks that what is unfinished in it is of the same job."""
-  shard_job.check_folder(folder)
+  shard_job.unfinished([folder])
   note = folder / _WORK / _JOB
   if note.exists():
     fingerprint = json.loads(note.read_text())['fingerprint']

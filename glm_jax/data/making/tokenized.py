@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,17 @@ from tqdm import tqdm
 from glm_jax import configs
 from glm_jax.configs import UserError
 from glm_jax.data.corpora import corpus as corpora
-from glm_jax.data.corpora import sources
+from glm_jax.data.corpora import parts, sources
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import Document
-from glm_jax.data.rows import shards
+from glm_jax.data.corpora.sources import CorpusPart
+from glm_jax.data.making.order import Order
+from glm_jax.data.rows import pairs, shards
 from glm_jax.data.rows.table import Encoded, RowPlan, make_rows
 from glm_jax.text.vocabulary import Vocabulary
 
 # Counts up when the same text and plan would make other rows: caches are made again.
-_FORMAT = 5
+_FORMAT = 4
 # Documents that are encoded together, which the vocabulary does in threads.
 _AT_ONCE = 256
 
@@ -61,7 +63,52 @@ def encode(
 
 def new_counts() -> dict[str, int]:
   """For `encode` to add to."""
-  return {'documents': 0, 'tokens': 0, 'skipped': 0}
+  return dict.fromkeys(shards.COUNTS, 0)
+
+
+def part_rows(
+  documents: Iterable[Document],
+  part: CorpusPart,
+  split: str,
+  order: Order,
+  config: CorpusConfig,
+  vocabulary: Vocabulary,
+  plan: RowPlan,
+  counts: dict[str, int],
+) -> tuple[np.ndarray, np.ndarray]:
+  """The rows of a split of a part of a corpus, by whoever makes them.
+
+  Args:
+    documents: of them, in order.
+    part: of the corpus.
+    split: 'train' or 'validation'.
+    order: of the rows of all parts.
+    config: of the corpus.
+    vocabulary: of the tokens.
+    plan: how documents become rows.
+    counts: `shards.COUNTS`, which are added to.
+
+  Returns:
+    [n] uint64 keys, see `Order`; and [n, record_bytes] uint8 records.
+  """
+  opening, eos = vocabulary.prefix, vocabulary.specials.eos
+  encoded = encode(documents, vocabulary, counts)
+  fitting = pairs.fit(encoded, opening, plan, config.too_long, counts)
+  table = make_rows(fitting, opening, eos, plan)
+  records = shards.layout_of(vocabulary, plan.row_length).encode(table)
+  return order.keys(len(records), part.number, shards.SPLITS.index(split)), records
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+  """Documents and tokens, and what became of some, for a person."""
+  words = {
+    'skipped': 'with nothing to predict skipped',
+    'shortened': 'longer than a row shortened',
+    'dropped': 'longer than a row left out',
+  }
+  some = [f'{counts[name]:,} {what}' for name, what in words.items() if counts[name]]
+  text = f'{counts["documents"]:,} documents, {counts["tokens"]:,} tokens'
+  return text + (f' ({", ".join(some)})' if some else '')
 
 
 def cached_rows(
@@ -80,7 +127,7 @@ def cached_rows(
   """
   # All that decides what is in the rows is in the name of their folder.
   key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split]
-  key += [plan.row_length, plan.positions, plan.room]
+  key += [plan.row_length, plan.positions, plan.room, config.too_long]
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
   folder = sources.cache_dir(config) / 'rows' / name
   if not (folder / shards.INDEX).exists():
@@ -103,24 +150,23 @@ def _write(config, vocabulary, split, plan, folder) -> None:
   temporary.mkdir(parents=True)
   try:
     counts = new_counts()
-    bar = tqdm(
-      corpora.documents(config, split),
-      desc=f'tokenizing {split}',
-      unit=' documents',
-      leave=False,
-      disable=None,
-    )
-    table = make_rows(
-      encode(bar, vocabulary, counts), vocabulary.prefix, vocabulary.specials.eos, plan
-    )
-    count = len(table.lengths)
+    rows, todo = [], parts.find(config, parts.PART_BYTES)
+    order = Order.of(todo)
+    with tqdm(
+      desc=f'tokenizing {split}', unit=' documents', leave=False, disable=None
+    ) as bar:
+      for part in todo:
+        documents = (d for name, d in parts.read(config, part) if name == split)
+        seen = (d for d in documents if bar.update() or True)
+        rows.append(part_rows(seen, part, split, order, config, vocabulary, plan, counts))
+    keys, records = map(np.concatenate, zip(*rows, strict=True))
+    count = len(keys)
     check_not_empty(count, counts, split, config)
-    layout = shards.layout_of(vocabulary, plan.row_length)
     path = epath.Path(temporary) / shards.file_name(split, 0, 1)
-    file = shards.write_file(path, layout.encode(table))
+    file = shards.write_file(path, records[np.argsort(keys)])
     splits: dict[str, dict[str, Any]] = {split: {**counts, 'files': [file]}}
     about = {'corpus': config.corpus}
-    shards.write_index(epath.Path(temporary), vocabulary, plan, 1, splits, about)
+    shards.write_index(epath.Path(temporary), vocabulary, plan, order.block, splits, about)
     # What stands there has no index, or is the same rows by another process.
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -134,9 +180,8 @@ def _write(config, vocabulary, split, plan, folder) -> None:
   if split == 'validation' and (words := corpora.held_out_in_words(config)):
     print(words, flush=True)
   print(
-    f'{split}: {counts["documents"]:,} documents, {counts["tokens"]:,} tokens in '
-    f'{count:,} rows of {plan.row_length} ({counts["skipped"]} documents under two '
-    f'tokens skipped) in {time.perf_counter() - began:.0f} s',
+    f'{split}: {in_words(counts)} in {count:,} rows of {plan.row_length} in '
+    f'{time.perf_counter() - began:.0f} s',
     flush=True,
   )
 
@@ -147,8 +192,8 @@ def check_not_empty(
   """Raises UserError if a split has no rows."""
   configs.check(
     count > 0,
-    f'the {split} split must hold a document of two tokens or more',
-    f'none in {config.corpus!r} ({counts["skipped"]} skipped)',
+    f'the {split} split must hold a document with something to see and to predict',
+    f'{in_words(counts)} in {config.corpus!r}',
     {
       'train': 'give more text',
       'validation': 'give more text, raise CorpusConfig.validation_fraction, or give '

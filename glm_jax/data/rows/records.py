@@ -1,18 +1,21 @@
 """Rows of shards by number, in TensorFlow ops alone.
 
 No Python function runs in the pipeline (one that does can hang at the process's exit,
-and cannot be checkpointed). Files on this machine are mapped into memory; others are
-read in runs of consecutive rows, many at a time, so that each costs storage one request.
+and cannot be checkpointed). Files on this machine are mapped into memory, small corpora
+from elsewhere are fetched whole; others are read in runs of consecutive rows, many at a
+time, so that each costs storage one request.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from glm_jax.data.rows.shards import HEAD, TAIL, RecordLayout, StoredRows
+from glm_jax.data.rows import shards
+from glm_jax.data.rows.shards import HEAD, TAIL, File, RecordLayout, StoredRows
 
 # A batch takes from each mapped file in an op of its own: with more files, runs are
 # cheaper.
@@ -23,13 +26,18 @@ _RUNS_AT_ONCE = 32
 
 def reader(rows: StoredRows) -> Callable[[tf.Tensor], tf.Tensor]:
   """A function from row numbers, [B] int64, to their records, [B, record_bytes] uint8."""
-  # Only a file of this machine can be mapped; storage is addressed as scheme://path.
-  mapped = '://' not in str(rows.folder) and len(rows.files) <= _MOST_MAPPED
+  # Only a file of this machine can be mapped; storage is addressed as scheme://path. From
+  # there a small corpus is read whole, since its rows are asked for one by one.
+  here = '://' not in str(rows.folder)
+  in_memory = len(rows.files) <= _MOST_MAPPED and (here or rows.block == 1)
   # A shard that no row fell to is an empty file, which cannot be mapped.
   files = [file for file in rows.files if file.rows]
   paths = [str(rows.folder / file.name) for file in files]
   counts = [file.rows for file in files]
-  return (_mapped if mapped else _runs)(paths, counts, rows.layout)
+  if in_memory:
+    load = _mapped if here else _fetched
+    return _in_memory([load(rows, file) for file in files], counts)
+  return _runs(paths, counts, rows.layout)
 
 
 def decode(records: tf.Tensor, layout: RecordLayout) -> dict[str, tf.Tensor]:
@@ -65,18 +73,28 @@ def decode(records: tf.Tensor, layout: RecordLayout) -> dict[str, tf.Tensor]:
   }
 
 
-def _mapped(
-  paths: list[str], counts: list[int], layout: RecordLayout
+def _mapped(rows: StoredRows, file: File) -> tf.Tensor:
+  """[rows, stride] uint8 of a file of this machine."""
+  # Nothing is read until a page of it is touched, and processes of one machine share the
+  # pages. No public function wraps the op.
+  return tf.raw_ops.ImmutableConst(
+    dtype=tf.uint8,
+    shape=[file.rows, rows.layout.stride],
+    memory_region_name=str(rows.folder / file.name),
+  )
+
+
+def _fetched(rows: StoredRows, file: File) -> tf.Tensor:
+  """The same of a file from elsewhere."""
+  content = (rows.folder / file.name).read_bytes()
+  shards.check_content(rows.folder, file, hashlib.sha256(content).hexdigest())
+  data = np.frombuffer(content, np.uint8)
+  return tf.constant(data.reshape(file.rows, rows.layout.stride))
+
+
+def _in_memory(
+  files: list[tf.Tensor], counts: list[int]
 ) -> Callable[[tf.Tensor], tf.Tensor]:
-  # ImmutableConst maps a file into memory as a tensor, here of [rows, stride]. Nothing is
-  # read until a page of it is touched, and processes of one machine share the pages. No
-  # public function wraps the op.
-  files = [
-    tf.raw_ops.ImmutableConst(
-      dtype=tf.uint8, shape=[count, layout.stride], memory_region_name=path
-    )
-    for path, count in zip(paths, counts, strict=True)
-  ]
   if len(files) == 1:
     return lambda numbers: tf.gather(files[0], numbers)[:, HEAD:-TAIL]
 

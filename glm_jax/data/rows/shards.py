@@ -35,9 +35,13 @@ from glm_jax.text.vocabulary import Vocabulary
 FORMAT = 2
 HEAD, TAIL = 12, 4
 """Bytes before and behind a record in a TFRecord file: its size and checksums."""
+COUNTS = ('documents', 'tokens', 'skipped', 'shortened', 'dropped')
+"""What is counted of a split: documents that became rows, their tokens; documents with
+nothing to predict; pairs longer than a row that were shortened, or left out."""
 INDEX, VOCABULARY = 'index.json', 'vocabulary.json'
 # Pieces of the largest vocabulary whose ids are written as uint16.
 _LARGEST_NARROW = 2**16
+SPLITS = ('train', 'validation')
 # Bytes of a file that are hashed or written at a time.
 _CHUNK = 2**24
 
@@ -132,7 +136,7 @@ class StoredRows:
     block: so many consecutive rows stay together when the stream is shuffled, so that
       storage is read in pieces of more than a row; 1 where rows are shuffled alone.
     plan: how documents became rows.
-    stats: documents, skipped, tokens; and `digest`, which tells contents apart.
+    stats: `COUNTS`; and `digest`, which tells contents apart.
   """
 
   folder: epath.Path
@@ -241,7 +245,7 @@ def write_index(
     vocabulary: of the tokens.
     plan: how documents became rows.
     block: see `StoredRows`.
-    splits: {'files': [File], 'documents', 'tokens', 'skipped'} of each.
+    splits: {'files': [File]} and `COUNTS` of each.
     about: where the text is from, for a reader.
   """
   layout = layout_of(vocabulary, plan.row_length)
@@ -320,7 +324,7 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
     # Contents are told apart by the checksums of the files, and how they are shuffled by
     # `block`: a run that goes on must find both as they were.
     digest = hashlib.sha256(json.dumps([*files, layout, block]).encode()).hexdigest()[:16]
-    stats = {key: split.get(key, 0) for key in ('documents', 'skipped', 'tokens')}
+    stats = {key: split.get(key, 0) for key in COUNTS}
     rows[name] = StoredRows(folder, layout, files, block, plan, {**stats, 'digest': digest})
   return rows
 
@@ -365,18 +369,23 @@ def verify(rows: StoredRows, part: int = 0, parts: int = 1) -> int:
       while data := opened.read(_CHUNK):
         sha.update(data)
         size += len(data)
-    configs.check(
-      sha.hexdigest() == file.sha256,
-      f'the shard {rows.folder / file.name} must have the SHA-256 of its index, '
-      f'{file.sha256[:12]}...',
-      f'{sha.hexdigest()[:12]}...: it was altered or damaged',
-      'copy it again, or make the shards again',
-    )
+    check_content(rows.folder, file, sha.hexdigest())
     return size
 
   # Threads suffice: hashlib and file reads release the GIL.
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     return sum(pool.map(check, rows.files[part::parts]))
+
+
+def check_content(folder: epath.Path, file: File, sha256: str) -> None:
+  """Raises UserError for a file whose content is not that of the index."""
+  configs.check(
+    sha256 == file.sha256,
+    f'the shard {folder / file.name} must have the SHA-256 of its index, '
+    f'{file.sha256[:12]}...',
+    f'{sha256[:12]}...: it was altered or damaged',
+    'copy it again, or make the shards again',
+  )
 
 
 def _read_index(folder: epath.Path) -> dict[str, Any]:
