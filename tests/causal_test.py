@@ -38,7 +38,8 @@ def _batch(vocabulary, documents, length=LENGTH):
   eos = vocabulary.specials.eos
   table = stream_rows(documents, vocabulary.prefix, eos, length + 1)
   made = causal_examples(
-    *map(tf.constant, (table.tokens, table.lengths, table.scored, table.starts))
+    *map(tf.constant, (table.tokens, table.lengths, table.scored, table.starts)),
+    vocabulary.specials.pad,
   )
   packed = [
     (ids[:n].tolist(), flags[:n].tolist())
@@ -138,7 +139,7 @@ def test_a_row_without_room_behind_a_prefix_is_refused(vocabulary, tmp_path):
     prepare.prepare(
       'glm_causal',
       {'tokens': 2},
-      CorpusConfig(corpus=str(tmp_path / '*.txt')),
+      CorpusConfig(corpus=str(tmp_path / '*.txt'), packed=False),
       VocabularyConfig(),
       ObjectiveConfig(),
       vocabulary,

@@ -266,7 +266,7 @@ def test_rows_are_filled_as_promised(length):
   source, places = packed.take_apart(x, plan)
   size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
   made = infilling.make_examples(source, size, config, VOCABULARY)
-  made = packed.put_together(made, places, count, length)
+  made = packed.put_together(made, places, count, length, VOCABULARY.specials.pad)
   fill = (made['key_end'].numpy() > 0).mean()
   assert fill > 0.92, fill
   hidden = (made['block_positions'].numpy() == 1).sum()

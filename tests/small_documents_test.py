@@ -146,7 +146,7 @@ def _packed(documents, config, plan, prefix):
   source, places = packed.take_apart(fields, plan)
   size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
   apart = infilling.make_examples(source, size, config, VOCABULARY)
-  made = packed.put_together(apart, places, n, plan.positions)
+  made = packed.put_together(apart, places, n, plan.positions, S.pad)
   return table, {name: value.numpy() for name, value in made.items()}
 
 
@@ -166,6 +166,8 @@ def test_small_documents_of_a_packed_row_are_whole_and_see_themselves_alone(name
     inside = made['key_end'][row] > 0
     firsts = np.flatnonzero(inside & (made['key_start'][row] == np.arange(32)))
     size = int(inside.sum())
+    assert (made['tokens'][row, size:] == S.pad).all()
+    assert (made['targets'][row, size:] == S.pad).all()
     at = 0
     for a, z in zip(firsts, [*firsts[1:], size], strict=True):
       text, weight, hidden = _read(made, row, a, z)
@@ -238,10 +240,12 @@ def test_small_documents_predict_their_next_tokens_and_nobody_elses(prefix):
     packed_rows(documents, prefix, S.eos, causal_packing(length)),
   ):
     made = causal.causal_examples(
-      *map(tf.constant, (table.tokens, table.lengths, table.scored, table.starts))
+      *map(tf.constant, (table.tokens, table.lengths, table.scored, table.starts)), S.pad
     )
     made = {name: value.numpy() for name, value in made.items()}
     for row, size in enumerate(table.lengths):
+      assert (made['tokens'][row, size:] == S.pad).all()
+      assert (made['targets'][row, size:] == S.pad).all()
       start = 0
       for t in range(length):
         start = t if table.starts[row, t] else start

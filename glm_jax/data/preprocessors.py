@@ -60,7 +60,10 @@ def glm_mixture(
       # to this size until they are put together.
       size = source.tokens.shape[1] + 2 * packed.spans_of_longest(plan)
       examples = infilling.make_examples(source, size, config, vocabulary)
-      examples = packed.put_together(examples, places, rows['tokens'].shape[0], length)
+      count = rows['tokens'].shape[0]
+      examples = packed.put_together(
+        examples, places, count, length, vocabulary.specials.pad
+      )
     else:
       names = ('tokens', 'lengths', 'scored', 'keys', 'step')
       source = infilling.TextRows(*(rows[name] for name in names))

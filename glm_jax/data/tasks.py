@@ -60,7 +60,8 @@ def register(
 
 def register_causal(corpora: Sequence[Corpus], vocabulary: Vocabulary) -> None:
   """(Re-)registers the task of next tokens over these rows."""
-  _register(CAUSAL, corpora, vocabulary, causal)
+  make = functools.partial(causal, pad=vocabulary.specials.pad)
+  _register(CAUSAL, corpora, vocabulary, make)
 
 
 def _register_objectives(name, corpora, split, vocabulary, config) -> None:

@@ -16,12 +16,14 @@ from glm_jax.configs import UserError
 def causal(
   dataset: tf.data.Dataset,
   sequence_length: Mapping[str, int],
+  pad: int,
 ) -> tf.data.Dataset:
   """Rows of indexed sources (`stream.source`) as examples of the batch contract.
 
   Args:
     dataset: batches of rows of L + 1 tokens.
     sequence_length: {'tokens': L}.
+    pad: id of the token that fills rows up.
 
   Returns:
     A dataset of {field of `Batch`: [B, L]}.
@@ -30,7 +32,8 @@ def causal(
 
   @tf.autograph.experimental.do_not_convert
   def make(rows: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    batch = causal_examples(rows['tokens'], rows['lengths'], rows['scored'], rows['starts'])
+    names = ('tokens', 'lengths', 'scored', 'starts')
+    batch = causal_examples(*(rows[name] for name in names), pad)
     return {**batch, 'index': rows['index'], 'corpus': rows['corpus']}
 
   if dataset.element_spec['tokens'].shape.as_list()[1:] != [length + 1]:
@@ -42,7 +45,7 @@ def causal(
 
 
 def causal_examples(
-  tokens: tf.Tensor, lengths: tf.Tensor, scored: tf.Tensor, starts: tf.Tensor
+  tokens: tf.Tensor, lengths: tf.Tensor, scored: tf.Tensor, starts: tf.Tensor, pad: int
 ) -> dict[str, tf.Tensor]:
   """A batch of examples.
 
@@ -51,11 +54,14 @@ def causal_examples(
     lengths: [B] int32; what follows is padding.
     scored: [B, L + 1] bool, tokens that may carry loss.
     starts: [B, L + 1] bool, where a document, or a part of one, begins.
+    pad: id of the token that fills rows up.
 
   Returns:
     The [B, L] features of `glm_jax.batch.Batch` (no index).
   """
   L = tokens.shape[1] - 1
+  # Rows are stored with zeros behind their tokens.
+  tokens = tf.where(tf.range(L + 1) < lengths[:, None], tokens, pad)
   t = tf.broadcast_to(tf.range(L), [tf.shape(tokens)[0], L])
   # The last token of a row predicts nothing.
   inside = t + 1 < lengths[:, None]

@@ -64,7 +64,7 @@ def take_apart(batch: dict[str, tf.Tensor], plan: RowPlan) -> tuple[TextRows, Pl
 
 
 def put_together(
-  examples: dict[str, tf.Tensor], places: Places, rows: int, length: int
+  examples: dict[str, tf.Tensor], places: Places, rows: int, length: int, pad: int
 ) -> dict[str, tf.Tensor]:
   """Examples side by side in their rows.
 
@@ -73,6 +73,7 @@ def put_together(
     places: of the D documents.
     rows: B.
     length: L.
+    pad: id of the token that fills rows up, as those of one example are.
 
   Returns:
     [B, L] features; of the counts, their sums, [B].
@@ -111,7 +112,8 @@ def put_together(
     # What an example sees moves with it; its positions still count from 0.
     if name in ('key_start', 'key_end'):
       value += offset
-    features[name] = tf.where(inside, value, tf.zeros([], value.dtype))
+    filling = pad if name in ('tokens', 'targets') else 0
+    features[name] = tf.where(inside, value, tf.cast(filling, value.dtype))
   return features
 
 
