@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -82,6 +83,29 @@ def one_of(*choices: str) -> Rule:
 
 POSITIVE = Rule('positive', lambda x: 0 < x < math.inf, 'give a number above 0')
 NOT_EMPTY = Rule('some text', bool, 'give one')
+LOCAL = Rule(
+  'a path on this machine',
+  lambda path: not _scheme(path),
+  'mount the bucket (gcsfuse, mountpoint-s3), or copy what is there',
+)
+READABLE = Rule(
+  'here or in gs://',
+  lambda path: _scheme(path) in ('', 'gs'),
+  'mount other storage, or copy what is there',
+)
+"""Of text and shards, which are read and written wherever they are."""
+
+
+def _scheme(path: str) -> str:
+  """Of an address such as gs://bucket/name, also behind a kind; '' for a path.
+
+  Example:
+    >>> [_scheme(path) for path in ('a/b', 's3://a', 'shards:gs://a', 'gs:/a', 'bytes:/a')]
+    ['', 's3', 'gs', 'gs', '']
+  """
+  # pathlib makes gs:/ of gs://, and a kind may stand before a path: bytes:/home/me.
+  match = re.search(r'([a-z][\w+.-]*)://|\b(gs|s3|https?|hdfs|file):/', path.lower())
+  return match[1] or match[2] if match else ''
 
 
 def check_fields(config: Any) -> None:
@@ -121,6 +145,11 @@ def check_fields(config: Any) -> None:
       )
     for rule in rules:
       check(rule.holds(value), f'{name} must be {rule.words}', repr(value), rule.remedy)
+
+
+def check_path(name: str, path: str, rule: Rule = LOCAL) -> None:
+  """Raises UserError for the value of a flag that is an address elsewhere."""
+  check(rule.holds(path), f'{name} must be {rule.words}', repr(path), rule.remedy)
 
 
 def check(condition: bool, rule: str, received: str, remedy: str) -> None:

@@ -71,6 +71,9 @@ def convert(flags: argparse.Namespace) -> None:
     ResourceError: no room.
   """
   began = time.perf_counter()
+  paths = {'SRC': flags.src, 'DST': flags.dst, '--vocabulary': flags.vocabulary}
+  for name, path in paths.items():
+    configs.check_path(name, path)
   src, dst = Path(flags.src), Path(flags.dst)
   configs.check(
     not dst.exists(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from glm_jax import cli, startup
+from glm_jax import cli, configs, startup
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.training import start, state
 
   startup.find_devices()
+  configs.check_path('--checkpoint', flags.checkpoint)
   sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
   folder = checkpoints.find(flags.checkpoint)
   meta = checkpoints.read_meta(folder)

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     type(recipe).__name__,
     'use Pretraining or a recipe made of it',
   )
+  configs.check_path('--output_dir', flags.output_dir, configs.READABLE)
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   # Imported below the flags: a mistake in them is told at once.
   with startup.silenced_stderr():

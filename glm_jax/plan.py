@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     f'--topology={flags.topology!r}, --platform={flags.platform!r}',
     'give one of them, such as --topology=v5p:4x4x8',
   )
+  configs.check_path('--json', flags.json)
   path = Path(flags.json)
   configs.check(
     path.resolve().parent.is_dir() and not path.is_dir(),

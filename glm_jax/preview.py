@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> None:
     str(flags.examples),
     'ask for fewer',
   )
+  configs.check_path('--output', flags.output)
   startup.import_tensorflow()
   from glm_jax.data.examples import render
 

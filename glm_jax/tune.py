@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from glm_jax import cli, configs
-from glm_jax.configs import UserError, at_least
+from glm_jax.configs import LOCAL, UserError, at_least
 from glm_jax.training import writer
 
 _POLL_SECONDS = 0.5
@@ -47,7 +47,7 @@ class TuneConfig:
     seed: of the sampler.
   """
 
-  study_dir: str
+  study_dir: Annotated[str, LOCAL]
   search: dict[str, tuple[Any, ...]]
   metric: str = 'loss'
   startup_trials: Annotated[int, at_least(1)] = 5

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated
 
 from glm_jax import configs
-from glm_jax.configs import NOT_EMPTY, at_least, one_of, within
+from glm_jax.configs import LOCAL, NOT_EMPTY, READABLE, at_least, one_of, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,21 +42,21 @@ class CorpusConfig:
   """
 
   corpus: Annotated[
-    str, NOT_EMPTY.but("use 'documentation', a glob of files, or 'tfds:NAME'")
+    str, NOT_EMPTY.but("use 'documentation', a glob of files, or 'tfds:NAME'"), READABLE
   ] = 'documentation'
   packed: bool | None = None
   too_long: Annotated[
     str, one_of('truncate_prompt_left', 'truncate_answer', 'drop', 'error')
   ] = 'truncate_prompt_left'
   verify: bool = True
-  validation: str = ''
+  validation: Annotated[str, READABLE] = ''
   validation_fraction: Annotated[float, within('(0, 1)')] = 0.05
   errors: Annotated[str, one_of('strict', 'replace', 'ignore')] = 'strict'
   text_key: str = 'text'
   prompt_key: str = ''
   answer_key: str = ''
-  tfds_data_dir: str = ''
-  cache_dir: str = '~/.cache/glm_jax'
+  tfds_data_dir: Annotated[str, READABLE] = ''
+  cache_dir: Annotated[str, LOCAL] = '~/.cache/glm_jax'
 
   def __post_init__(self):
     configs.check_fields(self)
@@ -75,7 +75,7 @@ class VocabularyConfig:
     size: of a trained one, its 9 control pieces included.
   """
 
-  path: str = ''
+  path: Annotated[str, LOCAL] = ''
   kind: Annotated[str, one_of('sentencepiece', 'chatglm3')] = 'sentencepiece'
   size: Annotated[int, at_least(512).but("raise it, or use path='bytes'")] = 8192
 

@@ -1,0 +1,86 @@
+"""Addresses where paths are meant: whatever does not work there is refused, and at once."""
+
+import dataclasses
+
+import pytest
+from commands import TINY, gin, in_process, refused
+
+from glm_jax import configs
+from glm_jax.recipes import CONFIGURABLES
+from glm_jax.tune import TuneConfig
+
+QUICKSTART = '--gin_file=gin_configs/quickstart.gin'
+# {}: the address.
+LOCAL = {
+  'train': [
+    *(
+      [QUICKSTART, *gin(f"{name}='{{}}'")]
+      for name in ('MODEL_DIR', 'TrainConfig.init_from')
+    ),
+    [QUICKSTART, *gin("VocabularyConfig.path='chatglm3:{}'")],
+    [QUICKSTART, *gin("CorpusConfig.cache_dir='{}'")],
+    ['--gin_file=gin_configs/runs/continue.gin', *gin("INIT_FROM='{}'", "CORPUS='a'")],
+    ['--gin_file={}'],
+  ],
+  'generate': [['--checkpoint={}', '--prompt=a [MASK]']],
+  'convert': [['{}', 'there'], ['.', '{}'], ['.', 'there', '--vocabulary=bytes:{}']],
+  'plan': [[QUICKSTART, '--platform=cpu', '--json={}']],
+  'preview': [[QUICKSTART, '--output={}', '--examples=1']],
+  'tune': [['--gin_file=gin_configs/tune_quickstart.gin', *gin("STUDY_DIR='{}'")]],
+}
+ELSEWHERE = {
+  'train': [
+    [QUICKSTART, *gin("CorpusConfig.corpus='{}/*.txt'")],
+    [QUICKSTART, *gin("CorpusConfig.corpus='shards:{}'")],
+    [QUICKSTART, *gin("CorpusConfig.validation='{}/*.txt'", "CorpusConfig.corpus='a'")],
+    [QUICKSTART, *gin("MixtureConfig.corpora={'a': '{}/*.txt'}")],
+  ],
+  'make_shards': [[QUICKSTART, '--output_dir={}']],
+}
+
+
+def _calls(table, addresses):
+  return [
+    (name, [argument.replace('{}', address) for argument in arguments], address)
+    for name, several in table.items()
+    for arguments in several
+    for address in addresses
+  ]
+
+
+@pytest.mark.parametrize(
+  'name,arguments,address',
+  [
+    *_calls(LOCAL, ['gs://bucket/a', 'gs:/bucket/a', 'https://host/a']),
+    *_calls(ELSEWHERE, ['s3://bucket/a', 'file:///a']),
+  ],
+)
+def test_an_address_is_refused_before_anything_is_written(
+  name, arguments, address, tmp_path
+):
+  tiny = gin(*TINY) if QUICKSTART in arguments else []
+  done = in_process(name, *tiny, *arguments, cwd=tmp_path)
+  refused(done, address)
+  assert not [*tmp_path.iterdir()]
+
+
+def test_every_path_among_the_fields_has_a_rule():
+  """By their names: a new one must say whether it may be an address."""
+  ways = ('dir', 'path', 'file', 'folder', 'corpus', 'validation', 'from')
+  for kind in (*CONFIGURABLES, TuneConfig):
+    for field in dataclasses.fields(kind):
+      if field.type in ('str', "str = ''") and field.name.split('_')[-1] in ways:
+        raise AssertionError(f'{kind.__name__}.{field.name} has no rule')
+
+
+@pytest.mark.parametrize(
+  'path,scheme',
+  [
+    *((p, '') for p in ('', 'a', '/a/b', 'C:/a', 'shards:/a', 'chatglm3:/a', 'a:b')),
+    *(('gs://a', 'gs'), ('GS://a', 'gs'), ('shards:gs://a/b', 'gs'), ('gs:/a', 'gs')),
+    *(('s3://a', 's3'), ('hf://a', 'hf'), ('./https:/a', 'https')),
+  ],
+)
+def test_what_is_an_address(path, scheme):
+  assert configs.LOCAL.holds(path) == (scheme == '')
+  assert configs.READABLE.holds(path) == (scheme in ('', 'gs'))
