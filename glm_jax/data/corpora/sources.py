@@ -167,7 +167,7 @@ class DataSet(TextSource):
       message = str(error).splitlines()[0] if str(error) else type(error).__name__
       raise UserError(
         f'{self.config.corpus!r} must be a TFDS data set that is prepared, got: '
-        f'{message}; see CorpusConfig.tfds_data_dir.'
+        f'{message}; run tfds build, or set CorpusConfig.tfds_data_dir to where it is.'
       ) from error
 
   def has_validation(self) -> bool:
