@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> None:
     str(flags.examples),
     'ask for fewer',
   )
+  # Of an accelerator a preview needs nothing, and a run beside it may hold all.
+  startup.use_cpu_devices(1)
   startup.import_tensorflow()
   from glm_jax.data.examples import render
 

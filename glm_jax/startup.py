@@ -92,11 +92,17 @@ def use_cpu_devices(count: int) -> None:
 
 
 def find_devices() -> None:
-  """Starts JAX quietly: libtpu without a chip says so at length."""
-  import jax
+  """Starts JAX quietly: libtpu without a chip says so at length.
+
+  Raises:
+    UserError: see `accelerators.start`.
+  """
+  from glm_jax import accelerators
 
   with silenced_stderr():
-    jax.devices()
+    warned = accelerators.start()
+  for line in warned:
+    print(f'warning: {line}', file=sys.stderr, flush=True)
 
 
 def import_tensorflow() -> None:
