@@ -99,10 +99,10 @@ def check_fields(config: Any) -> None:
     ... class Config:
     ...   rows: typing.Annotated[int, POSITIVE] = 8
     >>> check_fields(Config(rows=16))
-    >>> check_fields(Config(rows='16'))
+    >>> check_fields(Config(rows='a'))
     Traceback (most recent call last):
     ...
-    glm_jax.configs.UserError: Config.rows must be int, got '16' (str); write 16, without quotes.
+    glm_jax.configs.UserError: Config.rows must be int, got 'a' (str); set it to an int.
     >>> check_fields(Config(rows=0))
     Traceback (most recent call last):
     ...

@@ -28,16 +28,18 @@ def main(argv: Sequence[str]) -> None:
   )
   # Of an accelerator a preview needs nothing, and a run beside it may hold all.
   startup.use_cpu_devices(1)
-  startup.import_tensorflow()
-  from glm_jax.data.examples import render
+  with startup.Telling('importing TensorFlow') as telling:
+    startup.import_tensorflow()
+    from glm_jax.data.examples import render
 
-  config, _ = cli.configuration(flags)
-  config, vocabulary, _ = start.resolve(config)
-  # Wherever the run will be, this is one device.
-  layout = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
-  data = config.recipe.prepare(config, vocabulary, layout)
-  count = -(-_COUNTED // config.batch_size)
-  batches = list(itertools.islice(data.examples(), count))
+    config, _ = cli.configuration(flags)
+    config, vocabulary, _ = start.resolve(config)
+    # Wherever the run will be, this is one device.
+    layout = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+    telling('preparing data: the text, its vocabulary')
+    data = config.recipe.prepare(config, vocabulary, layout)
+    count = -(-_COUNTED // config.batch_size)
+    batches = list(itertools.islice(data.examples(), count))
   batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
   # Only the tasks of this package count them.
   for name in ('lost', 'capped'):

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,43 @@ def silenced_stderr() -> Iterator[None]:
     os.dup2(saved, 2)
     os.close(saved)
     os.close(null)
+
+
+class Telling:
+  """Says every so often what a command is doing, until it has something else to say.
+
+  Whoever starts quickly is told nothing. Use it as a context: nothing runs on behind it.
+
+  Attributes:
+    quiet: whether this process leaves it to another.
+  """
+
+  def __init__(self, doing: str, *, quiet: bool = False, seconds: float = 10.0):
+    self.quiet = quiet
+    self._doing, self._began, self._seconds = doing, time.perf_counter(), seconds
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._tell, daemon=True)
+
+  def __call__(self, doing: str) -> None:
+    """From now on, the process is doing that."""
+    self._doing = doing
+
+  def stop(self) -> None:
+    """Nothing more is told."""
+    self._ended.set()
+
+  def __enter__(self) -> Telling:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.stop()
+    self._thread.join()
+
+  def _tell(self) -> None:
+    while not self._ended.wait(self._seconds):
+      if not self.quiet:
+        print(f'{time.perf_counter() - self._began:.0f} s: {self._doing}', flush=True)
 
 
 def use_cpu_devices(count: int) -> None:

@@ -23,14 +23,13 @@ def _train(text, run, *bindings, flags=(), **more):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(text, straight):
-  before = {path: path.stat().st_mtime_ns for path in (straight / 'checkpoints').rglob('*')}
-  done = _train(text, straight)
-  assert done.returncode == 0, done.stderr
-  assert f'resumed {straight} at step {STEPS}' in done.stdout
-  assert 'step  ' not in done.stdout
-  assert before == {
-    path: path.stat().st_mtime_ns for path in (straight / 'checkpoints').rglob('*')
-  }
+  before = {path: path.stat().st_mtime_ns for path in straight.rglob('*')}
+  for bindings in ((), ('TRAIN_STEPS=5',)):
+    done = _train(text, straight, *bindings)
+    assert done.returncode == 0, done.stderr
+    assert f'{straight} is at step {STEPS}, and TRAIN_STEPS=' in done.stdout
+    assert 'step  ' not in done.stdout and 'done: ' not in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob('*')}
 
 
 def test_the_folder_holds_what_a_person_looks_for(straight):
