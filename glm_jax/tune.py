@@ -9,6 +9,7 @@ in SQLite, to which several of these commands may contribute at a time.
 from __future__ import annotations
 
 import argparse
+import ast
 import ctypes
 import dataclasses
 import functools
@@ -285,11 +286,11 @@ def _report(study: Any, config: TuneConfig) -> None:
   print(f'\nbest {config.metric} {best.value:.4f}, trial {best.number + 1}:')
   print('\n'.join(f'  {line}' for line in lines))
   (folder / 'best.gin').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-  names = _plots(study, folder)
+  names = _plots(study, config)
   print(f'\nalso in {folder}/best.gin; plots: {", ".join(names)}')
 
 
-def _plots(study: Any, folder: Path) -> list[str]:
+def _plots(study: Any, config: TuneConfig) -> list[str]:
   import matplotlib
 
   matplotlib.use('Agg')
@@ -297,19 +298,52 @@ def _plots(study: Any, folder: Path) -> list[str]:
   from optuna.visualization import matplotlib as draw
 
   plots = {
-    'history': draw.plot_optimization_history,
-    'steps': draw.plot_intermediate_values,
-    'slices': draw.plot_slice,
+    'history': lambda: draw.plot_optimization_history(study).figure,
+    'steps': lambda: draw.plot_intermediate_values(study).figure,
+    'slices': lambda: _slices(study, config),
   }
   names = []
   for name, plot in plots.items():
-    # Some plots return an array of axes, one a parameter.
-    axes = plot(study)
-    first = axes if not hasattr(axes, '__len__') else axes.flat[0]
-    first.figure.savefig(folder / f'{name}.png', dpi=120, bbox_inches='tight')
+    plot().savefig(Path(config.study_dir) / f'{name}.png', dpi=120, bbox_inches='tight')
     pyplot.close('all')
     names.append(f'{name}.png')
   return names
+
+
+def _slices(study: Any, config: TuneConfig) -> Any:
+  """A figure of the metric over each dimension: the values that runs were given.
+
+  Optuna's own has what was drawn, and shares are something else: see `_suggest`.
+  """
+  from matplotlib import pyplot
+
+  trials = [trial for trial in study.trials if trial.state.name == 'COMPLETE']
+  given = [
+    dict(line.split('=', 1) for line in trial.user_attrs['bindings']) for trial in trials
+  ]
+  figure, axes = pyplot.subplots(
+    1,
+    len(config.search),
+    sharey=True,
+    squeeze=False,
+    figsize=(2 + 2.5 * len(config.search), 4),
+    layout='constrained',
+  )
+  for axis, (name, (kind, *choices)) in zip(axes[0], config.search.items(), strict=True):
+    values = [ast.literal_eval(bindings[name]) for bindings in given]
+    if kind == 'choice':
+      axis.set_xticks(range(len(choices)), map(str, choices), rotation=45, ha='right')
+      values = [choices.index(value) for value in values]
+    elif kind == 'log':
+      axis.set_xscale('log')
+    points = axis.scatter(
+      values, [t.value for t in trials], c=[t.number + 1 for t in trials], edgecolors='grey'
+    )
+    # On two lines, since neighbours are close.
+    axis.set_xlabel(name.replace('.', '.\n'))
+  axes[0, 0].set_ylabel(config.metric)
+  figure.colorbar(points, ax=axes, label='trial')
+  return figure
 
 
 def _die_with_parent() -> None:

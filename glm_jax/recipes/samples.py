@@ -37,7 +37,10 @@ def beside_baselines(
   for name in data.validation:
     loss = validated.get(f'loss/{name}', validated.get('loss'))
     scores = baselines[name] = _baselines(config, data, name)
-    say(f'{name:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
+    # A task of one's own has a name of its own, and its losses those of its objectives.
+    objectives = [k.removeprefix('loss/') for k in validated if k.startswith('loss/')]
+    label = name if name in objectives else f'{name} ({", ".join(objectives)})'
+    say(f'{label:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
   return baselines
 
 
