@@ -66,10 +66,8 @@ def load_config(
     reading.binding(binding)
   _refuse_moved(reading.statements)
   _refuse_unknown(reading.statements, configurables)
-  # Later bindings win: what they replaced uses nothing.
-  final = {(s.scope, s.kind, s.field): s for s in reading.statements if s.field is not None}
-  missing = _macros([*final.values()], configurables)
-  _refuse_without_effect([*final.values()], [kind, *roots])
+  missing = _macros(reading.statements, configurables)
+  _refuse_without_effect(reading.statements, [kind, *roots])
   check(
     not missing or placeholders,
     'macros that a configuration uses must be set',
@@ -323,33 +321,39 @@ def _meant(near: Sequence[str], known: Iterable[str]) -> str:
   return f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(known)}.'
 
 
-def _macros(final: Sequence[_Statement], kinds: Sequence[type]) -> list[str]:
+def _macros(statements: Sequence[_Statement], kinds: Sequence[type]) -> list[str]:
   """Names of macros that are used and not set.
 
   Raises:
-    UserError: one is set and not used, which is a misspelt one.
+    UserError: one is set and never used, which is a misspelt one.
   """
-  used = {macro.name for s in final for macro in _within(s.value, _Macro)}
-  defined = {(f'{s.scope}/' if s.scope else '') + s.kind: s for s in final if not s.field}
+  used = {macro.name for s in statements for macro in _within(s.value, _Macro)}
+  defined = {
+    (f'{s.scope}/' if s.scope else '') + s.kind: s for s in statements if s.field == ''
+  }
   for name in sorted(defined.keys() - used):
     near = slips.nearest(name, used) or slips.fields_like('', name, kinds)
     raise UserError(
       f'a macro must be used by something, got {name}{defined[name].where}, which nothing '
       f'refers to; {_meant(near, sorted(used))}'
     )
-  return sorted(used - defined.keys())
+  # Later bindings win: of what they replaced no macro is needed.
+  final = {(s.scope, s.kind, s.field): s for s in statements if s.field is not None}
+  needed = {macro.name for s in final.values() for macro in _within(s.value, _Macro)}
+  return sorted(needed - defined.keys())
 
 
-def _refuse_without_effect(final: Sequence[_Statement], roots: Sequence[type]) -> None:
+def _refuse_without_effect(statements: Sequence[_Statement], roots: Sequence[type]) -> None:
   """Raises UserError for flags that bind what nothing of the configuration refers to.
 
   A file may hold more than one run needs. Whoever writes a flag means it: one of another
   model's class, or in a scope that is misspelt, would change nothing.
   """
-  references = [r for s in final for r in _within(s.value, _Reference)]
+  # Also in what a later flag replaced: a script's flags stand before those given to it.
+  references = [r for s in statements for r in _within(s.value, _Reference)]
   kinds = {*(reference.kind for reference in references), *(r.__name__ for r in roots)}
   scopes = {part for reference in references for part in reference.name.split('/')[:-1]}
-  for flag in (s for s in final if s.field and not s.where):
+  for flag in (s for s in statements if s.field and not s.where):
     name = f'{flag.kind}.{flag.field}'
     check(
       flag.kind in kinds,

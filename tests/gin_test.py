@@ -289,10 +289,15 @@ def test_files_that_are_no_run_say_what_they_lack():
 
 
 def test_what_a_later_binding_replaced_is_not_missed():
-  """%CORPUS is used by a file, and by nothing once a flag has another text there."""
+  """Neither the macro that a file uses there, nor the use of one that a file sets."""
   file = ('gin_configs/runs/continue.gin',)
   places = ("MODEL_DIR='x'", "INIT_FROM='y'", "CorpusConfig.corpus='50%CORPUS'")
   assert _load(*places, files=file)[0].recipe.corpus.corpus == '50%CORPUS'
+  assert _load('TrainConfig.train_steps=7')[0].train_steps == 7
+  # A flag of what a later flag has replaced was meant as well.
+  other = ('TrainConfig.model=@ChatGLMConfig()', 'ChatGLMConfig.num_layers=2')
+  again = ('TrainConfig.model=@GLMConfig()', 'GLMConfig.num_layers=3')
+  assert _load(*other, *again)[0].model.num_layers == 3
 
 
 def test_flags_are_answered_in_a_line():
