@@ -58,7 +58,15 @@ def load_config(
       gin.external_configurable(configurable, configurable.__name__)
       _registered.add(configurable.__name__)
   root = Path(__file__).resolve().parent.parent
-  folders = [path for path in search_paths.split(',') if path] + ['', str(root)]
+  folders = [path for path in search_paths.split(',') if path]
+  for folder in folders:  # without one, another file of the same name would be taken
+    check(
+      Path(folder).is_dir(),
+      '--gin_search_paths must name folders, with commas between them',
+      repr(folder),
+      'make the folder, or leave it out',
+    )
+  folders += ['', str(root)]
   reading = _Reading(folders)
   for file in files:
     reading.file(file)

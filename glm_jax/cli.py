@@ -7,11 +7,12 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from glm_jax import slips, startup
 from glm_jax.bindings import load_config
-from glm_jax.configs import ResourceError, UserError, one_line
+from glm_jax.configs import ResourceError, UserError, check, one_line
 
 # Exit codes as in sysexits.h, by which a scheduler can tell whether to try again.
 # Bad input or configuration: the next attempt would fail as well.
@@ -171,6 +172,22 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
   flags = parser.parse_args(argv)
   flags.bindings = bindings
   return flags
+
+
+def output_file(flag: str, value: str) -> Path:
+  """The file that a flag names, which can be written: asked before the work, not after it.
+
+  Raises:
+    UserError: its folder does not exist, or it is a folder.
+  """
+  path = Path(value)
+  check(
+    path.resolve().parent.is_dir() and not path.is_dir(),
+    f'{flag} must be a file in a folder that exists',
+    repr(value),
+    'make the folder, or choose another file',
+  )
+  return path
 
 
 def configuration(

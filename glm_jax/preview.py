@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,12 +25,22 @@ def main(argv: Sequence[str]) -> None:
     str(flags.examples),
     'ask for fewer',
   )
+  path = cli.output_file('--output', flags.output)
   # Of an accelerator a preview needs nothing, and a run beside it may hold all.
   startup.use_cpu_devices(1)
   with startup.Telling('importing TensorFlow') as telling:
     startup.import_tensorflow()
+    from matplotlib.backend_bases import FigureCanvasBase
+
     from glm_jax.data.examples import render
 
+    formats = FigureCanvasBase.get_supported_filetypes()
+    configs.check(
+      path.suffix.lower().removeprefix('.') in formats,
+      '--output must end as a picture does',
+      repr(flags.output),
+      f'choose among {", ".join(sorted(formats))}',
+    )
     config, _ = cli.configuration(flags)
     config, vocabulary, _ = start.resolve(config)
     # Wherever the run will be, this is one device.
@@ -50,7 +59,6 @@ def main(argv: Sequence[str]) -> None:
     example = {k: v[number] for k, v in batch.items()}
     print(f'--- example {number}, {render.render(example, data.vocabulary)}\n')
   print(render.statistics(batch, data.skipped))
-  path = Path(flags.output)
   render.picture({k: v[0] for k, v in batch.items()}, path)
   print(f'\nmask of example 0 in {path}')
 

@@ -26,6 +26,10 @@ _LOUD = ('absl', 'asyncio', 'jax', 'orbax', 'tensorflow', 'etils')
 _TOLD_AGAIN = ('orbax', 'tensorstore', 'tensorboard')
 
 
+# Each has threads of its own.
+_MOST_CPU_DEVICES = 1024
+
+
 def be_quiet() -> None:
   """Silences what libraries say to nobody; warnings of XLA and our own threads remain."""
   # Both are read when TensorFlow is imported, and must be set before.
@@ -119,7 +123,12 @@ class Telling:
 
 def use_cpu_devices(count: int) -> None:
   """Splits the CPU into virtual devices; must precede the first use of JAX."""
-  configs.check(count >= 0, '--cpu_devices must be 1 or more', str(count), 'leave it out')
+  configs.check(
+    0 <= count <= _MOST_CPU_DEVICES,
+    f'--cpu_devices must be in 1 .. {_MOST_CPU_DEVICES}',
+    str(count),
+    'give fewer, or leave it out',
+  )
   if count:
     # XLA's pool has a thread a core; devices that wait for each other need more.
     os.environ.setdefault('NPROC', str(4 * count))
@@ -168,6 +177,12 @@ def import_modules(names: Sequence[str]) -> list[type]:
     # A module beside the caller is found under `python -m` and under an entry point alike.
     sys.path.insert(0, str(Path.cwd()))
   for name in names:
+    configs.check(
+      all(part.isidentifier() for part in name.split('.')),
+      '--import must name a module',
+      repr(name),
+      'write its name, such as my.module, without a path',
+    )
     try:
       own += getattr(importlib.import_module(name), 'CONFIGURABLES', ())
     except ModuleNotFoundError as error:
@@ -176,7 +191,7 @@ def import_modules(names: Sequence[str]) -> list[type]:
       if error.name and (name == error.name or name.startswith(error.name + '.')):
         raise configs.UserError(
           f'--import must name a module on the Python path, got {name!r}; '
-          'run from its folder or set PYTHONPATH.'
+          'run from its folder or set PYTHONPATH, and leave out .py.'
         ) from error
       raise
   return own

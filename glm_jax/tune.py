@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from glm_jax import cli, configs
-from glm_jax.configs import UserError, at_least
+from glm_jax.configs import NOT_EMPTY, UserError, at_least
 from glm_jax.training import writer
 
 _POLL_SECONDS = 0.5
@@ -48,9 +48,9 @@ class TuneConfig:
     seed: of the sampler.
   """
 
-  study_dir: str
+  study_dir: Annotated[str, NOT_EMPTY]
   search: dict[str, tuple[Any, ...]]
-  metric: str = 'loss'
+  metric: Annotated[str, NOT_EMPTY] = 'loss'
   startup_trials: Annotated[int, at_least(1)] = 5
   prune: bool = True
   seed: int = 0
@@ -63,12 +63,13 @@ class TuneConfig:
     )
     for binding, dimension in self.search.items():
       kind = dimension[0] if dimension else None
-      known = kind in _KINDS
+      known = isinstance(kind, str) and kind in _KINDS
       numbers = dimension[1:]
       bounds = known and _KINDS[kind] == 2
       ok = known and (bool(numbers) if kind == 'choice' else len(numbers) == _KINDS[kind])
       if ok and bounds:
-        ok = all(isinstance(n, (int, float)) for n in numbers) and numbers[0] < numbers[1]
+        types = (int,) if kind == 'int' else (int, float)
+        ok = all(isinstance(n, types) for n in numbers) and numbers[0] < numbers[1]
         ok = ok and (kind != 'log' or numbers[0] > 0)
       configs.check(
         ok,
@@ -92,9 +93,10 @@ def main(argv: Sequence[str]) -> None:
   run, base = load(bindings=bindings)
   fixed = run.recipe.fixed_validation()
   try:
-    # A binding that does not exist is refused before anything runs.
-    example = _bindings(config, lambda name, dimension: _first(dimension))
-    load(bindings=[*bindings, *fixed, *example])
+    # Bindings that do not exist, or take no such value, are refused before anything runs.
+    for number in range(max(len(d) for d in config.search.values())):
+      example = _bindings(config, lambda name, dimension: _example(dimension, number))
+      load(bindings=[*bindings, *fixed, *example])
   except UserError as error:
     raise UserError(f'TuneConfig.search must be bindings of the run: {error}') from error
   folder = Path(config.study_dir)
@@ -263,8 +265,13 @@ def _bindings(config: TuneConfig, choose: Any) -> list[str]:
   return [f'{name}={value!r}' for name, value in values.items()]
 
 
-def _first(dimension: tuple[Any, ...]) -> Any:
-  return dimension[1] if len(dimension) > 1 else 1.0
+def _example(dimension: tuple[Any, ...], number: int) -> Any:
+  """One of the bounds or choices; the last of them for a number beyond."""
+  kind, *values = dimension
+  if not values:
+    return 1.0
+  value = values[min(number, len(values) - 1)]
+  return float(value) if kind in ('float', 'log') else value
 
 
 def _say(study: Any, trial: Any, trials: int) -> None:

@@ -136,6 +136,104 @@ def test_flags_that_cannot_be_read(module, tmp_path):
       _refused(tmp_path, module, *NEEDED[module], *arguments, words=[word])
 
 
+PROCESSES = '--process_count={} --process_index={} --coordinator_address=x:1'
+SEARCH = '--gin.TuneConfig.search={}'
+# (what is given besides, what is said) by command.
+GIVEN = {
+  'train': [
+    ('--cpu_devices=-1', '--cpu_devices must be in 1 .. 1024, got -1'),
+    ('--cpu_devices=100000', '--cpu_devices must be in 1 .. 1024'),
+    ('--process_count=2', 'go together'),
+    (PROCESSES.format(2, 2), 'index 2 of 2'),
+    (PROCESSES.format(0, 0), 'index 0 of 0'),
+    ('--import=no_such_module', "got 'no_such_module'; run from its folder"),
+    ('--import=./mine.py', "--import must name a module, got './mine.py'"),
+    ('--import=', "--import must name a module, got ''"),
+    ('--import=json.', "must name a module, got 'json.'"),
+    ('--gin_file=nowhere.gin', "got 'nowhere.gin'"),
+    ('--gin_file=', "must name a gin file, got ''"),
+    ('--gin_file=.', "must name a gin file, got '.'"),
+    ('--gin_search_paths=nowhere', "must name folders, with commas between them, got 'no"),
+    ('--gin.TRAIN_STEPS 3', 'write a binding as one argument'),
+    ('more', 'unrecognized arguments: more'),
+    ("--gin.MODEL_DIR=''", 'MODEL_DIR must name a folder'),
+    ('--gin.MeshConfig.fsdp=0', 'MeshConfig axes must be 1 or more'),
+    ('--gin.MeshConfig.sequence=7', 'must multiply to the 1 devices'),
+    ('--gin.BATCH_SIZE=3 --gin.TrainConfig.microbatches=2', 'BATCH_SIZE must divide'),
+    ('--gin.GLMConfig.num_heads=7', 'must be divisible by num_heads'),
+    ('--gin.ObjectiveConfig.blank=-1.0', 'must be 0 or more, and one above 0'),
+    ('--gin.ObjectiveConfig.mask_ratio=0.9', 'must leave a token between spans'),
+    ('--gin.ObjectiveConfig.schedule=((0,5),)', 'must hold phases of'),
+    ("--gin.TASK_FEATURE_LENGTHS={'tokens':0}", 'must leave 8 tokens of text'),
+    ("--gin.TASK_FEATURE_LENGTHS={'inputs':64}", "must have the one key 'tokens'"),
+    ("--gin.MixtureConfig.rates={'a':1.0}", 'of the names in MixtureConfig.corpora'),
+    ("--gin.TrainConfig.trained='x'", 'must have a checkpoint that holds the other'),
+    ("--gin.TrainConfig.trained='(' --gin.TrainConfig.init_from='x'", 'regular expression'),
+    ("--gin.CorpusConfig.corpus=''", 'CorpusConfig.corpus must be some text'),
+    ('--gin.OptimizerConfig.decay_steps=100', 'warmup_steps must be below decay_steps'),
+  ],
+  'preview': [
+    ('--examples=0', '--examples must be in 1 .. 512'),
+    ('--examples=513', 'got 513'),
+    ('--output=nowhere/mask.png', '--output must be a file in a folder that exists'),
+    ('--output=.', "in a folder that exists, got '.'"),
+    ('--output=', "in a folder that exists, got ''"),
+    ('--output=mask', "must end as a picture does, got 'mask'"),
+    ('--output=mask.txt', "must end as a picture does, got 'mask.txt'"),
+  ],
+  'generate': [
+    ('', 'a checkpoint must be a folder with params and meta'),
+    ('--checkpoint=', 'a checkpoint must be a folder'),
+    ('--temperature=-1', 'Sampling.temperature must be 0 or more, got -1.0'),
+    ('--temperature=nan', 'Sampling.temperature must be 0 or more, got nan'),
+    ('--top_k=-1', 'Sampling.top_k must be 0 or more'),
+    ('--top_p=0', 'Sampling.top_p must be in (0, 1]'),
+    ('--top_p=1.5', 'Sampling.top_p must be in (0, 1]'),
+  ],
+  'convert': [
+    ('', "SRC must be a folder with a checkpoint, got 'nowhere'"),
+    ('third', 'unrecognized arguments: third'),
+  ],
+  'make_shards': [
+    ('--shards=0', '--shards must be 1 or more'),
+    ('--processes=0', '--processes must be 1 or more'),
+    ('--part_mb=-1', '--part_mb must be 1 or more'),
+    ("--gin.CorpusConfig.corpus='shards:x'", 'make_shards reads text'),
+  ],
+  'plan': [
+    ('--topology=v5e:2x4', '--topology, or --platform=cpu'),
+    ('--slices=2', '--slices are of a TPU'),
+    ('--cpu_devices=-1', '--cpu_devices must be in'),
+    ('--json=nowhere/plan.json', '--json must be a file in a folder that exists'),
+    ('--json=', '--json must be a file'),
+    ('--suggest', '--suggest must know the memory and speed of the chip'),
+  ],
+  'tune': [
+    ('--trials=0', '--trials must be 1 or more'),
+    ('--workers=0', '--workers must be 1 or more'),
+    ("--gin.STUDY_DIR=''", 'TuneConfig.study_dir must be some text'),
+    (SEARCH.format("{'A':('int',1,2)}"), 'nothing refers to'),
+    (
+      SEARCH.format("{'GLMConfig.depth':('int',1,2)}"),
+      'did you mean GLMConfig.num_layers?',
+    ),
+    (SEARCH.format("{'BATCH_SIZE':3}"), 'TuneConfig.search must be dict'),
+    (SEARCH.format("{'BATCH_SIZE':('int',1.5,3)}"), 'TuneConfig.search must hold'),
+    # Neither the lower bound nor the first choice alone tells.
+    (SEARCH.format("{'BATCH_SIZE':('float',1,2)}"), 'batch_size must be int, got 1.0'),
+    (SEARCH.format("{'BATCH_SIZE':('choice',8,0)}"), 'batch_size must be positive, got 0'),
+    (SEARCH.format("{'OptimizerConfig.beta2':('float',0.9,1.5)}"), 'in [0, 1), got 1.5'),
+  ],
+}
+
+
+@pytest.mark.parametrize('module', COMMANDS)
+def test_what_is_given_and_cannot_be(module, tmp_path):
+  for given, word in GIVEN[module]:
+    arguments = [*NEEDED[module], *given.split()]
+    _refused(tmp_path, module, *arguments, words=[word])
+
+
 @pytest.mark.parametrize('module', COMMANDS)
 def test_what_a_command_must_be_given(module, tmp_path):
   required = [a for a in _actions(module) if a.required]

@@ -66,6 +66,8 @@ def test_shares_are_even_on_the_simplex_and_sum_to_one():
     {'X.y': ('float', 2.0, 1.0)},
     {'X.y': ('log', 0.0, 1.0)},
     {'X.y': ('int', 'a', 'b')},
+    {'X.y': ('int', 1.5, 3)},
+    {'X.y': (['int'], 1, 3)},
     {'X.y': ('choice',)},
     {'X.y': ('share', 1)},
   ],
