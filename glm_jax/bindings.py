@@ -335,6 +335,8 @@ def _macros(statements: Sequence[_Statement], kinds: Sequence[type]) -> list[str
   Raises:
     UserError: one is set and never used, which is a misspelt one.
   """
+  import gin
+
   used = {macro.name for s in statements for macro in _within(s.value, _Macro)}
   defined = {
     (f'{s.scope}/' if s.scope else '') + s.kind: s for s in statements if s.field == ''
@@ -348,7 +350,9 @@ def _macros(statements: Sequence[_Statement], kinds: Sequence[type]) -> list[str
   # Later bindings win: of what they replaced no macro is needed.
   final = {(s.scope, s.kind, s.field): s for s in statements if s.field is not None}
   needed = {macro.name for s in final.values() for macro in _within(s.value, _Macro)}
-  return sorted(needed - defined.keys())
+  # Constants are written like macros: gin's own REQUIRED, and those of a user's module.
+  constants = gin.config._CONSTANTS
+  return sorted(n for n in needed - defined.keys() if not constants.matching_selectors(n))
 
 
 def _refuse_without_effect(statements: Sequence[_Statement], roots: Sequence[type]) -> None:

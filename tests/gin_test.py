@@ -300,6 +300,15 @@ def test_what_a_later_binding_replaced_is_not_missed():
   assert _load(*other, *again)[0].model.num_layers == 3
 
 
+def test_what_a_file_requires_is_asked_for(tmp_path):
+  """gin's own word for it, as files of T5X have it."""
+  file = tmp_path / 'a.gin'
+  file.write_text(f"include '{QUICKSTART}'\nTRAIN_STEPS = %gin.REQUIRED\n")
+  assert _load('TRAIN_STEPS=7', files=(str(file),))[0].train_steps == 7
+  with pytest.raises(UserError, match='TRAIN_STEPS.*REQUIRED'):
+    _load(files=(str(file),))
+
+
 def test_flags_are_answered_in_a_line():
   parser = train._flags()
   for arguments, words in (
