@@ -144,6 +144,10 @@ GIVEN = {
     ('--cpu_devices=-1', '--cpu_devices must be in 1 .. 1024, got -1'),
     ('--cpu_devices=100000', '--cpu_devices must be in 1 .. 1024'),
     ('--process_count=2', 'go together'),
+    *(
+      (PROCESSES.format(1, 0).replace('x:1', address), f'HOST:PORT, got {address!r}')
+      for address in ('nohost', ':1234', 'host:', 'host:0', 'host:99999', 'http://host:1')
+    ),
     (PROCESSES.format(2, 2), 'index 2 of 2'),
     (PROCESSES.format(0, 0), 'index 0 of 0'),
     ('--import=no_such_module', "got 'no_such_module'; run from its folder"),

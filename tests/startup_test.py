@@ -3,7 +3,11 @@
 import threading
 import time
 
-from glm_jax import startup
+import jax
+import pytest
+
+from glm_jax import distributed, startup
+from glm_jax.configs import UserError
 
 
 def _threads():
@@ -38,3 +42,14 @@ def test_an_error_ends_the_telling():
       raise ValueError
   except ValueError:
     assert _threads() == before
+
+
+def test_processes_that_jax_does_not_detect_are_asked_for(monkeypatch):
+  def initialize():
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  with pytest.raises(
+    UserError, match=r'got none \(coordinator_address should.*\); give --co'
+  ):
+    distributed.initialize(distributed.Processes(multiprocess=True))
