@@ -25,13 +25,15 @@ from glm_jax.training.trained import merge
 from glm_jax.training.writer import Writer
 
 
-def train(config: TrainConfig, config_text: str, telling: startup.Telling) -> None:
+def train(
+  config: TrainConfig, config_text: str, telling: startup.Telling | None = None
+) -> None:
   """Trains to `train_steps`, from wherever the run stands.
 
   Args:
     config: the run.
     config_text: its operative gin configuration, kept beside the checkpoints.
-    telling: is told what goes on until the first step.
+    telling: is told what goes on until the first step; None if nobody listens.
 
   Raises:
     UserError: something in the configuration or the data that a user can mend.
@@ -40,6 +42,7 @@ def train(config: TrainConfig, config_text: str, telling: startup.Telling) -> No
   """
   began = time.perf_counter()
   say = print if distributed.is_leader() else lambda *_, **__: None
+  telling = telling or startup.Telling('')
   telling.quiet = not distributed.is_leader()
 
   # The model may stand in another checkpoint.
