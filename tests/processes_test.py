@@ -103,7 +103,9 @@ seqio.TaskRegistry.add(
     flags=['--import=own_tasks'],
     PYTHONPATH=f'{ROOT}:{tmp_path}',
   )
-  assert 'validation loss' in done.stdout and 'done: 4 steps' in done.stdout, done.stderr
+  assert 'validation loss  blank ' in done.stdout, done.stderr
+  # Its own name, and the objective whose loss that is.
+  assert '\nmy_task (blank) ' in done.stdout and 'done: 4 steps' in done.stdout
 
 
 def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(text, tmp_path):
