@@ -7,6 +7,7 @@ between fields are sentences of their own (`check`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -83,14 +84,15 @@ def one_of(*choices: str) -> Rule:
 
 POSITIVE = Rule('positive', lambda x: 0 < x < math.inf, 'give a number above 0')
 NOT_EMPTY = Rule('some text', bool, 'give one')
+SEED = Rule('a number of 32 bits', lambda x: 0 <= x < 2**32, 'give one from 0 on')
 LOCAL = Rule(
   'a path on this machine',
-  lambda path: not _scheme(path),
+  lambda path: not _scheme(path) and '\0' not in path,
   'mount the bucket (gcsfuse, mountpoint-s3), or copy what is there',
 )
 READABLE = Rule(
   'here or in gs://',
-  lambda path: _scheme(path) in ('', 'gs'),
+  lambda path: _scheme(path) in ('', 'gs') and '\0' not in path,
   'mount other storage, or copy what is there',
 )
 """Of text and shards, which are read and written wherever they are."""
@@ -121,10 +123,10 @@ def check_fields(config: Any) -> None:
     ... class Config:
     ...   rows: typing.Annotated[int, POSITIVE] = 8
     >>> check_fields(Config(rows=16))
-    >>> check_fields(Config(rows='16'))
+    >>> check_fields(Config(rows='a'))
     Traceback (most recent call last):
     ...
-    glm_jax.configs.UserError: Config.rows must be int, got '16' (str); set it to an int.
+    glm_jax.configs.UserError: Config.rows must be int, got 'a' (str); set it to an int.
     >>> check_fields(Config(rows=0))
     Traceback (most recent call last):
     ...
@@ -138,10 +140,9 @@ def check_fields(config: Any) -> None:
     if typing.get_origin(hint) is typing.Annotated:
       hint, *rules = typing.get_args(hint)
     if not _matches(value, hint):
-      kind = hint.__name__ if isinstance(hint, type) else str(hint)
       raise UserError(
-        f'{name} must be {kind}, got {value!r} ({type(value).__name__}); '
-        f'set it to {"an" if kind[0] in "aeiou" else "a"} {kind}.'
+        f'{name} must be {_words(hint)}, got {value!r} ({type(value).__name__}); '
+        f'{_remedy(value, hint)}.'
       )
     for rule in rules:
       check(rule.holds(value), f'{name} must be {rule.words}', repr(value), rule.remedy)
@@ -156,6 +157,15 @@ def check(condition: bool, rule: str, received: str, remedy: str) -> None:
   """Raises UserError saying the rule, the value received and the remedy."""
   if not condition:
     raise UserError(f'{rule}, got {received}; {remedy}.')
+
+
+def one_line(error: BaseException) -> str:
+  """An error for a terminal, without the configurables that gin was in."""
+  # str(error) would begin with '[Errno 2]'.
+  if isinstance(error, OSError) and error.strerror and error.filename:
+    return f'{error.filename}: {error.strerror}'
+  text = re.split(r'\n\s*In call to configurable', str(error).strip())[0].strip()
+  return re.sub(r'\s*\n\s*', ' ', text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -179,6 +189,34 @@ def check_finite(value: float, name: str, remedy: str) -> None:
   """Raises FloatingPointError for a NaN or an infinity."""
   if not math.isfinite(value):
     raise FloatingPointError(f'{name} must stay finite, got {value}; {remedy}.')
+
+
+def _words(hint: Any) -> str:
+  """A type as one says it."""
+  if typing.get_origin(hint) in (types.UnionType, typing.Union):
+    return ' or '.join(map(_words, typing.get_args(hint)))
+  if hint is type(None):
+    return 'None'
+  # A tuple's arguments belong to it, and str() has them.
+  return (
+    hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+  )
+
+
+def _remedy(value: Any, hint: Any) -> str:
+  """What to write instead of a value of a wrong type."""
+  kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+  if kind := next((k for k in kinds if dataclasses.is_dataclass(k)), None):
+    return f'write @{kind.__name__}(), and bind its fields'
+  if hint is int and isinstance(value, float) and value.is_integer():
+    return f'write {int(value)}'
+  if hint in (int, float) and isinstance(value, str):
+    with contextlib.suppress(ValueError):
+      return f'write {hint(value)}, without quotes'
+  if typing.get_origin(hint) is tuple and isinstance(value, list):
+    return f'write {tuple(value)!r}'
+  words = _words(hint)
+  return f'set it to {"an" if words[0] in "aeiou" else "a"} {words}'
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator
 
 import jax
@@ -35,7 +36,8 @@ def initialize(processes: Processes) -> None:
   """Joins the other processes; does nothing for a run of one.
 
   Raises:
-    UserError: some but not all of the three explicit flags, or an index out of range.
+    UserError: some but not all of the three explicit flags, an address or an index that is
+      none, or no cluster where one is to be detected.
   """
   explicit = (
     processes.coordinator_address,
@@ -45,7 +47,14 @@ def initialize(processes: Processes) -> None:
   # Before anything asks for a device: JAX joins processes only while no backend is up.
   if all(value is None for value in explicit):
     if processes.multiprocess:
-      jax.distributed.initialize()
+      try:
+        jax.distributed.initialize()
+      except ValueError as error:  # JAX found no cluster, or not all of its numbers
+        raise configs.UserError(
+          '--multiprocess must run where JAX detects the other processes, got none '
+          f'({str(error).rstrip(".")}); give --coordinator_address, --process_count and '
+          '--process_index.'
+        ) from error
     return
   configs.check(
     all(value is not None for value in explicit),
@@ -54,6 +63,13 @@ def initialize(processes: Processes) -> None:
     'give all three, or --multiprocess alone to have them detected',
   )
   address, count, index = explicit
+  port = re.fullmatch(r'[^\s/]+:(\d{1,5})', address)
+  configs.check(
+    port is not None and 0 < int(port[1]) < 2**16,
+    '--coordinator_address must be HOST:PORT',
+    repr(address),
+    'give the host of process 0 and a port that is free there, such as 10.0.0.1:1234',
+  )
   configs.check(
     0 <= index < count,
     '--process_index must be in [0, process_count)',

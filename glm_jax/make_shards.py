@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     'use Pretraining or a recipe made of it',
   )
   configs.check_path('--output_dir', flags.output_dir, configs.READABLE)
+  configs.check_path('--output_dir', flags.output_dir, configs.NOT_EMPTY)
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   # Imported below the flags: a mistake in them is told at once.
   with startup.silenced_stderr():

@@ -68,14 +68,7 @@ def main(argv: Sequence[str]) -> None:
     f'--topology={flags.topology!r}, --platform={flags.platform!r}',
     'give one of them, such as --topology=v5p:4x4x8',
   )
-  configs.check_path('--json', flags.json)
-  path = Path(flags.json)
-  configs.check(
-    path.resolve().parent.is_dir() and not path.is_dir(),
-    '--json must be a file in a folder that exists',
-    repr(flags.json),
-    'make the folder, or choose another file',
-  )
+  cli.output_file('--json', flags.json)
   from glm_jax.planning import topologies
 
   # Before anything imports JAX, which reads the environment once.

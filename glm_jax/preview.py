@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,17 +25,30 @@ def main(argv: Sequence[str]) -> None:
     str(flags.examples),
     'ask for fewer',
   )
-  configs.check_path('--output', flags.output)
-  startup.import_tensorflow()
-  from glm_jax.data.examples import render
+  path = cli.output_file('--output', flags.output)
+  # Of an accelerator a preview needs nothing, and a run beside it may hold all.
+  startup.use_cpu_devices(1)
+  with startup.Telling('importing TensorFlow') as telling:
+    startup.import_tensorflow()
+    from matplotlib.backend_bases import FigureCanvasBase
 
-  config, _ = cli.configuration(flags)
-  config, vocabulary, _ = start.resolve(config)
-  # Wherever the run will be, this is one device.
-  layout = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
-  data = config.recipe.prepare(config, vocabulary, layout)
-  count = -(-_COUNTED // config.batch_size)
-  batches = list(itertools.islice(data.examples(), count))
+    from glm_jax.data.examples import render
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    configs.check(
+      path.suffix.lower().removeprefix('.') in formats,
+      '--output must end as a picture does',
+      repr(flags.output),
+      f'choose among {", ".join(sorted(formats))}',
+    )
+    config, _ = cli.configuration(flags)
+    config, vocabulary, _ = start.resolve(config)
+    # Wherever the run will be, this is one device.
+    layout = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+    telling('preparing data: the text, its vocabulary')
+    data = config.recipe.prepare(config, vocabulary, layout)
+    count = -(-_COUNTED // config.batch_size)
+    batches = list(itertools.islice(data.examples(), count))
   batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
   # Only the tasks of this package count them.
   for name in ('lost', 'capped'):
@@ -47,7 +59,6 @@ def main(argv: Sequence[str]) -> None:
     example = {k: v[number] for k, v in batch.items()}
     print(f'--- example {number}, {render.render(example, data.vocabulary)}\n')
   print(render.statistics(batch, data.skipped))
-  path = Path(flags.output)
   render.picture({k: v[0] for k, v in batch.items()}, path)
   print(f'\nmask of example 0 in {path}')
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,10 @@ from glm_jax import configs
 _LOUD = ('absl', 'asyncio', 'jax', 'orbax', 'tensorflow', 'etils')
 # Libraries that print an error in a thread of their own, and raise it in ours later.
 _TOLD_AGAIN = ('orbax', 'tensorstore', 'tensorboard')
+
+
+# Each has threads of its own.
+_MOST_CPU_DEVICES = 1024
 
 
 def be_quiet() -> None:
@@ -79,9 +84,51 @@ def silenced_stderr() -> Iterator[None]:
     os.close(null)
 
 
+class Telling:
+  """Says every so often what a command is doing, until it has something else to say.
+
+  Whoever starts quickly is told nothing. Use it as a context: nothing runs on behind it.
+
+  Attributes:
+    quiet: whether this process leaves it to another.
+  """
+
+  def __init__(self, doing: str, *, quiet: bool = False, seconds: float = 10.0):
+    self.quiet = quiet
+    self._doing, self._began, self._seconds = doing, time.perf_counter(), seconds
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._tell, daemon=True)
+
+  def __call__(self, doing: str) -> None:
+    """From now on, the process is doing that."""
+    self._doing = doing
+
+  def stop(self) -> None:
+    """Nothing more is told."""
+    self._ended.set()
+
+  def __enter__(self) -> Telling:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self.stop()
+    self._thread.join()
+
+  def _tell(self) -> None:
+    while not self._ended.wait(self._seconds):
+      if not self.quiet:
+        print(f'{time.perf_counter() - self._began:.0f} s: {self._doing}', flush=True)
+
+
 def use_cpu_devices(count: int) -> None:
   """Splits the CPU into virtual devices; must precede the first use of JAX."""
-  configs.check(count >= 0, '--cpu_devices must be 1 or more', str(count), 'leave it out')
+  configs.check(
+    0 <= count <= _MOST_CPU_DEVICES,
+    f'--cpu_devices must be in 1 .. {_MOST_CPU_DEVICES}',
+    str(count),
+    'give fewer, or leave it out',
+  )
   if count:
     # XLA's pool has a thread a core; devices that wait for each other need more.
     os.environ.setdefault('NPROC', str(4 * count))
@@ -92,11 +139,17 @@ def use_cpu_devices(count: int) -> None:
 
 
 def find_devices() -> None:
-  """Starts JAX quietly: libtpu without a chip says so at length."""
-  import jax
+  """Starts JAX quietly: libtpu without a chip says so at length.
+
+  Raises:
+    UserError: see `accelerators.start`.
+  """
+  from glm_jax import accelerators
 
   with silenced_stderr():
-    jax.devices()
+    warned = accelerators.start()
+  for line in warned:
+    print(f'warning: {line}', file=sys.stderr, flush=True)
 
 
 def import_tensorflow() -> None:
@@ -124,6 +177,12 @@ def import_modules(names: Sequence[str]) -> list[type]:
     # A module beside the caller is found under `python -m` and under an entry point alike.
     sys.path.insert(0, str(Path.cwd()))
   for name in names:
+    configs.check(
+      all(part.isidentifier() for part in name.split('.')),
+      '--import must name a module',
+      repr(name),
+      'write its name, such as my.module, without a path',
+    )
     try:
       own += getattr(importlib.import_module(name), 'CONFIGURABLES', ())
     except ModuleNotFoundError as error:
@@ -132,7 +191,7 @@ def import_modules(names: Sequence[str]) -> list[type]:
       if error.name and (name == error.name or name.startswith(error.name + '.')):
         raise configs.UserError(
           f'--import must name a module on the Python path, got {name!r}; '
-          'run from its folder or set PYTHONPATH.'
+          'run from its folder or set PYTHONPATH, and leave out .py.'
         ) from error
       raise
   return own

@@ -8,7 +8,6 @@ where the run in MODEL_DIR stopped.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +25,15 @@ from glm_jax.training.trained import merge
 from glm_jax.training.writer import Writer
 
 
-def train(config: TrainConfig, config_text: str) -> None:
+def train(
+  config: TrainConfig, config_text: str, telling: startup.Telling | None = None
+) -> None:
   """Trains to `train_steps`, from wherever the run stands.
 
   Args:
     config: the run.
     config_text: its operative gin configuration, kept beside the checkpoints.
+    telling: is told what goes on until the first step; None if nobody listens.
 
   Raises:
     UserError: something in the configuration or the data that a user can mend.
@@ -40,6 +42,8 @@ def train(config: TrainConfig, config_text: str) -> None:
   """
   began = time.perf_counter()
   say = print if distributed.is_leader() else lambda *_, **__: None
+  telling = telling or startup.Telling('')
+  telling.quiet = not distributed.is_leader()
 
   # The model may stand in another checkpoint.
   config, vocabulary, source = start.resolve(config)
@@ -50,8 +54,15 @@ def train(config: TrainConfig, config_text: str) -> None:
   built = program.build(config, layout)
   # The optimizer has the same schedule inside; this one is for the log.
   rate = optimizer.schedule(config.optimizer, config.train_steps)
+  warmup, _ = optimizer.ends(config.optimizer, config.train_steps)
+  if warmup != config.optimizer.warmup_steps:
+    say(
+      f'a warm-up of {config.optimizer.warmup_steps} steps does not fit into '
+      f'{config.train_steps}: it is {warmup}'
+    )
 
   # Data. The leader goes first, so that the others find its caches.
+  telling('preparing data: TensorFlow, the text, its vocabulary')
   # TensorFlow writes to stderr as it is imported, and only data needs it.
   with startup.silenced_stderr(), distributed.leader_first():
     data = recipe.prepare(config, vocabulary, layout)
@@ -70,13 +81,24 @@ def train(config: TrainConfig, config_text: str) -> None:
     recipe=type(recipe).__name__,
     data={**data.identity, **({'trained': config.trained, 'base': base} if base else {})},
   )
-  settings = {'optimizer': dataclasses.asdict(config.optimizer)}
-  for change in folder.check_same(config.model_dir, identity, settings):
-    say(f'from here on, {change}')
+  settings = start.settings(config)
+  changes = folder.check_same(config.model_dir, identity, settings)
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
   saved_step = checkpoints.latest_step(config.model_dir)
+  summary = Path(config.model_dir) / 'summary.json'
+  # One that was killed before it had reported goes on to its report.
+  reported = saved_step == config.train_steps and summary.exists()
+  if saved_step is not None and (reported or saved_step > config.train_steps):
+    say(
+      f'{config.model_dir} is at step {saved_step}, and TRAIN_STEPS={config.train_steps}: '
+      'nothing is left to train; raise TRAIN_STEPS to go on'
+    )
+    return
+  for line in start.in_words(changes):
+    say(line)
+  telling('reading or initialising parameters')
   if saved_step is None:
     current = start.begin(config, built, layout, data.vocabulary.fingerprint)
     if config.init_from:
@@ -118,6 +140,7 @@ def train(config: TrainConfig, config_text: str) -> None:
     'base': base,
   }
   writer = Writer(config.model_dir, distributed.is_leader())
+  telling('compiling the first step, which waits for its batch')
   with sharding.active(layout):
     validate = evaluation.Validation(data.validation, built.eval_step, layout)
     meter = Meter(first, config.train_steps)
@@ -147,6 +170,7 @@ def train(config: TrainConfig, config_text: str) -> None:
           'learning_rate': float(rate(number - 1)),
           **meter.report(number),
         }
+        telling.stop()
         if number == first + 1:  # its time is that of the compiler
           values = {k: v for k, v in values.items() if k in metrics.averages(since)}
           say(f'first step after {time.perf_counter() - began:.0f} s')
@@ -168,7 +192,8 @@ def train(config: TrainConfig, config_text: str) -> None:
     manager.close()
 
     # Reports; again if the run was complete but killed before it had reported.
-    if first < config.train_steps or not (Path(config.model_dir) / 'summary.json').exists():
+    telling.stop()
+    if first < config.train_steps or not summary.exists():
       report.report(config, data, merge(current['params'], frozen), say)
   writer.close()
   distributed.barrier('done')
@@ -182,17 +207,22 @@ def main(argv: Sequence[str]) -> None:
   """The command."""
   flags = cli.parse(_flags(), argv)
   startup.use_cpu_devices(flags.cpu_devices)
-  config, text = cli.configuration(flags)
-  distributed.initialize(
-    distributed.Processes(
-      multiprocess=flags.multiprocess,
-      coordinator_address=flags.coordinator_address,
-      process_count=flags.process_count,
-      process_index=flags.process_index,
+  # Who leads is known by all once they have met.
+  quiet = flags.multiprocess or bool(flags.process_index)
+  with startup.Telling('reading the configuration', quiet=quiet) as telling:
+    config, text = cli.configuration(flags)
+    telling('waiting for the other processes')
+    distributed.initialize(
+      distributed.Processes(
+        multiprocess=flags.multiprocess,
+        coordinator_address=flags.coordinator_address,
+        process_count=flags.process_count,
+        process_index=flags.process_index,
+      )
     )
-  )
-  startup.find_devices()
-  train(config, text)
+    telling('starting the devices')
+    startup.find_devices()
+    train(config, text, telling)
 
 
 def _check_finite(since: dict[str, Any], number: int, model_dir: str) -> None:

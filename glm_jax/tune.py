@@ -9,6 +9,7 @@ in SQLite, to which several of these commands may contribute at a time.
 from __future__ import annotations
 
 import argparse
+import ast
 import ctypes
 import dataclasses
 import functools
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from glm_jax import cli, configs
-from glm_jax.configs import LOCAL, UserError, at_least
+from glm_jax.configs import LOCAL, NOT_EMPTY, SEED, UserError, at_least
 from glm_jax.training import writer
 
 _POLL_SECONDS = 0.5
@@ -47,12 +48,12 @@ class TuneConfig:
     seed: of the sampler.
   """
 
-  study_dir: Annotated[str, LOCAL]
+  study_dir: Annotated[str, NOT_EMPTY, LOCAL]
   search: dict[str, tuple[Any, ...]]
-  metric: str = 'loss'
+  metric: Annotated[str, NOT_EMPTY] = 'loss'
   startup_trials: Annotated[int, at_least(1)] = 5
   prune: bool = True
-  seed: int = 0
+  seed: Annotated[int, SEED] = 0
 
   def __post_init__(self):
     configs.check_fields(self)
@@ -62,12 +63,13 @@ class TuneConfig:
     )
     for binding, dimension in self.search.items():
       kind = dimension[0] if dimension else None
-      known = kind in _KINDS
+      known = isinstance(kind, str) and kind in _KINDS
       numbers = dimension[1:]
       bounds = known and _KINDS[kind] == 2
       ok = known and (bool(numbers) if kind == 'choice' else len(numbers) == _KINDS[kind])
       if ok and bounds:
-        ok = all(isinstance(n, (int, float)) for n in numbers) and numbers[0] < numbers[1]
+        types = (int,) if kind == 'int' else (int, float)
+        ok = all(isinstance(n, types) for n in numbers) and numbers[0] < numbers[1]
         ok = ok and (kind != 'log' or numbers[0] > 0)
       configs.check(
         ok,
@@ -91,9 +93,10 @@ def main(argv: Sequence[str]) -> None:
   run, base = load(bindings=bindings)
   fixed = run.recipe.fixed_validation()
   try:
-    # A binding that does not exist is refused before anything runs.
-    example = _bindings(config, lambda name, dimension: _first(dimension))
-    load(bindings=[*bindings, *fixed, *example])
+    # Bindings that do not exist, or take no such value, are refused before anything runs.
+    for number in range(max(len(d) for d in config.search.values())):
+      example = _bindings(config, lambda name, dimension: _example(dimension, number))
+      load(bindings=[*bindings, *fixed, *example])
   except UserError as error:
     raise UserError(f'TuneConfig.search must be bindings of the run: {error}') from error
   folder = Path(config.study_dir)
@@ -262,8 +265,13 @@ def _bindings(config: TuneConfig, choose: Any) -> list[str]:
   return [f'{name}={value!r}' for name, value in values.items()]
 
 
-def _first(dimension: tuple[Any, ...]) -> Any:
-  return dimension[1] if len(dimension) > 1 else 1.0
+def _example(dimension: tuple[Any, ...], number: int) -> Any:
+  """One of the bounds or choices; the last of them for a number beyond."""
+  kind, *values = dimension
+  if not values:
+    return 1.0
+  value = values[min(number, len(values) - 1)]
+  return float(value) if kind in ('float', 'log') else value
 
 
 def _say(study: Any, trial: Any, trials: int) -> None:
@@ -285,11 +293,11 @@ def _report(study: Any, config: TuneConfig) -> None:
   print(f'\nbest {config.metric} {best.value:.4f}, trial {best.number + 1}:')
   print('\n'.join(f'  {line}' for line in lines))
   (folder / 'best.gin').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-  names = _plots(study, folder)
+  names = _plots(study, config)
   print(f'\nalso in {folder}/best.gin; plots: {", ".join(names)}')
 
 
-def _plots(study: Any, folder: Path) -> list[str]:
+def _plots(study: Any, config: TuneConfig) -> list[str]:
   import matplotlib
 
   matplotlib.use('Agg')
@@ -297,19 +305,52 @@ def _plots(study: Any, folder: Path) -> list[str]:
   from optuna.visualization import matplotlib as draw
 
   plots = {
-    'history': draw.plot_optimization_history,
-    'steps': draw.plot_intermediate_values,
-    'slices': draw.plot_slice,
+    'history': lambda: draw.plot_optimization_history(study).figure,
+    'steps': lambda: draw.plot_intermediate_values(study).figure,
+    'slices': lambda: _slices(study, config),
   }
   names = []
   for name, plot in plots.items():
-    # Some plots return an array of axes, one a parameter.
-    axes = plot(study)
-    first = axes if not hasattr(axes, '__len__') else axes.flat[0]
-    first.figure.savefig(folder / f'{name}.png', dpi=120, bbox_inches='tight')
+    plot().savefig(Path(config.study_dir) / f'{name}.png', dpi=120, bbox_inches='tight')
     pyplot.close('all')
     names.append(f'{name}.png')
   return names
+
+
+def _slices(study: Any, config: TuneConfig) -> Any:
+  """A figure of the metric over each dimension: the values that runs were given.
+
+  Optuna's own has what was drawn, and shares are something else: see `_suggest`.
+  """
+  from matplotlib import pyplot
+
+  trials = [trial for trial in study.trials if trial.state.name == 'COMPLETE']
+  given = [
+    dict(line.split('=', 1) for line in trial.user_attrs['bindings']) for trial in trials
+  ]
+  figure, axes = pyplot.subplots(
+    1,
+    len(config.search),
+    sharey=True,
+    squeeze=False,
+    figsize=(2 + 2.5 * len(config.search), 4),
+    layout='constrained',
+  )
+  for axis, (name, (kind, *choices)) in zip(axes[0], config.search.items(), strict=True):
+    values = [ast.literal_eval(bindings[name]) for bindings in given]
+    if kind == 'choice':
+      axis.set_xticks(range(len(choices)), map(str, choices), rotation=45, ha='right')
+      values = [choices.index(value) for value in values]
+    elif kind == 'log':
+      axis.set_xscale('log')
+    points = axis.scatter(
+      values, [t.value for t in trials], c=[t.number + 1 for t in trials], edgecolors='grey'
+    )
+    # On two lines, since neighbours are close.
+    axis.set_xlabel(name.replace('.', '.\n'))
+  axes[0, 0].set_ylabel(config.metric)
+  figure.colorbar(points, ax=axes, label='trial')
+  return figure
 
 
 def _die_with_parent() -> None:

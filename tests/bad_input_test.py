@@ -73,7 +73,7 @@ def test_a_bad_configuration_stops_before_anything_is_read(corpus, binding, word
       ['--cpu_devices=4'],
       ('num_heads=2', 'tensor=4'),
     ),
-    (['OptimizerConfig.warmup_steps=9'], [], ('warmup_steps=9',)),
+    (['OptimizerConfig.decay_steps=1'], [], ('warmup_steps=1, decay_steps=1',)),
   ],
 )
 def test_what_does_not_fit_the_devices_is_refused(corpus, bindings, flags, words):
@@ -125,6 +125,27 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, binding, wo
   before = snapshot(finished)
   refused(_train(finished, binding), 'holds a run of another configuration', word)
   assert snapshot(finished) == before
+
+
+def test_a_run_with_nothing_left_to_train_says_so_and_writes_nothing(finished):
+  before = snapshot(finished)
+  for steps in (1, 2):
+    done = _train(finished, f'TRAIN_STEPS={steps}')
+    assert done.returncode == 0, done.stderr
+    said = f'run is at step 2, and TRAIN_STEPS={steps}: nothing is left to train; raise'
+    assert said in done.stdout and 'done:' not in done.stdout
+  assert snapshot(finished) == before
+
+
+def test_a_short_try_shortens_the_warmup_and_a_longer_run_says_what_changes(corpus):
+  done = _train(corpus, 'OptimizerConfig.warmup_steps=20')
+  assert done.returncode == 0, done.stderr
+  assert 'a warm-up of 20 steps does not fit into 2: it is 0\n' in done.stdout
+  longer = _train(corpus, 'OptimizerConfig.warmup_steps=20', 'TRAIN_STEPS=30')
+  assert longer.returncode == 0, longer.stderr
+  for line in ('decay_ends was 2 and is now 30', 'warmup_ends was 0 and is now 20'):
+    assert f'from here on, schedule.{line}: the rate follows TRAIN_STEPS;' in longer.stdout
+  assert 'does not fit' not in longer.stdout and 'done: 30 steps' in longer.stdout
 
 
 def test_other_data_in_the_same_folder_is_refused(finished):

@@ -54,9 +54,12 @@ def refused(done, *words, code=65):
 
 
 def environment(**more):
-  """The environment of a user, but for the cache of what XLA compiled (conftest.py)."""
+  """The environment of a user, but for the cache of what XLA compiled (conftest.py).
+
+  On the CPU: a plugin of JAX may be installed as a compiler, where no accelerator is.
+  """
   kept = {k: v for k, v in os.environ.items() if k not in ('NPROC', 'XLA_FLAGS')}
-  return {**kept, 'PYTHONPATH': str(ROOT), **more}
+  return {**kept, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), **more}
 
 
 def command(module, *arguments, cwd=ROOT, timeout=600, **more):

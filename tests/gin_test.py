@@ -2,10 +2,12 @@
 
 import pathlib
 import re
+import sys
 
 import pytest
 
-from glm_jax import cli
+from glm_jax import cli, configs, train
+from glm_jax.configs import UserError
 from glm_jax.models import ChatGLMConfig
 from glm_jax.recipes import CONFIGURABLES, MOVED, WIRED
 from glm_jax.training import state
@@ -49,7 +51,7 @@ def test_older_names_are_answered_with_todays(tmp_path):
     with pytest.raises(ValueError, match=message):
       _load(f'{old} = 1')
   (tmp_path / 'old.gin').write_text("ChatGLM2Config.dtype = 'bfloat16'\n")
-  with pytest.raises(ValueError, match=r'old.gin; write ComputeConfig.dtype'):
+  with pytest.raises(ValueError, match=r'old.gin line 1\); write ComputeConfig.dtype'):
     _load(files=(QUICKSTART, str(tmp_path / 'old.gin')))
   # As the files of this repository have it, the new name counts.
   assert _load("ComputeConfig.dtype = 'bfloat16'")[0].compute.dtype == 'bfloat16'
@@ -112,7 +114,7 @@ def test_later_files_and_bindings_win(tmp_path):
   [
     ('TRAIN_STEP = 3', 'TRAIN_STEP.*did you mean TRAIN_STEPS'),
     ('SOMETHING = 3', 'nothing refers to'),
-    ('GLMConfig.layers = 3', "parameter named 'layers'"),
+    ('GLMConfig.layers = 3', 'got layers; did you mean GLMConfig.num_layers'),
     ('NoConfig.layers = 3', 'NoConfig'),
     ("BATCH_SIZE = '64'", 'TrainConfig.batch_size must be int'),
     ('TRAIN_STEPS = 1e6', 'TrainConfig.train_steps must be int'),
@@ -130,7 +132,7 @@ def test_later_files_and_bindings_win(tmp_path):
 def test_mistakes_are_named_in_one_line(binding, message):
   with pytest.raises(ValueError, match=message) as caught:
     _load(binding)
-  assert '\n' not in cli._message(caught.value)
+  assert '\n' not in configs.one_line(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -149,12 +151,174 @@ def test_a_gin_file_runs_no_code(tmp_path, line):
       _load(files=(str(tmp_path / name),))
 
 
+def test_the_file_that_is_looked_at_is_the_file_that_counts(tmp_path, monkeypatch):
+  """Found in a search path, where another of that name, with code in it, lies at hand."""
+  good, here = tmp_path / 'good', tmp_path / 'here'
+  for folder in (good, here):
+    folder.mkdir()
+  (good / 'x.gin').write_text(f"include '{ROOT / QUICKSTART}'\ninclude 'y.gin'\n")
+  (good / 'y.gin').write_text('TRAIN_STEPS = 11\n')
+  for name in ('x.gin', 'y.gin'):
+    (here / name).write_text('import no_such_module\n')
+  monkeypatch.chdir(here)
+  assert _load(files=('x.gin',), search_paths=str(good))[0].train_steps == 11
+  # What is written between two looks is not read: gin gets the text.
+  changed = []
+  read = pathlib.Path.read_text
+
+  def once(path, **more):
+    text = read(path, **more)
+    if path.parent == good:
+      changed.append(path.name)
+      path.write_text('import no_such_module\n')
+    return text
+
+  monkeypatch.setattr(pathlib.Path, 'read_text', once)
+  assert _load(files=('x.gin',), search_paths=str(good))[0].train_steps == 11
+  assert changed == ['x.gin', 'y.gin']
+
+
+@pytest.mark.parametrize(
+  'binding,message',
+  [
+    ('TRAIN_STEPS=3\nimport this', "must not import modules.*'this'"),
+    ('TRAIN_STEPS=3\nfrom __gin__ import dynamic_registration', 'must not import'),
+    (f"TRAIN_STEPS=3\ninclude '{QUICKSTART}'", 'not include files'),
+    ('TRAIN_STEPS=3\nBATCH_SIZE=4', 'must hold one binding'),
+    ('import this', 'must not import'),
+    ('# TRAIN_STEPS=3', 'must hold one binding'),
+  ],
+)
+def test_a_flag_is_one_binding_and_runs_no_code(binding, message):
+  with pytest.raises(UserError, match=message):
+    _load(binding)
+  assert 'this' not in sys.modules
+
+
+def test_a_value_may_have_several_lines():
+  config, _ = _load("TASK_FEATURE_LENGTHS={\n  'tokens':\n  48}")
+  assert config.recipe.length == 48
+
+
+def test_files_that_include_each_other_are_refused(tmp_path):
+  (tmp_path / 'a.gin').write_text("include 'b.gin'\n")
+  (tmp_path / 'b.gin').write_text("include 'a.gin'\n")
+  with pytest.raises(UserError, match=r'include itself, got .*a\.gin -> .*b\.gin -> '):
+    _load(files=('a.gin',), search_paths=str(tmp_path))
+
+
 def test_missing_files_are_named(tmp_path):
   with pytest.raises(ValueError, match=r"got 'nowhere\.gin'"):
     _load(files=('nowhere.gin',))
   (tmp_path / 'a.gin').write_text("include 'gone.gin'\n")
   with pytest.raises(ValueError, match=r"got 'gone\.gin'"):
     _load(files=(str(tmp_path / 'a.gin'),))
+
+
+@pytest.mark.parametrize(
+  'binding,rule,remedy',
+  [
+    # The shell has taken the quotes.
+    ('MODEL_DIR=runs/a', 'a text must stand in quotes', """--gin.MODEL_DIR="'runs/a'"."""),
+    ('MODEL_DIR=gs://b/a', 'must stand in quotes', """--gin.MODEL_DIR="'gs://b/a'"."""),
+    ("MODEL_DIR='a", 'one pair of quotes', """--gin.MODEL_DIR="'a'"."""),
+    ('TASK_FEATURE_LENGTHS={tokens:64}', 'texts in brackets', "{'tokens': 64}"),
+    ('TRAIN_STEPS=10**3', 'computes nothing', 'write the number itself'),
+    ('OptimizerConfig.learning_rate=1/1000', 'computes nothing', 'the number itself'),
+    ('TRAIN_STEPS=1,000', 'one number', '--gin.TRAIN_STEPS=1000.'),
+    ('TRAIN_STEPS=1k', 'written out', '--gin.TRAIN_STEPS=1000.'),
+    ('TRAIN_STEPS=1e3', 'must be int, got 1000.0 (float)', 'write 1000.'),
+    ("TRAIN_STEPS='100'", "must be int, got '100'", 'write 100, without quotes.'),
+    ("OptimizerConfig.learning_rate='1e-3'", 'must be float', 'write 0.001, without'),
+    ('TRAIN_STEPS=', 'must have a value', '--gin.TRAIN_STEPS=1000.'),
+    ('ObjectiveConfig.shuffle_spans=true', 'values of Python', 'shuffle_spans=True.'),
+    ('ObjectiveConfig.loss_weights=[1, 1, 1]', 'must be tuple', 'write (1, 1, 1).'),
+    ('TrainConfig.optimizer=3', 'must be OptimizerConfig, got 3', '@OptimizerConfig()'),
+    ("TrainConfig.model='glm'", 'GLMConfig or ChatGLMConfig', 'write @GLMConfig()'),
+    ('TrainConfig.model=@GLMConfig', 'must have brackets', 'write @GLMConfig().'),
+    ('TrainConfig.model=@GLMConfig(num_layers=2)', 'empty brackets', '@GLMConfig(), and'),
+    ('TrainConfig.model=@GlmConfig()', 'got GlmConfig', 'did you mean GLMConfig?'),
+    ('TrainConfig.model=%MODEL', 'must be set, got no MODEL', 'add --gin.MODEL='),
+    ('OptimizerConfig.lr=1e-3', 'got lr', 'mean OptimizerConfig.learning_rate?'),
+    (
+      'TrainConfig.learning_rate=1.0',
+      'field of TrainConfig',
+      'OptimizerConfig.learning_rate',
+    ),
+    ('lr=1e-3', 'got lr, which nothing', 'mean OptimizerConfig.learning_rate?'),
+    ('LEARNING_RATE=1e-3', 'nothing refers to', 'mean OptimizerConfig.learning_rate?'),
+    ('batch_size=8', 'nothing refers to', 'did you mean BATCH_SIZE?'),
+    ('TrainConfig.steps=8', 'got steps', 'did you mean TrainConfig.train_steps?'),
+    ('TrainConfig.batch=8', 'got batch', 'did you mean TrainConfig.batch_size?'),
+    ('GLMConfig.n_layer=2', 'got n_layer', 'did you mean GLMConfig.num_layers?'),
+    ('GLMConfig.layrs=2', 'got layrs', 'did you mean GLMConfig.num_layers?'),
+    ('GLMConfig.foo=2', 'got foo', 'known are num_layers, hidden_size'),
+    ('ModelConfig.num_layers=2', 'got ModelConfig', 'did you mean GLMConfig.num_layers'),
+    ('ChatGLMConfig.num_layers=2', 'what the run uses', 'no @ChatGLMConfig(), but'),
+    ('validaton/ObjectiveConfig.blank=1.0', 'of a scope', 'there are none'),
+  ],
+)
+def test_common_slips_are_answered_with_what_to_write(binding, rule, remedy):
+  with pytest.raises(UserError) as caught:
+    _load(binding)
+  message = str(caught.value)
+  before, _, after = message.partition('; ')
+  assert rule in before and remedy in after and '\n' not in message
+
+
+def test_a_slip_in_a_file_is_shown_with_its_place(tmp_path):
+  (tmp_path / 'a.gin').write_text(f"include '{QUICKSTART}'\n\nMODEL_DIR = runs/a\n")
+  with pytest.raises(UserError) as caught:
+    _load(files=(str(tmp_path / 'a.gin'),))
+  assert str(caught.value) == (
+    f'a text must stand in quotes, got MODEL_DIR = runs/a ({tmp_path}/a.gin line 3); '
+    "write MODEL_DIR = 'runs/a'."
+  )
+  (tmp_path / 'a.gin').write_text(f"include '{QUICKSTART}'\nGLMConfig:\n  layers = 3\n")
+  with pytest.raises(UserError, match=r'got layers \(.*a\.gin line 3\); did you mean'):
+    _load(files=(str(tmp_path / 'a.gin'),))
+
+
+def test_files_that_are_no_run_say_what_they_lack():
+  with pytest.raises(UserError, match='recipe, batch_size.*sizes alone.*quickstart.gin'):
+    _load(files=('gin_configs/models/tiny.gin',))
+  with pytest.raises(UserError) as caught:
+    _load(files=('gin_configs/runs/continue.gin',))
+  assert 'got no CORPUS, INIT_FROM, MODEL_DIR; add --gin.CORPUS="' in str(caught.value)
+  assert '@' not in str(caught.value)  # the whole configuration is not shown
+
+
+def test_what_a_later_binding_replaced_is_not_missed():
+  """Neither the macro that a file uses there, nor the use of one that a file sets."""
+  file = ('gin_configs/runs/continue.gin',)
+  places = ("MODEL_DIR='x'", "INIT_FROM='y'", "CorpusConfig.corpus='50%CORPUS'")
+  assert _load(*places, files=file)[0].recipe.corpus.corpus == '50%CORPUS'
+  assert _load('TrainConfig.train_steps=7')[0].train_steps == 7
+  # A flag of what a later flag has replaced was meant as well.
+  other = ('TrainConfig.model=@ChatGLMConfig()', 'ChatGLMConfig.num_layers=2')
+  again = ('TrainConfig.model=@GLMConfig()', 'GLMConfig.num_layers=3')
+  assert _load(*other, *again)[0].model.num_layers == 3
+
+
+def test_what_a_file_requires_is_asked_for(tmp_path):
+  """gin's own word for it, as files of T5X have it."""
+  file = tmp_path / 'a.gin'
+  file.write_text(f"include '{QUICKSTART}'\nTRAIN_STEPS = %gin.REQUIRED\n")
+  assert _load('TRAIN_STEPS=7', files=(str(file),))[0].train_steps == 7
+  with pytest.raises(UserError, match='TRAIN_STEPS.*REQUIRED'):
+    _load(files=(str(file),))
+
+
+def test_flags_are_answered_in_a_line():
+  parser = train._flags()
+  for arguments, words in (
+    ([], 'required: --gin_file; see --help'),
+    (['--gin_file=a', '--cpu_device=2'], 'did you mean --cpu_devices?'),
+    (['--gin_file=a', '--cpu_devices=two'], "invalid int value: 'two'"),
+    (['--gin_file=a', '--gin.TRAIN_STEPS', '3'], 'as one argument, --gin.NAME=value'),
+  ):
+    with pytest.raises(UserError, match=re.escape(words)):
+      cli.parse(parser, arguments)
 
 
 def test_the_arguments_of_t5x_users():

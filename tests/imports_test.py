@@ -112,13 +112,13 @@ def test_nothing_imports_a_command():
     assert not rooms & COMMANDS, path
 
 
-def test_only_the_command_line_knows_gin():
+def test_one_module_knows_gin():
   users = {
     path.name
     for path in MODULES
     if any(name.split('.')[0] == 'gin' for name in _imports(path))
   }
-  assert users == {'cli.py'}
+  assert users == {'bindings.py'}
 
 
 def test_tensorflow_is_loaded_by_the_data_and_by_who_makes_it_ready():

@@ -1,5 +1,6 @@
 """Schedules and decay: numbers of the original, and limits."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -8,7 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from glm_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
+from glm_jax.training.optimizer import (
+  ENDING,
+  SCHEDULES,
+  OptimizerConfig,
+  ends,
+  make_optimizer,
+  schedule,
+)
 
 _GOLDEN = dict(np.load(pathlib.Path(__file__).parent / 'golden' / 'learning_rates.npz'))
 _RUNS = sorted({name.split('/')[0] for name in _GOLDEN})
@@ -94,4 +102,18 @@ def test_bad_configurations_are_refused(fields, message):
 
 def test_a_warmup_longer_than_the_decay_is_refused():
   with pytest.raises(ValueError, match='warmup_steps must be below decay_steps'):
-    schedule(OptimizerConfig(warmup_steps=100), 100)
+    schedule(OptimizerConfig(warmup_steps=100, decay_steps=100), 1000)
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_a_warmup_is_kept_where_it_fits_and_shortened_where_nothing_would_be_left(name):
+  for warmup in (0, 1, 5, 100):
+    config = OptimizerConfig(learning_rate=1.0, schedule=name, warmup_steps=warmup)
+    for steps in (1, 2, 20, 100, 101, 5000):
+      fits = warmup < steps or name not in ENDING
+      assert ends(config, steps) == (warmup if fits else steps // 10, steps)
+  # A try of 20 steps has the rates of one that was given a warm-up of two.
+  short = OptimizerConfig(schedule=name, warmup_steps=100)
+  fitting = dataclasses.replace(short, warmup_steps=2 if name in ENDING else 100)
+  rates = [[float(schedule(c, 20)(step)) for step in range(21)] for c in (short, fitting)]
+  assert rates[0] == rates[1]

@@ -19,7 +19,10 @@ LOCAL = {
     ),
     [QUICKSTART, *gin("VocabularyConfig.path='chatglm3:{}'")],
     [QUICKSTART, *gin("CorpusConfig.cache_dir='{}'")],
-    ['--gin_file=gin_configs/runs/continue.gin', *gin("INIT_FROM='{}'", "CORPUS='a'")],
+    [
+      '--gin_file=gin_configs/runs/continue.gin',
+      *gin("INIT_FROM='{}'", "CORPUS='a'", "MODEL_DIR='x'"),
+    ],
     ['--gin_file={}'],
   ],
   'generate': [['--checkpoint={}', '--prompt=a [MASK]']],

@@ -23,14 +23,13 @@ def _train(text, run, *bindings, flags=(), **more):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(text, straight):
-  before = {path: path.stat().st_mtime_ns for path in (straight / 'checkpoints').rglob('*')}
-  done = _train(text, straight)
-  assert done.returncode == 0, done.stderr
-  assert f'resumed {straight} at step {STEPS}' in done.stdout
-  assert 'step  ' not in done.stdout
-  assert before == {
-    path: path.stat().st_mtime_ns for path in (straight / 'checkpoints').rglob('*')
-  }
+  before = {path: path.stat().st_mtime_ns for path in straight.rglob('*')}
+  for bindings in ((), ('TRAIN_STEPS=5',)):
+    done = _train(text, straight, *bindings)
+    assert done.returncode == 0, done.stderr
+    assert f'{straight} is at step {STEPS}, and TRAIN_STEPS=' in done.stdout
+    assert 'step  ' not in done.stdout and 'done: ' not in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob('*')}
 
 
 def test_the_folder_holds_what_a_person_looks_for(straight):
@@ -104,7 +103,9 @@ seqio.TaskRegistry.add(
     flags=['--import=own_tasks'],
     PYTHONPATH=f'{ROOT}:{tmp_path}',
   )
-  assert 'validation loss' in done.stdout and 'done: 4 steps' in done.stdout, done.stderr
+  assert 'validation loss  blank ' in done.stdout, done.stderr
+  # Its own name, and the objective whose loss that is.
+  assert '\nmy_task (blank) ' in done.stdout and 'done: 4 steps' in done.stdout
 
 
 def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(text, tmp_path):

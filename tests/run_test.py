@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 
 from glm_jax.checkpoints import folder
 from glm_jax.data.examples.objective_config import ObjectiveConfig
+from glm_jax.training import start
 from glm_jax.training.optimizer import OptimizerConfig
 
 IDENTITY = {'seed': 0, 'recipe': 'Pretraining', 'model': {'num_layers': 2}}
@@ -27,6 +29,36 @@ def test_the_same_run_is_recognised_and_changed_settings_are_said(tmp_path):
   assert changed == ['optimizer.learning_rate was 0.001 and is now 0.002']
   with pytest.raises(ValueError, match='model.num_layers was 2 and is now 3'):
     folder.check_same(str(tmp_path), {**IDENTITY, 'model': {'num_layers': 3}}, SETTINGS)
+
+
+def test_a_rate_that_follows_the_length_of_the_run_is_said(tmp_path):
+  """Once: a field of the optimizer that changed says it already."""
+
+  def run(train_steps, **fields):
+    return types.SimpleNamespace(
+      train_steps=train_steps, optimizer=OptimizerConfig(**fields)
+    )
+
+  def changes(before, now):
+    folder.write(str(tmp_path), IDENTITY, before, 'text', {})
+    return [*start.in_words(folder.check_same(str(tmp_path), IDENTITY, now))]
+
+  settings = lambda *args, **fields: start.settings(run(*args, **fields))
+  said = changes(settings(20, warmup_steps=100), settings(400, warmup_steps=100))
+  assert [line.split(':')[0] for line in said] == [
+    'from here on, schedule.decay_ends was 20 and is now 400',
+    'from here on, schedule.warmup_ends was 2 and is now 100',
+  ]
+  for name in ('constant', 'rsqrt'):
+    assert changes(settings(20, schedule=name), settings(40, schedule=name)) == []
+  assert changes(settings(20, decay_steps=30), settings(40, decay_steps=30)) == []
+  said = changes(settings(20), settings(20, decay_steps=30))
+  assert said == ['from here on, optimizer.decay_steps was 0 and is now 30']
+  said = changes(settings(20), settings(20, schedule='constant'))
+  assert len(said) == 1 and 'optimizer.schedule was' in said[0]
+  # A run that began before this was noted.
+  before = {'optimizer': settings(20)['optimizer']}
+  assert changes(before, settings(40)) == []
 
 
 def test_every_configuration_is_recognised_after_json(tmp_path):

@@ -1,6 +1,7 @@
 """Searches: what is drawn, what is compared, what is stopped, and what goes on."""
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -65,6 +66,8 @@ def test_shares_are_even_on_the_simplex_and_sum_to_one():
     {'X.y': ('float', 2.0, 1.0)},
     {'X.y': ('log', 0.0, 1.0)},
     {'X.y': ('int', 'a', 'b')},
+    {'X.y': ('int', 1.5, 3)},
+    {'X.y': (['int'], 1, 3)},
     {'X.y': ('choice',)},
     {'X.y': ('share', 1)},
   ],
@@ -91,6 +94,35 @@ def test_what_is_compared_does_not_depend_on_what_is_searched():
   validated = runs[0].recipe.validated
   assert validated.objectives == NAMES
   assert validated.mask_ratio == _load().recipe.objectives.mask_ratio
+
+
+def test_slices_show_what_runs_were_given_and_labels_that_do_not_overlap():
+  config = TuneConfig(study_dir='x', search=SEARCH)
+  study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+  for number in range(5):
+    trial = study.ask()
+    chosen = tune._bindings(config, functools.partial(tune._suggest, trial))
+    trial.set_user_attr('bindings', chosen)
+    if number:
+      study.tell(trial, float(number))
+    else:
+      study.tell(trial, state=optuna.trial.TrialState.FAIL)
+  figure = tune._slices(study, config)
+  *axes, _ = figure.axes  # the last is the bar of colors
+  points = np.array([axis.collections[0].get_offsets() for axis in axes])
+  assert points.shape == (len(SEARCH), 4, 2)
+  np.testing.assert_array_equal(points[..., 1], [[1, 2, 3, 4]] * len(SEARCH))
+  np.testing.assert_allclose(points[: len(SHARES), :, 0].sum(0), 1, atol=2e-4)
+  given = [trial.user_attrs['bindings'] for trial in study.trials[1:]]
+  for name, column in zip(SEARCH, points[..., 0], strict=True):
+    values = [eval(dict(line.split('=', 1) for line in lines)[name]) for lines in given]
+    if name.endswith('schedule'):
+      values = [('cosine', 'constant').index(value) for value in values]
+    np.testing.assert_allclose(column, values)
+  figure.canvas.draw()
+  boxes = [axis.xaxis.label.get_window_extent() for axis in axes]
+  assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+  assert boxes[0].x0 > 0 and boxes[-1].x1 < figure.bbox.x1
 
 
 class _Running:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -123,12 +124,27 @@ def write(
     OSError: no permission, or a file in the way.
   """
   folder = Path(model_dir)
-  folder.mkdir(parents=True, exist_ok=True)
+  make(folder)
   # run.json first: a folder that holds anything else, and no run.json, is refused as
   # somebody else's, even if this run began it.
   content = {'identity': run, 'settings': settings, 'decided': dict(decided)}
   write_atomically(folder / FILE, json.dumps(content, indent=2) + '\n')
   write_atomically(folder / 'config.gin', config_text)
+
+
+def make(folder: Any) -> None:
+  """Makes a folder, and those that it is in.
+
+  Raises:
+    OSError: it cannot be there.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  # Below /proc and the like, a folder cannot be made and is said to be missing.
+  except FileNotFoundError as error:
+    raise configs.ResourceError(
+      errno.EROFS, os.strerror(errno.EROFS), str(folder)
+    ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:

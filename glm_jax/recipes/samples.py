@@ -36,12 +36,16 @@ def beside_baselines(
   baselines = {}
   for name in data.validation:
     loss = validated.get(f'loss/{name}', validated.get('loss'))
+    # A task of one's own has a name of its own, and its losses those of its objectives.
+    objectives = [k.removeprefix('loss/') for k in validated if k.startswith('loss/')]
+    others = [] if name in objectives else objectives
+    label = f'{name} ({", ".join(others)})' if others else name
     scores = _baselines(config, data, name)
     if loss is None or not scores:
       say(f'{name:<24}  nothing scored')
       continue
     baselines[name] = scores
-    say(f'{name:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
+    say(f'{label:<24}{loss:>8.3f}{scores["bigram"]:>8.3f}{scores["unigram"]:>9.3f}')
   return baselines
 
 

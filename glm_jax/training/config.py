@@ -11,7 +11,7 @@ from typing import Annotated
 
 from glm_jax import configs
 from glm_jax.checkpoints import CheckpointConfig
-from glm_jax.configs import LOCAL, POSITIVE, at_least
+from glm_jax.configs import LOCAL, POSITIVE, SEED, at_least
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, ComputeConfig, GLMConfig
 from glm_jax.sharding import MeshConfig
 from glm_jax.training.optimizer import OptimizerConfig
@@ -86,7 +86,7 @@ class TrainConfig:
   microbatches: Annotated[int, POSITIVE] = 1
   train_steps: Annotated[int, POSITIVE]
   model_dir: Annotated[str, LOCAL]
-  seed: int = 0
+  seed: Annotated[int, SEED] = 0
   log_every: Annotated[int, POSITIVE] = 100
   init_from: Annotated[str, LOCAL] = ''
   trained: str = ''

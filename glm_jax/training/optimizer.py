@@ -14,6 +14,8 @@ from glm_jax import configs
 from glm_jax.configs import POSITIVE, at_least, one_of, within
 
 SCHEDULES = ('cosine', 'linear', 'rsqrt', 'wsd', 'constant')
+# Those that reach their floor at a step.
+ENDING = ('cosine', 'linear', 'wsd')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,44 @@ class OptimizerConfig:
     configs.check_fields(self)
 
 
+def ends(config: OptimizerConfig, train_steps: int) -> tuple[int, int]:
+  """The steps at which the warm-up and the decay of a run end.
+
+  A run that is tried for a few steps of a preset may be shorter than its warm-up: the
+  warm-up then is a tenth of the run, so that the run has a rate at all.
+
+  Args:
+    config: of the optimizer.
+    train_steps: of the whole run, at which a decay without `decay_steps` ends.
+
+  Returns:
+    (end of the warm-up, end of the decay).
+
+  Raises:
+    UserError: `decay_steps` is set, and the warm-up is not shorter.
+
+  Example:
+    >>> config = OptimizerConfig(warmup_steps=100)
+    >>> ends(config, 1000), ends(config, 20)
+    ((100, 1000), (2, 20))
+  """
+  warmup, end = config.warmup_steps, config.decay_steps or train_steps
+  if config.schedule not in ENDING or warmup < end:
+    return warmup, end
+  configs.check(
+    not config.decay_steps,
+    'OptimizerConfig.warmup_steps must be below decay_steps',
+    f'warmup_steps={warmup}, decay_steps={end}',
+    'shorten the warm-up',
+  )
+  return end // 10, end
+
+
 def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.Array]:
   """Step -> learning rate, float32.
 
-  Warm-up is `peak * step / warmup_steps`. Then, with r the share of the decay that is
-  over (0 to 1, where it stays):
+  Warm-up is `peak * step / warmup_steps`; `ends` says where it ends, and the decay. Then,
+  with r the share of the decay that is over (0 to 1, where it stays):
 
   - cosine: `floor + (peak - floor) (1 + cos(pi r)) / 2` (THUDM/GLM learning_rates.py);
   - linear: `peak - (peak - floor) r`; the original goes on below its floor, and below 0;
@@ -69,21 +104,14 @@ def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.A
   - constant: the peak.
 
   Raises:
-    UserError: the warm-up is not shorter than the decay.
+    UserError: see `ends`.
 
   Example:
     >>> rate = schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10), 110)
     >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 60, 110, 500)]
     [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]
   """
-  warmup, end = config.warmup_steps, config.decay_steps or train_steps
-  if config.schedule in ('cosine', 'linear', 'wsd'):
-    configs.check(
-      warmup < end,
-      'OptimizerConfig.warmup_steps must be below decay_steps',
-      f'warmup_steps={warmup}, decay_steps={end}',
-      'shorten the warm-up',
-    )
+  warmup, end = ends(config, train_steps)
   peak, floor = config.learning_rate, config.learning_rate * config.final_ratio
 
   # Traced: the optimizer calls it with its own count of steps, an array.

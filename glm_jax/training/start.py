@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from glm_jax import checkpoints, configs, sharding
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
-from glm_jax.training import state
+from glm_jax.training import optimizer, state
 from glm_jax.training.config import CheckpointModel, TrainConfig
 
 # Fields that two models may differ in and still share their parameters' meaning.
@@ -47,6 +48,29 @@ def resolve(
   model = model_config.from_dict(meta['model'])
   vocabulary = None if config.recipe.has_vocabulary else vocabulary_of(folder, meta)
   return dataclasses.replace(config, model=model), vocabulary, meta.get('source')
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+  """What a resumed run may change, but not without a word (`folder.check_same`)."""
+  result = {'optimizer': dataclasses.asdict(config.optimizer)}
+  if config.optimizer.schedule in optimizer.ENDING:
+    # Without decay_steps they follow TRAIN_STEPS, and no field of the optimizer shows it.
+    warmup_ends, decay_ends = optimizer.ends(config.optimizer, config.train_steps)
+    result['schedule'] = {'warmup_ends': warmup_ends, 'decay_ends': decay_ends}
+  return result
+
+
+def in_words(changes: Sequence[str]) -> Iterator[str]:
+  """Lines for settings that `folder.check_same` has found changed."""
+  own = ('optimizer.schedule', 'optimizer.warmup_steps', 'optimizer.decay_steps')
+  explained = any(change.startswith(own) for change in changes)
+  for change in changes:
+    if change.startswith('schedule'):
+      # A field says it already; or the run began before this was noted.
+      if explained or ' was None ' in change:
+        continue
+      change += ': the rate follows TRAIN_STEPS; OptimizerConfig.decay_steps holds it'
+    yield f'from here on, {change}'
 
 
 def vocabulary_of(folder: Any, meta: dict[str, Any]) -> Vocabulary:

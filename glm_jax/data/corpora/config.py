@@ -52,7 +52,7 @@ class CorpusConfig:
   validation: Annotated[str, READABLE] = ''
   validation_fraction: Annotated[float, within('(0, 1)')] = 0.05
   errors: Annotated[str, one_of('strict', 'replace', 'ignore')] = 'strict'
-  text_key: str = 'text'
+  text_key: Annotated[str, NOT_EMPTY] = 'text'
   prompt_key: str = ''
   answer_key: str = ''
   tfds_data_dir: Annotated[str, READABLE] = ''

@@ -102,7 +102,11 @@ def _begin(job: Job, folder: epath.Path) -> None:
     f'{folder}, which holds {sorted(others)[:5]}',
     'choose another folder',
   )
-  (folder / _WORK).mkdir(parents=True, exist_ok=True)
+  try:
+    (folder / _WORK).mkdir(parents=True, exist_ok=True)
+  # Below /proc and the like, a folder cannot be made and is said to be missing.
+  except FileNotFoundError as error:
+    raise ResourceError(f'{folder} must be a place where a folder can be made') from error
   content = json.dumps({'fingerprint': job.fingerprint})
   shards.write_atomically(note, content.encode('utf-8'))
 
