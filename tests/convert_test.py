@@ -206,17 +206,6 @@ def test_tensors_that_are_missing_or_unknown_are_all_listed():
     imported({'bert.weight': np.zeros(3)}, {})
 
 
-def test_what_a_checkpoint_does_not_say_is_said():
-  tensors, config = _source('chatglm2')
-  found, _ = imported(tensors, {**config, 'rope_ratio': 50})
-  assert (found.config.rope_ratio, found.config.rope_scaling) == (50, 'theta')
-  assert any('multiplies' in line for line in found.assumed)
-  longer = {**config, 'rope_ratio': 16, '_name_or_path': 'THUDM/chatglm2-6b-32k'}
-  found, _ = imported(tensors, longer)
-  assert found.config.rope_scaling == 'positions' and 'divides' in found.assumed[0]
-  assert imported(tensors, config)[0].assumed == ()
-
-
 # On disk, through the command.
 
 

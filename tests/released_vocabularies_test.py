@@ -196,8 +196,12 @@ def test_a_checkpoint_and_a_folder_give_the_same_vocabulary_again(made, kind, tm
   formats = {'chatglm2': 'chatglm2', 'chatglm3': 'glm', 'glm4': 'glm'}
   if kind == 'chatglm3':
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'x': list(released.ROLES)}))
-  if kind == 'cog-fixed':
-    (tmp_path / 'added_tokens.json').write_text('{"[gMASK]": 9, "<|endofpiece|>": 7}')
+  if kind == 'chatglm2':
+    (tmp_path / 'tokenization_chatglm.py').write_text('names = ["[MASK]", "sop", "eop"]')
+  if kind.startswith('cog'):
+    gmask = 9 if kind == 'cog-fixed' else 7
+    added = {'[gMASK]': gmask, '<|endofpiece|>': 7}
+    (tmp_path / 'added_tokens.json').write_text(json.dumps(added))
   rows = 150_528 if kind == 'ice-130b' else vocabulary.size
   found = loading.find(tmp_path, formats.get(kind, 'glm-10b'), rows)
   if kind == 'roberta':  # told from GPT-2's by the ids of its own special pieces

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
+from glm_jax.interop import rotary
 from glm_jax.interop.recognise import CHATGLM_DEEPNORM_LAYERS
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.fast import fast_tokenizer
@@ -240,9 +241,8 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
     'padded_vocab_size': c.vocab_size,
     'seq_length': c.max_positions,
     'tie_word_embeddings': c.tied_head,
-    **({'rope_ratio': int(ratio) if ratio == int(ratio) else ratio} if ratio != 1 else {}),
+    **(_ratio(c, ratio) if ratio != 1 else {}),
   }, {
-    '_name_or_path': 'chatglm2' if c.rope_scaling == 'positions' else 'chatglm3',
     'add_bias_linear': False,
     'apply_query_key_layer_scaling': True,
     'apply_residual_connection_post_layernorm': False,
@@ -263,6 +263,11 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
     'rmsnorm': True,
     'use_cache': True,
   }
+
+
+def _ratio(c: ChatGLM2Config, ratio: float) -> dict[str, Any]:
+  whole = int(ratio) if ratio == int(ratio) else ratio
+  return {'rope_ratio': whole, rotary.KEY: c.rope_scaling}
 
 
 def _check_code(format: str, config: Any, remedy: str, **fields: Any) -> None:

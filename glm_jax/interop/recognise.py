@@ -10,6 +10,7 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.configs import UserError
+from glm_jax.interop import rotary
 from glm_jax.interop.files import Source, TensorSpec
 from glm_jax.interop.formats import FORMATS, HEADS, WORDS
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
@@ -309,7 +310,7 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   configs.check(N >= 1, 'num_attention_heads must be positive', str(N), remedy)
   grouped = fields.get('multi_query_attention', kind=bool, default=False)
   bias = f'{at}.self_attention.query_key_value.bias' in specs
-  name = str(source.config.get('_name_or_path', '')).lower()
+  ratio = fields.get('rope_ratio', kind=float, default=1.0)
   values = {
     'num_layers': fields.get(
       'num_layers',
@@ -328,13 +329,11 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     'norm_epsilon': fields.get('layernorm_epsilon', kind=float, default=1e-5),
     'qkv_bias': fields.get('add_qkv_bias', kind=bool, default=bias),
     'tied_head': tied,
-    'rope_ratio': fields.get('rope_ratio', kind=float, default=1.0),
-    # Only ChatGLM2's own long variant divides positions; later ones multiply the base.
-    'rope_scaling': 'positions' if 'chatglm2' in name else 'theta',
+    'rope_ratio': ratio,
   }
-  # Both scalings are the same then: equal models get equal configs.
-  if values['rope_ratio'] == 1:
-    values['rope_scaling'] = 'theta'
+  # With a ratio of 1 both scalings are the same: equal models get equal configs.
+  if overrides.get('rope_ratio', ratio) != 1 and 'rope_scaling' not in overrides:
+    values['rope_scaling'] = rotary.scaling(source)
   return _build(ChatGLM2Config, values, overrides)
 
 
