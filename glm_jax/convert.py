@@ -23,7 +23,7 @@ import numpy as np
 
 from glm_jax import cli, configs
 from glm_jax.configs import ResourceError
-from glm_jax.interop import files, hub, leaves, recognise
+from glm_jax.interop import files, hub, leaves, recognise, tokenizer_files
 from glm_jax.interop.formats import FORMATS
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
@@ -114,7 +114,7 @@ def convert(flags: argparse.Namespace) -> None:
       'choose one of these',
     )
     if FORMATS[target].container == 'huggingface':
-      hub.check(target, model.config, model.vocabulary)
+      hub.check(target, model.config, model.source, model.vocabulary)
   # mp_rank_* files; each is put together from a copy of what goes into it.
   in_parts = target != _CHECKPOINT and FORMATS[target].container == 'megatron'
   parts = flags.parts or (model.source.get('parts', 1) if in_parts else 1)
@@ -163,6 +163,11 @@ def convert(flags: argparse.Namespace) -> None:
   )
   if target in hub.OWN_CODE:
     print('copy the .py files of the released model beside it for transformers to read it')
+    if model.vocabulary and model.vocabulary.kind not in tokenizer_files.CLASSES:
+      print(
+        f'  none of them reads a vocabulary of the kind {model.vocabulary.kind!r}: '
+        'AutoTokenizer would give other ids'
+      )
   print(
     f'{target}: {count:,} parameters, {size / 1e9:.2f} GB, {vocabulary}, in {dst} '
     f'({time.perf_counter() - began:.0f} s)'
@@ -263,7 +268,7 @@ def _write_foreign(
       folder, str(model.step), [tensors(i) for i in range(parts)], progress
     )
     if model.vocabulary is not None:
-      hub.write_vocabulary(folder, model.vocabulary)
+      tokenizer_files.write_vocabulary(folder, model.vocabulary)
     return
   exported = tensors(0)
   leaves.write_shards(folder, leaves.shards(exported, int(shard_size * 2**30)), progress)

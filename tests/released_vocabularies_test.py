@@ -11,7 +11,8 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from glm_jax.interop import hub
+from glm_jax.interop import hub, tokenizer_files
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text import fast, loading, released
 from glm_jax.text import vocabulary as vocabularies
 
@@ -289,9 +290,139 @@ def test_an_export_says_which_vocabulary_its_files_are(made, tmp_path):
   for kind in set(MAKERS) - {'roberta'}:
     folder, vocabulary = tmp_path / kind, made(kind)
     folder.mkdir()
-    hub.write_vocabulary(folder, vocabulary)
+    tokenizer_files.write_vocabulary(folder, vocabulary)
     found = loading.find(folder, 'chatglm2', vocabulary.size)
     assert (found.kind, found.fingerprint) == (vocabulary.kind, vocabulary.fingerprint)
+
+
+CHATGLM = ChatGLMConfig(
+  num_layers=1,
+  hidden_size=32,
+  num_heads=2,
+  mlp_size=48,
+  vocab_size=640,
+  max_positions=64,
+  deepnorm_layers=28,
+)
+CHATGLM2 = ChatGLM2Config(
+  num_layers=1,
+  hidden_size=32,
+  num_heads=2,
+  num_kv_heads=1,
+  head_size=16,
+  mlp_size=48,
+  vocab_size=640,
+  max_positions=64,
+)
+
+
+def _exported(folder, format, config, source, vocabulary):
+  """config.json and tokenizer_config.json of an export."""
+  folder.mkdir(parents=True)
+  hub.check(format, config, source, vocabulary)
+  hub.write_config(folder, format, config, source, 'float32', vocabulary)
+  return [
+    json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    for name in ('config.json', 'tokenizer_config.json')
+  ]
+
+
+def test_an_export_counts_control_pieces_as_its_vocabulary_does(made, tmp_path):
+  """ChatGLM-6B's code finds the context by them; the first release had images before."""
+  names = {'bos': '<sop>', 'eos': '<eop>', 'mask': '[MASK]', 'gmask': '[gMASK]'}
+  found = {}
+  for kind in ('ice', 'ice-130b'):
+    vocabulary = made(kind)
+    config, tokenizer = _exported(tmp_path / kind, 'chatglm', CHATGLM, {}, vocabulary)
+    found[kind] = {name: config[f'{name}_token_id'] for name in (*names, 'pad')}
+    for name, piece in names.items():
+      assert vocabulary.piece(found[kind][name]) == piece
+      assert tokenizer[f'{name}_token'] == piece
+    assert tokenizer['num_image_tokens'] == (20_000 if kind == 'ice-130b' else 0)
+    # What the files of another release said of it does not count.
+    source = {'format': 'chatglm', 'config': dict.fromkeys(config, 130_004)}
+    again, _ = _exported(tmp_path / f'{kind}2', 'chatglm', CHATGLM, source, vocabulary)
+    assert {name: again[f'{name}_token_id'] for name in found[kind]} == found[kind]
+  assert found['ice-130b'] == {k: v + 20_000 for k, v in found['ice'].items()}
+  assert found['ice']['pad'] == 3
+
+
+def test_ids_are_of_some_vocabulary_or_demanded(tmp_path):
+  with pytest.raises(ValueError, match='--vocabulary=ice:PATH'):
+    _exported(tmp_path / 'none', 'chatglm', CHATGLM, {}, None)
+  # The original's, where the files of its tokenizer were not there.
+  ids = {f'{name}_token_id': i for i, name in enumerate(('bos', 'mask', 'gmask', 'pad'))}
+  source = {'format': 'chatglm', 'config': ids}
+  config, tokenizer = _exported(tmp_path / 'source', 'chatglm', CHATGLM, source, None)
+  assert {k: config[k] for k in ids} == ids and tokenizer == {}
+
+
+def test_ids_that_end_an_answer_are_the_vocabularys_and_those_added_to_it(made, tmp_path):
+  for kind, raw, right in (
+    ('chatglm3', None, 2),
+    ('chatglm3', [2, 700], [2, 700]),  # somebody's own
+    ('chatglm3', [1, 700], 2),  # of another vocabulary
+    ('glm4', None, [*made('glm4').stops]),
+  ):
+    source = {'format': 'chatglm2', 'config': {'eos_token_id': raw} if raw else {}}
+    folder = tmp_path / f'{kind}{raw}'
+    config, _ = _exported(folder, 'chatglm2', CHATGLM2, source, made(kind))
+    assert config['eos_token_id'] == right
+    assert config['pad_token_id'] == made(kind).specials.pad
+
+
+def test_dropouts_and_deviations_of_an_export_are_the_models(made, tmp_path):
+  fields = dict(embedding_dropout=0.2, attention_dropout=0.3, output_dropout=0.4)
+  config = GLMConfig(
+    num_layers=1,
+    hidden_size=32,
+    num_heads=2,
+    vocab_size=640,
+    max_positions=64,
+    init_std=0.05,
+    **fields,
+  )
+  written, _ = _exported(tmp_path / 'glm', 'glm-10b', config, {}, made('gpt2'))
+  for field, value in fields.items():
+    assert written[f'{field}_prob'] == value
+  assert written['initializer_range'] == 0.05
+  assert written['eos_token_id'] == made('gpt2').control['<|endofpiece|>']
+
+
+@pytest.mark.parametrize(
+  'kind', ['bert', 'gpt2', 'roberta', 'cog', 'cog-fixed', 'ice', 'chatglm3', 'glm4']
+)
+def test_an_export_for_published_code_names_its_tokenizer(made, kind, tmp_path):
+  """And the ids of every piece that the code does not add itself."""
+  names = {'bert': 'Bert', 'gpt2': 'GPT2', 'roberta': 'Roberta', 'cog': 'Chinese'}
+  names |= {'cog-fixed': 'Chinese'}
+  vocabulary = made(kind)
+  if kind in names:
+    sizes = dict(num_layers=1, hidden_size=32, num_heads=2, vocab_size=640)
+    format, config = 'glm-10b', GLMConfig(**sizes, max_positions=64)
+    right = f'tokenization_glm.GLM{names[kind]}Tokenizer'
+  elif kind == 'ice':
+    format, config, right = 'chatglm', CHATGLM, 'tokenization_chatglm.ChatGLMTokenizer'
+  else:
+    format, config = 'chatglm2', CHATGLM2
+    right = f'tokenization_chatglm.ChatGLM{"4" if kind == "glm4" else ""}Tokenizer'
+  model, tokenizer = _exported(tmp_path / kind, format, config, {}, vocabulary)
+  assert tokenizer['auto_map'] == {'AutoTokenizer': [right, None]}
+  assert tokenizer['tokenizer_class'] == right.split('.')[1]
+  assert {'AutoConfig', 'AutoModel'} <= {*model['auto_map']}
+  if kind in ('ice', 'chatglm3'):  # whose code adds them
+    assert 'added_tokens_decoder' not in tokenizer
+    return
+  for number, token in tokenizer['added_tokens_decoder'].items():
+    assert vocabulary.control[token['content']] == int(number)
+  # Those of the model's own files, and no others, are left to them.
+  left = {*vocabulary.control.values()} - {*map(int, tokenizer['added_tokens_decoder'])}
+  own = {'bert': ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'), 'gpt2': ('<|endoftext|>',)}
+  own |= {'glm4': own['gpt2'], 'roberta': ('<|endoftext|>', '[SEP]', '[CLS]', '[UNK]')}
+  assert left == {vocabulary.control[name] for name in own.get(kind, ())}
+  if format == 'glm-10b':
+    added = json.loads((tmp_path / kind / 'added_tokens.json').read_text())
+    assert added == {k: v for k, v in vocabulary.control.items() if v not in left}
 
 
 def test_a_length_saved_in_a_tokenizer_json_is_not_obeyed(made):

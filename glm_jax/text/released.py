@@ -220,7 +220,11 @@ class FixedCogVocabulary(CogVocabulary):
 
 
 class IceVocabulary(SentencePieceVocabulary):
-  """ice_text.model: ChatGLM-6B, and GLM-130B behind 20,000 ids of images."""
+  """ice_text.model: ChatGLM-6B, and GLM-130B behind 20,000 ids of images.
+
+  Attributes:
+    images: ids before the text's.
+  """
 
   kind = 'ice'
   _names = ('[MASK]', '[gMASK]', '[sMASK]', '<unused_0>', '<sop>', '<eop>', '<ENC>')
@@ -232,7 +236,7 @@ class IceVocabulary(SentencePieceVocabulary):
       model: content of ice_text.model.
       images: ids before the text's: 0, or 20000 in GLM-130B and the first ChatGLM-6B.
     """
-    self._original, self._images = model, images
+    self._original, self.images = model, images
     proto = spm_pb2.ModelProto()
     names = (*self._names, '<dBLOCK>')
     try:
@@ -260,7 +264,7 @@ class IceVocabulary(SentencePieceVocabulary):
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     ids = super().encode_batch([self._spell(text) for text in texts])
-    return [self._images + row for row in ids]
+    return [self.images + row for row in ids]
 
   def _spell(self, text: str) -> str:
     """Line breaks, tabs and runs of spaces as pieces (tokenization_chatglm.py)."""
@@ -272,22 +276,22 @@ class IceVocabulary(SentencePieceVocabulary):
 
   def _decode(self, ids: list[int]) -> str:
     # Ids of images have no text.
-    text = super()._decode([t - self._images for t in ids if t >= self._images])
+    text = super()._decode([t - self.images for t in ids if t >= self.images])
     text = text.replace('<n>', '\n').replace('<|tab|>', '\t')
     for length in range(2, self._longest_blank + 1):
       text = text.replace(f'<|blank_{length}|>', ' ' * length)
     return text
 
   def _piece(self, token: int) -> str:
-    return super()._piece(token - self._images) if token >= self._images else ''
+    return super()._piece(token - self.images) if token >= self.images else ''
 
   def to_dict(self) -> dict[str, Any]:
     model = base64.b64encode(self._original).decode()
-    return {'kind': self.kind, 'model': model, 'images': self._images}
+    return {'kind': self.kind, 'model': model, 'images': self.images}
 
   @property
   def kind_in_files(self) -> str:
-    return 'ice-130b' if self._images else 'ice'
+    return 'ice-130b' if self.images else 'ice'
 
   def files(self) -> dict[str, bytes]:
     return {'ice_text.model': self._original}
