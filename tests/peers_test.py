@@ -16,10 +16,14 @@ from glm_jax import convert, models
 from glm_jax.batch import Visibility
 from glm_jax.checkpoints import slices
 from glm_jax.inference.filling import Filler
+from glm_jax.interop import tokenizer_files
 from glm_jax.text import vocabulary as vocabularies
-from glm_jax.text.released import ChatGLM3Vocabulary
+from glm_jax.text.released import ChatGLM3Vocabulary, GLM4Vocabulary
 
 pytestmark = pytest.mark.slow
+
+SIZES = dict(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_size=16)
+SIZES |= dict(mlp_size=48, vocab_size=768, max_positions=64)
 
 
 def _convert(*arguments):
@@ -185,6 +189,19 @@ def test_the_code_of_the_original_reads_the_exported_tokenizer(exported):
   assert made['class'] == 'ChatGLMTokenizer'
   assert made['names'] == [vocabulary.control[name] for name in names]
   ids = [[*vocabulary.prefix, *vocabulary.encode(text)] for text in texts]
+  assert made['tokens'] == ids
+
+
+def test_transformers_reads_a_vocabulary_that_was_tiktokens(tmp_path):
+  golden = json.loads((ROOT / 'tests/golden/tiktoken.json').read_text())
+  vocabulary = GLM4Vocabulary.from_ranks(golden['model'].encode(), {})
+  tokenizer_files.write(tmp_path, 'glm', models.ChatGLM2Config(**SIZES), vocabulary)
+  names = ['<|user|>', '<sop>', '[gMASK]', '<|endoftext|>']
+  # Without those that spell control pieces, which transformers reads as such.
+  texts = [text for text in golden['texts'] if '<|' not in text]
+  made = _transformers(tmp_path, texts=texts, names=names)
+  assert made['names'] == [vocabulary.control[name] for name in names]
+  ids = [[*vocabulary.prefix, *golden['texts'][text]] for text in texts]
   assert made['tokens'] == ids
 
 

@@ -16,7 +16,10 @@ from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text import fast, loading, released
 from glm_jax.text import vocabulary as vocabularies
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/tokenizers.json').read_text())
+_FOLDER = pathlib.Path(__file__).parent / 'golden'
+GOLDEN = json.loads((_FOLDER / 'tokenizers.json').read_text())
+# Ranks of a small vocabulary, and what tiktoken makes of texts with them.
+TIKTOKEN = json.loads((_FOLDER / 'tiktoken.json').read_text())
 # The original's settings; their vocabularies' files are in package SwissArmyTransformer.
 SETTINGS = {
   'bert-base-uncased': 'bert:english_tokenizer/bert-base-uncased-vocab.txt',
@@ -442,10 +445,77 @@ def test_a_control_piece_that_a_model_has_is_not_exported_twice():
     fast.fast_tokenizer(released.ChatGLM3Vocabulary(model))
 
 
-def test_tiktokens_file_of_glm4_is_told_from_a_sentencepiece_model(made, tmp_path):
-  (tmp_path / 'tokenizer.model').write_bytes(b'IQ== 0\nIg== 1\n')
-  with pytest.raises(ValueError, match=r'tokenizer\.json, got .* of tiktoken'):
+# GLM-4's tokenizer.model.
+
+
+def test_tiktokens_file_gives_tiktokens_ids(tmp_path):
+  """English, Chinese, code, spaces, numbers, marks: recorded from the package."""
+  (tmp_path / 'tokenizer.model').write_text(TIKTOKEN['model'])
+  found = loading.find(tmp_path, 'chatglm2', 151_552)
+  assert found.kind == 'glm4' and len(TIKTOKEN['texts']) > 12
+  for text, ids in TIKTOKEN['texts'].items():
+    assert found.encode(text) == ids, text
+    assert found.decode(ids) == text
+  # In the order of the published code, behind the ranks: of 151,329 of them, <|user|> is
+  # 151336, as GLM-4-9B's config.json has it.
+  ranks = len(TIKTOKEN['model'].splitlines())
+  names = ['<|endoftext|>', '[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>']
+  names += [*released.ROLES, '<|begin_of_image|>', '<|end_of_image|>']
+  names += ['<|begin_of_video|>', '<|end_of_video|>']
+  assert found.control == {name: ranks + i for i, name in enumerate(names)}
+  assert 151_329 + names.index('<|user|>') == 151_336
+  assert found.stops == (ranks, ranks + 7, ranks + 9) and found.size == ranks + 14
+
+
+def test_tiktokens_file_comes_back_and_its_tokenizer_json_is_the_same(tmp_path):
+  (tmp_path / 'tokenizer.model').write_text(TIKTOKEN['model'])
+  vocabulary = loading.load(f'glm4:{tmp_path}/tokenizer.model')
+  files = vocabulary.files()
+  assert files['tokenizer.model'] == TIKTOKEN['model'].encode()
+  (tmp_path / 'tokenizer.json').write_bytes(files['tokenizer.json'])
+  again = loading.load(f'glm4:{tmp_path}/tokenizer.json')
+  assert again.fingerprint == vocabulary.fingerprint
+  # transformers' own reading of the file begins a text so, too.
+  tokenizer = Tokenizer.from_str(files['tokenizer.json'].decode())
+  assert tokenizer.encode('a').ids == [*vocabulary.prefix, *vocabulary.encode('a')]
+  # Of some other tokenizer.json no ranks are made up.
+  assert [*released.GLM4Vocabulary(_glm4()).files()] == ['tokenizer.json']
+
+
+def test_added_tokens_of_tiktokens_file_are_those_of_its_tokenizer_config(tmp_path):
+  (tmp_path / 'tokenizer.model').write_text(TIKTOKEN['model'])
+  ranks = len(TIKTOKEN['model'].splitlines())
+  names = [*released.ROLES, '[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>']
+  names += ['<|endoftext|>', '<think>']
+  for first in (ranks, ranks + 1):
+    added = {str(first + i): {'content': name} for i, name in enumerate(names)}
+    text = json.dumps({'added_tokens_decoder': added})
+    (tmp_path / 'tokenizer_config.json').write_text(text)
+    if first == ranks:
+      found = loading.find(tmp_path, 'chatglm2', 151_552)
+      assert found.control == {name: ranks + i for i, name in enumerate(names)}
+    else:
+      with pytest.raises(ValueError, match=f'must be numbered from {ranks} on'):
+        loading.find(tmp_path, 'chatglm2', 151_552)
+
+
+@pytest.mark.parametrize(
+  'change,message',
+  [
+    (lambda lines: [*lines[:300], 'no rank', *lines[300:]], 'in line 301'),
+    (lambda lines: lines[:300] + lines[301:], 'must rank every byte'),
+    (lambda lines: lines[1:], 'must rank every byte'),
+  ],
+)
+def test_a_damaged_file_of_tiktoken_is_named(tmp_path, change, message):
+  lines = change(TIKTOKEN['model'].splitlines())
+  (tmp_path / 'tokenizer.model').write_text('\n'.join(lines))
+  with pytest.raises(ValueError, match=rf'tokenizer\.model.*{message}'):
     loading.find(tmp_path, 'chatglm2', 151_552)
+
+
+def test_tiktokens_file_beside_a_tokenizer_json_of_glm4(made, tmp_path):
+  (tmp_path / 'tokenizer.model').write_bytes(b'IQ== 0\nIg== 1\n')
   for name, content in made('glm4').files().items():
     (tmp_path / name).write_bytes(content)
   assert loading.find(tmp_path, 'chatglm2', 151_552).kind == 'glm4'

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.text import released
+from glm_jax.text import ranks, released
 from glm_jax.text.released import SENTENCEPIECE, TOKENIZERS
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
@@ -96,6 +95,9 @@ def load(spec: str) -> Vocabulary:
     if kind == 'bert':
       return released.BertVocabulary.from_files(content.decode('utf-8'))
     if kind == 'glm4':
+      if ranks.is_ranks(content):
+        added = added_tokens(path.parent)
+        return released.GLM4Vocabulary.from_ranks(content, added)
       return released.GLM4Vocabulary(content.decode('utf-8'))
     if kind == 'ice-130b':
       return released.IceVocabulary(content, _IMAGES)
@@ -149,11 +151,7 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
         f'--vocabulary=chatglm2:{model} or --vocabulary=chatglm3:{model}.'
       )
     if kind == 'glm4' and 'tokenizer.json' not in has:
-      raise UserError(
-        f"GLM-4's vocabulary must be a tokenizer.json, got {folder / 'tokenizer.model'} of "
-        'tiktoken; fetch the tokenizer.json of glm-4-9b-chat-hf and give '
-        '--vocabulary=glm4:PATH.'
-      )
+      return load(f'glm4:{folder / "tokenizer.model"}')
     return load_kind(kind)
   if 'vocab.txt' in has:
     return load_kind('bert')
@@ -197,12 +195,6 @@ def _find_pair(folder: Path, names: tuple[tuple[str, str], ...]) -> list[Path]:
   raise FileNotFoundError(f'{folder} has not {" and ".join(names[0])}')
 
 
-def _is_tiktoken(path: Path) -> bool:
-  """Lines of a piece in base64 and its rank: GLM-4-9B's tokenizer.model."""
-  with path.open('rb') as file:
-    return re.fullmatch(rb'[A-Za-z0-9+/]+=* \d+\s*', file.readline(200)) is not None
-
-
 def kind_of_chatglm(folder: Path) -> str | None:
   """'chatglm2', 'chatglm3' or 'glm4', by the files of a folder; None if they do not tell.
 
@@ -214,8 +206,9 @@ def kind_of_chatglm(folder: Path) -> str | None:
   if not (folder / 'tokenizer.model').is_file():
     return 'glm4' if (folder / 'tokenizer.json').is_file() else None
   # GLM-4-9B calls a file of tiktoken tokenizer.model, as sentencepiece's are called.
-  if _is_tiktoken(folder / 'tokenizer.model'):
-    return 'glm4'
+  with (folder / 'tokenizer.model').open('rb') as file:
+    if ranks.is_ranks(file.read(200)):
+      return 'glm4'
   # ChatGLM3's files name the roles. A file that lists all control pieces and has none of
   # them is ChatGLM2's; the other files may just leave them out.
   whole = ('tokenization_chatglm.py', 'tokenizer.json')

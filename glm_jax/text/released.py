@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from glm_jax.configs import UserError
+from glm_jax.text import ranks
 from glm_jax.text.vocabulary import CONTROL, SentencePieceVocabulary, Specials, Vocabulary
 
 _SOP, _EOP, _END = '<|startofpiece|>', '<|endofpiece|>', '<|endoftext|>'
@@ -337,7 +338,7 @@ class ChatGLM3Vocabulary(ChatGLM2Vocabulary):
 
 
 class GLM4Vocabulary(TokenizersVocabulary):
-  """tokenizer.json of GLM-4-9B."""
+  """tokenizer.json of GLM-4, or the tokenizer.model that its first releases have."""
 
   kind = 'glm4'
 
@@ -362,8 +363,16 @@ class GLM4Vocabulary(TokenizersVocabulary):
     self.prefix, self.suffix = (ids['[gMASK]'], ids['<sop>']), ()
     self.stops = (ids[_END], ids['<|user|>'], ids['<|observation|>'])
 
+  @classmethod
+  def from_ranks(cls, content: bytes, added: Mapping[str, int]) -> GLM4Vocabulary:
+    """From a tokenizer.model of tiktoken, see `glm_jax.text.ranks`."""
+    return cls(ranks.to_json(content, added))
+
   def files(self) -> dict[str, bytes]:
-    return {'tokenizer.json': self._json.encode()}
+    files = {'tokenizer.json': self._json.encode()}
+    # GLM-4's own code reads this one.
+    model = ranks.from_json(self._json)
+    return files if model is None else {**files, 'tokenizer.model': model}
 
 
 SENTENCEPIECE = {
