@@ -224,3 +224,66 @@ def test_added_tokens_that_are_none_are_named(tmp_path, model, decoder):
   (tmp_path / 'tokenizer_config.json').write_text(content)
   with pytest.raises(ValueError, match=r'added_tokens_decoder in .*fetch it again'):
     loading.find(tmp_path, 'glm-10b', 640)
+
+
+# What is no model, or one inside another program's.
+
+
+@pytest.mark.parametrize(
+  'rename,words',
+  [
+    ('module.{}', ("take 'module.' off every name", 'DeepSpeed')),
+    ('module.glm.{}', ("take 'module.' off every name",)),
+    ('_orig_mod.{}', ("take '_orig_mod.' off every name",)),
+    ('base_model.model.{}', ('merge_and_unload',)),
+    ('transformer.prefix_encoder.{}', ('give the model that it was tuned on',)),
+    ('prefix_encoder.{}', ('give the model that it was tuned on',)),
+    ('bert.{}', ('give a checkpoint of the GLM family',)),
+  ],
+)
+def test_tensors_of_another_module_are_named_with_what_to_do(tmp_path, rename, words):
+  arrays, tensors = arrays_of('chatglm2')
+  tensors = {rename.format(name): tensor for name, tensor in tensors.items()}
+  write_safetensors(tmp_path / 'source', tensors, config_json('chatglm2', arrays))
+  before = snapshot(tmp_path)
+  refused(in_process('convert', tmp_path / 'source', tmp_path / 'out'), *words)
+  assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+  'name,word',
+  [
+    ('adapter_config.json', 'merge_and_unload'),
+    ('zero_to_fp32.py', 'python zero_to_fp32.py'),
+    ('README.md', 'give the folder of a checkpoint'),
+  ],
+)
+def test_a_folder_of_training_without_a_model_is_told_what_makes_one(tmp_path, name, word):
+  (tmp_path / 'source').mkdir()
+  (tmp_path / 'source' / name).write_text('{}')
+  refused(in_process('convert', tmp_path / 'source', tmp_path / 'out'), word)
+
+
+def test_a_name_of_hugging_face_is_told_how_to_fetch_it(tmp_path):
+  done = in_process('convert', 'THUDM/chatglm3-6b', 'out', cwd=tmp_path)
+  refused(done, 'hf download THUDM/chatglm3-6b --local-dir chatglm3-6b')
+  for path in (tmp_path / 'chatglm3-6b', 'a/b/c', 'chatglm3-6b', '../b'):
+    done = in_process('convert', path, 'out', cwd=tmp_path)
+    refused(done, 'SRC must be a folder with a checkpoint')
+    assert 'hf download' not in done.stderr
+  assert not list(tmp_path.iterdir())
+
+
+def test_commands_that_want_a_checkpoint_point_to_convert(tmp_path):
+  arrays, tensors = arrays_of('chatglm2')
+  write_safetensors(tmp_path / 'source', tensors, config_json('chatglm2', arrays))
+  done = in_process('generate', f'--checkpoint={tmp_path}/source', '--prompt=x')
+  refused(done, f'python -m glm_jax.convert {tmp_path}/source DST')
+  done = in_process(
+    'train',
+    '--gin_file=gin_configs/runs/continue.gin',
+    f"--gin.INIT_FROM='{tmp_path}/source'",
+    f"--gin.MODEL_DIR='{tmp_path}/run'",
+    f"--gin.CORPUS='{tmp_path}/*.txt'",
+  )
+  refused(done, f'python -m glm_jax.convert {tmp_path}/source DST')

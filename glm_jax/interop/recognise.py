@@ -22,6 +22,14 @@ CHATGLM_DEEPNORM_LAYERS = 28
 _HEAD_SIZES = {'megatron': 64, 'glm-130b': 128}
 # Formats whose tensors say everything else.
 _SAYS_ALL = ('megatron', 'glm-130b', 'glm-10b')
+# Names that a model has inside another program's module, which was saved in its place.
+_WRAPPERS = {
+  'module.': 'a model inside DistributedDataParallel or DeepSpeed: save model.module, or '
+  "take 'module.' off every name",
+  '_orig_mod.': "a model inside torch.compile: take '_orig_mod.' off every name",
+  'base_model.model.': 'a model with adapters of PEFT: merge them first '
+  '(merge_and_unload, save_pretrained)',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +85,15 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
   elif holds('transformer.layers.'):
     kind = 'glm-130b' if source.container == 'megatron' else 'chatglm'
   else:
+    remedy = 'give a checkpoint of the GLM family'
+    for start, hint in _WRAPPERS.items():
+      if names and all(name.startswith(start) for name in names):
+        remedy = f'these are of {hint}'
+    if names and all('prefix_encoder.' in name for name in names):
+      remedy = 'this is the prefix of P-tuning alone: give the model that it was tuned on'
     raise UserError(
       f'the tensors must be named as one of {tuple(FORMATS)} names them, got '
-      f'{names[:5]}; give a checkpoint of the GLM family.'
+      f'{names[:5]}; {remedy}.'
     )
   configs.check(
     bool(source.config) or kind in _SAYS_ALL,
