@@ -36,7 +36,7 @@ DTYPES = {
 }
 _CHECKPOINT = 'checkpoint'
 # The format by family, for a model that was not converted from a released one.
-_DEFAULTS = {'glm': 'megatron', 'chatglm': 'chatglm', 'chatglm2': 'glm'}
+_DEFAULTS = {'glm': 'megatron', 'chatglm': 'chatglm', 'chatglm2': 'glm', 'glm4': 'glm4'}
 # In the folder while it is written: what the conversion is of, see `_identity`.
 _PROGRESS = 'conversion.json'
 
@@ -49,7 +49,8 @@ class Model(NamedTuple):
     leaves: its parameters.
     vocabulary: None where SRC has none.
     source: what it was converted from: format, config.json, parts, prefix,
-      repeats_head, buffers; empty for a model that was trained from the start.
+      repeats_head, buffers, chat_template; empty for a model that was trained from the
+      start.
     step: training steps behind a checkpoint; 0 for a released model.
   """
 
@@ -213,6 +214,7 @@ def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
     'prefix': recognised.prefix,
     'repeats_head': recognised.repeats_head,
     'buffers': foreign.buffers(),
+    'chat_template': tokenizer_files.read_template(src),
   }
   return Model(recognised.config, foreign, vocabulary, origin, 0)
 
@@ -279,6 +281,8 @@ def _write_foreign(
 
 def _default_format(model: Model) -> str:
   family = model_config.to_dict(model.config)['family']
+  if getattr(model.config, 'sandwich_norms', False):
+    family = 'glm4'
   return model.source.get('format') or _DEFAULTS[family]
 
 
@@ -358,7 +362,7 @@ def _flags() -> argparse.ArgumentParser:
     choices=(_CHECKPOINT, *FORMATS),
     metavar='FORMAT',
     help='by default a checkpoint from released weights; from a checkpoint, the format '
-    "that it came from, else 'glm'",
+    "that it came from, else 'glm', or 'glm4' for its norms",
   )
   flags.add_argument(
     '--set',

@@ -58,23 +58,27 @@ def _transformers(folder, **request):
   return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize('name', ['chatglm2', 'hf_glm'])
-def test_transformers_computes_the_same_logits(name, tmp_path):
+@pytest.mark.parametrize(
+  'name,format', [('chatglm2', 'glm'), ('hf_glm', 'glm'), ('glm4_0414', 'glm4')]
+)
+def test_transformers_computes_the_same_logits(name, format, tmp_path):
   arrays, tensors = arrays_of(name)
   write_safetensors(tmp_path / 'source', tensors, config_json(name, arrays))
   _convert(tmp_path / 'source', tmp_path / 'checkpoint')
-  _convert(tmp_path / 'checkpoint', tmp_path / 'glm', '--to=glm')
+  _convert(tmp_path / 'checkpoint', tmp_path / 'glm', f'--to={format}')
   made = _transformers(tmp_path / 'glm', ids=arrays['in/ids'].tolist())
-  assert made['class'] == 'GlmForCausalLM'
+  assert made['class'] == f'{format.capitalize()}ForCausalLM'
   theirs = np.array(made['logits'], np.float32)
-  np.testing.assert_allclose(theirs, arrays['out/logits'], atol=1e-6)
+  # Its norms behind attention and MLP enlarge differences of the last bits.
+  atol = 1e-5 if format == 'glm4' else 1e-6
+  np.testing.assert_allclose(theirs, arrays['out/logits'], atol=atol)
   config = json.loads((tmp_path / 'glm' / 'config.json').read_text())
   found, params = imported(load_file(tmp_path / 'glm' / 'model.safetensors'), config)
   t = np.broadcast_to(np.arange(theirs.shape[1]), theirs.shape[:2])
   ours, _ = models.build(found.config).apply(
     {'params': params}, arrays['in/ids'], t, 0 * t, Visibility(0 * t, t + 1)
   )
-  np.testing.assert_allclose(theirs, ours, atol=1e-6)
+  np.testing.assert_allclose(theirs, ours, atol=atol)
 
 
 @pytest.fixture(scope='session')
@@ -195,7 +199,7 @@ def test_the_code_of_the_original_reads_the_exported_tokenizer(exported):
 def test_transformers_reads_a_vocabulary_that_was_tiktokens(tmp_path):
   golden = json.loads((ROOT / 'tests/golden/tiktoken.json').read_text())
   vocabulary = GLM4Vocabulary.from_ranks(golden['model'].encode(), {})
-  tokenizer_files.write(tmp_path, 'glm', models.ChatGLM2Config(**SIZES), vocabulary)
+  tokenizer_files.write(tmp_path, vocabulary, models.ChatGLM2Config(**SIZES))
   names = ['<|user|>', '<sop>', '[gMASK]', '<|endoftext|>']
   # Without those that spell control pieces, which transformers reads as such.
   texts = [text for text in golden['texts'] if '<|' not in text]

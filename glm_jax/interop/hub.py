@@ -1,12 +1,13 @@
 """What stands beside the weights of an export: config.json, and how to generate.
 
-A model of the format `glm` is complete for transformers and vLLM and needs no code of its
-own; `tokenizer_files` writes its tokenizer. The other formats are complete once the .py
-files of the released model are beside them.
+A model of the formats `glm` and `glm4` is complete for transformers and vLLM and needs no
+code of its own; `tokenizer_files` writes its tokenizer. The other formats are complete
+once the .py files of the released model are beside them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.fast import fast_tokenizer
 from glm_jax.text.vocabulary import Vocabulary
 
+# Formats that transformers reads itself.
+NATIVE = ('glm', 'glm4')
 # Formats that transformers reads with code of their own, which is not ours to ship.
 OWN_CODE = ('glm-10b', 'chatglm', 'chatglm2')
 
@@ -40,10 +43,10 @@ def check(
     f'a model without a vocabulary, and no {missing}',
     'give --vocabulary=ice:PATH, or ice-130b:PATH for a table with images',
   )
-  if format == 'glm' and vocabulary is not None:
+  if format in NATIVE and vocabulary is not None:
     configs.check(
       fast_tokenizer(vocabulary) is not None or 'tokenizer.json' in vocabulary.files(),
-      "the format 'glm' holds vocabularies of sentencepiece or GLM-4",
+      f'the format {format!r} holds vocabularies of sentencepiece or GLM-4',
       vocabulary.kind,
       'use another format',
     )
@@ -71,11 +74,16 @@ def write_config(
   content = config_json(format, config, raw)
   if vocabulary is not None:
     ids = _token_ids(format, vocabulary, raw)
-    tokenizer_files.write(folder, format, config, vocabulary)
+    template = source.get('chat_template')
+    tokenizer_files.write(
+      folder, vocabulary, config if format in NATIVE else None, template
+    )
+    if format == 'glm-10b':
+      tokenizer_files.write_added(folder, vocabulary)
   else:
     # Ids of the same table, whatever the format that they were written in.
     ids = {name: source.get('config', {}).get(name) for name in _IDS}
-  if format == 'glm':
+  if format in NATIVE:
     # Written even if they are null: the defaults of transformers are ids of GLM-4, which a
     # smaller table does not have.
     tokenizer_files.write_json(
@@ -99,7 +107,7 @@ def _token_ids(
   specials, stops = vocabulary.specials, list(vocabulary.stops)
   # GlmConfig and GLM-4's code take several ids that end an answer; the others take one.
   ids = {
-    'eos_token_id': stops if format == 'glm' or vocabulary.kind == 'glm4' else stops[0],
+    'eos_token_id': stops if format in NATIVE or vocabulary.kind == 'glm4' else stops[0],
     'pad_token_id': specials.pad,
   }
   # Whoever added ends of an answer to the original meant them.
@@ -197,6 +205,7 @@ def _write_chatglm(c: ChatGLMConfig) -> tuple[dict, dict]:
 
 
 def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
+  _check_code('chatglm2', c, 'use --to=glm4', sandwich_norms=False)
   configs.check(
     2 * c.rotated_size == c.head_size,
     "the format 'chatglm2' holds models that rotate half of each head",
@@ -262,7 +271,9 @@ def _check_code(format: str, config: Any, remedy: str, **fields: Any) -> None:
     )
 
 
-def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
+def _write_hf_glm(c: ChatGLM2Config, sandwich_norms: bool) -> tuple[dict, dict]:
+  kind, other = ('glm4', 'glm') if sandwich_norms else ('glm', 'glm4')
+  _check_code(kind, c, f'use --to={other}', sandwich_norms=sandwich_norms)
   # A scaled base is only another base; scaled positions are transformers' linear scaling.
   theta = c.rope_theta * (c.rope_ratio if c.rope_scaling == 'theta' else 1)
   share = c.rotated_size / c.head_size
@@ -270,7 +281,7 @@ def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
   if c.rope_scaling == 'positions':
     rope |= {'rope_type': 'linear', 'factor': c.rope_ratio}
   return {
-    'architectures': ['GlmForCausalLM'],
+    'architectures': ['Glm4ForCausalLM' if sandwich_norms else 'GlmForCausalLM'],
     'attention_bias': c.qkv_bias,
     'attention_dropout': 0.0,
     'head_dim': c.head_size,
@@ -278,7 +289,7 @@ def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
     'hidden_size': c.hidden_size,
     'intermediate_size': c.mlp_size,
     'max_position_embeddings': c.max_positions,
-    'model_type': 'glm',
+    'model_type': kind,
     'num_attention_heads': c.num_heads,
     'num_hidden_layers': c.num_layers,
     'num_key_value_heads': c.num_kv_heads,
@@ -297,5 +308,6 @@ _WRITERS: dict[str, Callable[[Any], tuple[dict, dict]]] = {
   'glm-10b': _write_glm,
   'chatglm': _write_chatglm,
   'chatglm2': _write_chatglm2,
-  'glm': _write_hf_glm,
+  'glm': functools.partial(_write_hf_glm, sandwich_norms=False),
+  'glm4': functools.partial(_write_hf_glm, sandwich_norms=True),
 }

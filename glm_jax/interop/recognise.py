@@ -79,7 +79,7 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
   if holds('transformer.encoder.layers.'):
     kind = 'chatglm2'
   elif holds('model.layers.'):
-    kind = 'glm'
+    kind = 'glm4' if 'model.layers.0.post_mlp_layernorm.weight' in specs else 'glm'
   elif holds('transformer.position_embeddings.'):
     kind = 'megatron' if source.container == 'megatron' else 'glm-10b'
   elif holds('transformer.layers.'):
@@ -114,7 +114,8 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
     repeats = stored and ties and _equal(source, prefix, WORDS[kind], head_file)
     tied = repeats or (ties and not stored)
   reader = {'megatron': _read_glm, 'glm-10b': _read_glm, 'glm-130b': _read_chatglm}
-  reader |= {'chatglm': _read_chatglm, 'chatglm2': _read_chatglm2, 'glm': _read_hf_glm}
+  reader |= {'chatglm': _read_chatglm, 'chatglm2': _read_chatglm2}
+  reader |= {'glm': _read_hf_glm, 'glm4': _read_hf_glm}
   config = reader[kind](kind, source, specs, tied, dict(overrides))
   assumed = _assumed(config, source, overrides)
   return Recognised(kind, config, prefix, repeats, buffers, assumed)
@@ -190,8 +191,8 @@ class _Fields:
       # A field that is missing or null has the default of the released code.
       if name in self._raw and self._raw[name] not in (value, None):
         raise UserError(
-          f'{name} in {self._where} must be {value!r}, which every released model has, got '
-          f'{self._raw[name]!r}; such a model is not supported.'
+          f'{name} in {self._where} must be {value!r} for the tensors of this checkpoint '
+          f'to be computed here, got {self._raw[name]!r}; such a model is not supported.'
         )
 
 
@@ -353,7 +354,7 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
 
 def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   fields = _Fields(source)
-  fields.expect(model_type='glm', hidden_act='silu', attention_dropout=0.0)
+  fields.expect(model_type=kind, hidden_act='silu', attention_dropout=0.0)
   # transformers 5 nests the rotary fields; before, `rope_scaling` held some of them.
   rope = source.config.get('rope_parameters') or source.config.get('rope_scaling') or {}
   configs.check(
@@ -387,6 +388,7 @@ def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     'qkv_bias': fields.get(
       'attention_bias', kind=bool, default=f'{at}.self_attn.q_proj.bias' in specs
     ),
+    'sandwich_norms': kind == 'glm4',
     'tied_head': tied,
     'rotated_size': int(H * share),
     'rope_theta': rope.get('rope_theta', kind=float, default=10000.0),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm_jax import configs
 from glm_jax.text.fast import fast_tokenizer
 from glm_jax.text.loading import KIND_KEY
 from glm_jax.text.vocabulary import Vocabulary
@@ -48,25 +49,38 @@ CLASSES = {
 }
 
 
-def write(folder: Path, format: str, config: Any, vocabulary: Vocabulary) -> None:
-  """Writes a vocabulary for the program that reads a format.
+def read_template(folder: Path) -> Any:
+  """The chat template of a released model; None where there is none."""
+  path = folder / 'chat_template.jinja'
+  if path.is_file():
+    return path.read_text(encoding='utf-8', errors='replace')
+  path = folder / 'tokenizer_config.json'
+  return configs.read_json(path).get('chat_template') if path.is_file() else None
+
+
+def write(folder: Path, vocabulary: Vocabulary, config: Any, template: Any = None) -> None:
+  """Writes a vocabulary for transformers.
 
   Args:
     folder: of the export.
-    format: a key of `glm_jax.interop.formats.FORMATS`.
-    config: of the model.
     vocabulary: of the model.
+    config: of the model; None where the code of the released model reads the files.
+    template: of the model that was imported, see `read_template`.
   """
-  if format == 'glm':
-    # None for GLM-4, whose own tokenizer.json is among its files.
-    fast = fast_tokenizer(vocabulary)
-    if fast is not None:
-      fast.save(str(folder / 'tokenizer.json'))
-    return write_vocabulary(folder, vocabulary, _of_fast(vocabulary, config))
-  write_vocabulary(folder, vocabulary, _of_code(vocabulary))
-  if format == 'glm-10b':
-    # transformers before 4.34, for which the code was written, reads this file alone.
-    write_json(folder / 'added_tokens.json', _added(vocabulary))
+  description = _of_code(vocabulary) if config is None else _of_fast(vocabulary, config)
+  # None for GLM-4, whose own tokenizer.json is among its files.
+  fast = fast_tokenizer(vocabulary) if config is not None else None
+  if fast is not None:
+    fast.save(str(folder / 'tokenizer.json'))
+  # That of ChatGLM3 is for its own class, which puts a space before every text.
+  if template and vocabulary.kind == 'glm4':
+    description['chat_template'] = template
+  write_vocabulary(folder, vocabulary, description)
+
+
+def write_added(folder: Path, vocabulary: Vocabulary) -> None:
+  """Writes added_tokens.json, which transformers before 4.34 reads, and glm-10b's code."""
+  write_json(folder / 'added_tokens.json', _added(vocabulary))
 
 
 def write_vocabulary(

@@ -140,7 +140,7 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
         f'--vocabulary=cog:{model} or --vocabulary=cog-fixed:{model}.'
       )
     return load_kind('cog-fixed' if own else 'cog')
-  if format in ('chatglm2', 'glm') and has & {'tokenizer.model', 'tokenizer.json'}:
+  if format in ('chatglm2', 'glm', 'glm4') and has & {'tokenizer.model', 'tokenizer.json'}:
     kind = kind_of_chatglm(folder)
     if kind is None:
       model = folder / 'tokenizer.model'
