@@ -23,7 +23,7 @@ import numpy as np
 
 from glm_jax import cli, configs
 from glm_jax.configs import ResourceError
-from glm_jax.interop import files, hub, leaves, recognise, tokenizer_files
+from glm_jax.interop import files, hub, leaves, recognise, rotary, tokenizer_files
 from glm_jax.interop.formats import FORMATS
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
@@ -80,8 +80,10 @@ def convert(flags: argparse.Namespace) -> None:
     'choose another folder, or remove it',
   )
 
-  # What SRC is: a MODEL_DIR holds `checkpoints`, one checkpoint of it `params`.
+  # What SRC is: a MODEL_DIR holds `checkpoints`, one checkpoint of it `params`; beside
+  # released weights, folders of these names are somebody's own.
   is_checkpoint = any((src / name).exists() for name in ('checkpoints', 'params'))
+  is_checkpoint = is_checkpoint and not any((src / name).exists() for name in files.FILES)
   configs.check(
     not (is_checkpoint and flags.set),
     '--set is for checkpoints of other programs',
@@ -164,6 +166,9 @@ def convert(flags: argparse.Namespace) -> None:
   )
   if target in hub.OWN_CODE:
     print('copy the .py files of the released model beside it for transformers to read it')
+    if getattr(model.config, 'rope_ratio', 1) != 1:
+      does, of = rotary.CODE[model.config.rope_scaling]
+      print(f'  those of {of}, whose code {does} rope_ratio')
     if model.vocabulary and model.vocabulary.kind not in tokenizer_files.CLASSES:
       print(
         f'  none of them reads a vocabulary of the kind {model.vocabulary.kind!r}: '

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from commands import in_process, refused, snapshot
 from foreign import InMemory, arrays_of, config_json, write_safetensors
+from released_vocabularies_test import MAKERS
 
 from glm_jax import checkpoints
 from glm_jax.interop import files, recognise
-from glm_jax.text import loading, vocabulary
+from glm_jax.text import loading, released, vocabulary
 from glm_jax.text.released import ROLES
 
 # Lines of the published programs that say what each does with the ratio.
@@ -110,6 +111,22 @@ def test_a_demanded_scaling_is_given_kept_and_exported(tmp_path):
   unclear = {**config, 'glm_jax_rope_scaling': 'ntk'}
   with pytest.raises(ValueError, match="must be 'theta' or 'positions', got 'ntk'"):
     _scaling(tmp_path / 'b', unclear)
+
+
+@pytest.mark.parametrize(
+  'scaling,code', [('positions', 'ChatGLM2-6B-32k'), ('theta', 'ChatGLM3-6B-32k or GLM-4')]
+)
+def test_an_export_says_whose_code_it_needs(tmp_path, scaling, code):
+  arrays, tensors = arrays_of('chatglm2')
+  config = {**config_json('chatglm2', arrays), 'rope_ratio': 16}
+  write_safetensors(
+    tmp_path / 'source', tensors, {**config, 'glm_jax_rope_scaling': scaling}
+  )
+  done = in_process('convert', tmp_path / 'source', tmp_path / 'out', '--to=chatglm2')
+  assert f'those of {code}' in done.stdout
+  write_safetensors(tmp_path / 'plain', tensors, {**config, 'rope_ratio': 1})
+  done = in_process('convert', tmp_path / 'plain', tmp_path / 'again', '--to=chatglm2')
+  assert done.returncode == 0 and 'those of' not in done.stdout
 
 
 def test_a_scaling_is_said_to_the_user():
@@ -226,6 +243,30 @@ def test_added_tokens_that_are_none_are_named(tmp_path, model, decoder):
     loading.find(tmp_path, 'glm-10b', 640)
 
 
+@pytest.mark.parametrize(
+  'said,rows,images',
+  [
+    # The first release does not say it; its table has room for both.
+    (None, 150_528, True),
+    (None, 150_656, True),  # with pieces that somebody added
+    (None, 130_528, False),
+    (0, 150_656, False),
+    (20_000, 150_528, True),
+  ],
+)
+def test_images_before_the_text_are_told_by_the_tokenizer_or_the_table(
+  tmp_path, said, rows, images
+):
+  content = MAKERS['ice-130b']().files()['ice_text.model']
+  small = released.IceVocabulary(content).size
+  (tmp_path / 'ice_text.model').write_bytes(content)
+  config = {} if said is None else {'num_image_tokens': said}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+  # As many rows fewer as the small model has pieces fewer than 130,344 of the original.
+  found = loading.find(tmp_path, 'chatglm', rows - 130_344 + small)
+  assert found.images == (20_000 if images else 0)
+
+
 # What is no model, or one inside another program's.
 
 
@@ -262,6 +303,16 @@ def test_a_folder_of_training_without_a_model_is_told_what_makes_one(tmp_path, n
   (tmp_path / 'source').mkdir()
   (tmp_path / 'source' / name).write_text('{}')
   refused(in_process('convert', tmp_path / 'source', tmp_path / 'out'), word)
+
+
+def test_folders_beside_released_weights_are_no_checkpoint(tmp_path):
+  """Whatever somebody calls them."""
+  arrays, tensors = arrays_of('chatglm2')
+  write_safetensors(tmp_path / 'source', tensors, config_json('chatglm2', arrays))
+  for name in ('checkpoints', 'params'):
+    (tmp_path / 'source' / name).mkdir()
+  done = in_process('convert', tmp_path / 'source', tmp_path / 'out')
+  assert done.returncode == 0 and checkpoints.find(str(tmp_path / 'out')), done.stderr
 
 
 def test_a_name_of_hugging_face_is_told_how_to_fetch_it(tmp_path):

@@ -17,6 +17,12 @@ from glm_jax.text import loading
 KEY = 'glm_jax_rope_scaling'
 """Says it in the config.json of an export, since the field alone does not."""
 
+CODE = {
+  'theta': ('multiplies the rotary base by', 'ChatGLM3-6B-32k or GLM-4-9B'),
+  'positions': ('divides positions by', 'ChatGLM2-6B-32k'),
+}
+"""For each scaling, what a program does, and whose published code does it."""
+
 _FIELD = 'rope_ratio'
 
 
@@ -32,7 +38,7 @@ def scaling(source: Source) -> str:
   said = source.config.get(KEY)
   if said is not None:
     configs.check(
-      said in ('theta', 'positions'),
+      isinstance(said, str) and said in CODE,
       f"{KEY} in {source.folder / 'config.json'} must be 'theta' or 'positions'",
       repr(said),
       'write what the model was trained with',

@@ -39,8 +39,6 @@ _PAIRS = (('vocab.json', 'merges.txt'), ('gpt2-vocab.json', 'gpt2-merges.txt'))
 _ROBERTA = (('roberta-vocab.json', 'roberta-merges.txt'), ('vocab.json', 'merges.txt'))
 # Ids of images before those of text in icetk, the tokenizer of GLM-130B.
 _IMAGES = 20_000
-# The first ChatGLM-6B and GLM-130B have tables of this many rows, images included.
-_TABLE_WITH_IMAGES = 150_528
 
 
 def from_dict(fields: Mapping[str, Any]) -> Vocabulary:
@@ -128,7 +126,12 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
   if exported_kind in KINDS:
     return load_kind(exported_kind)
   if 'ice_text.model' in has:
-    return load_kind('ice-130b' if table_rows == _TABLE_WITH_IMAGES else 'ice')
+    with_images = load_kind('ice-130b')
+    said = _json(folder / 'tokenizer_config.json').get('num_image_tokens')
+    if said in (0, _IMAGES):
+      return with_images if said else load_kind('ice')
+    # Only the first ChatGLM-6B and GLM-130B, which do not say it, have room for images.
+    return with_images if with_images.size <= table_rows else load_kind('ice')
   if 'cog-pretrain.model' in has:
     own = _own_gmask(folder)
     if own is None:
