@@ -65,6 +65,12 @@ def test_a_released_model_is_to_be_converted(tmp_path, name):
     checkpoints.find(str(tmp_path))
 
 
+def test_a_released_models_name_is_no_checkpoint_either(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=r'got THUDM/chatglm3-6b; .*glm_jax\.convert'):
+    checkpoints.find('THUDM/chatglm3-6b')
+
+
 def test_what_a_stream_keeps_is_restored_on_any_mesh(config, tmp_path):
   numbers = np.arange(16.0).reshape(8, 2)
 

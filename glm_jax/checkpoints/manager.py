@@ -196,7 +196,10 @@ def find(path: str) -> epath.Path:
       return folder / str(max(steps))
   if _complete(path):
     return path
-  remedy = 'give the folder of a checkpoint, or the MODEL_DIR of a run that has saved one'
+  remedy = (
+    'give the folder of a checkpoint, or the MODEL_DIR of a run that has saved one; '
+    'released weights are converted first (python -m glm_jax.convert)'
+  )
   # The commonest slip: weights as they were published are converted once, and then read.
   if any((path / name).exists() for name in _RELEASED):
     remedy = f'this is a released model: python -m glm_jax.convert {path} DST, and give DST'

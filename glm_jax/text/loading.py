@@ -222,7 +222,7 @@ def kind_of_chatglm(folder: Path) -> str | None:
   }
   if any('<|user|>' in text for text in texts.values()):
     return 'chatglm3'
-  # ids of roles end an answer, besides </s>
+  # The ids of roles end an answer there, besides </s>.
   for name in ('generation_config.json', 'config.json'):
     stops = _json(folder / name).get('eos_token_id')
     if isinstance(stops, list) and len(stops) > 1:

@@ -119,7 +119,7 @@ def from_json(tokenizer: str) -> bytes | None:
   """The tokenizer.model of a tokenizer.json; None for one that ranks could not give."""
   content = json.loads(tokenizer)
   model = content['model']
-  if model['type'] != 'BPE':
+  if model['type'] != 'BPE' or model.get('continuing_subword_prefix'):
     return None
   ids, bytes_of = model['vocab'], {name: byte for byte, name in _names().items()}
   pieces = sorted(ids, key=ids.get)
