@@ -23,7 +23,7 @@ import numpy as np
 
 from glm_jax import cli, configs
 from glm_jax.configs import ResourceError
-from glm_jax.interop import files, hub, leaves, recognise
+from glm_jax.interop import files, hub, leaves, recognise, rotary, tokenizer_files
 from glm_jax.interop.formats import FORMATS
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
@@ -36,7 +36,7 @@ DTYPES = {
 }
 _CHECKPOINT = 'checkpoint'
 # The format by family, for a model that was not converted from a released one.
-_DEFAULTS = {'glm': 'megatron', 'chatglm': 'chatglm', 'chatglm2': 'glm'}
+_DEFAULTS = {'glm': 'megatron', 'chatglm': 'chatglm', 'chatglm2': 'glm', 'glm4': 'glm4'}
 # In the folder while it is written: what the conversion is of, see `_identity`.
 _PROGRESS = 'conversion.json'
 
@@ -49,7 +49,8 @@ class Model(NamedTuple):
     leaves: its parameters.
     vocabulary: None where SRC has none.
     source: what it was converted from: format, config.json, parts, prefix,
-      repeats_head, buffers; empty for a model that was trained from the start.
+      repeats_head, buffers, chat_template; empty for a model that was trained from the
+      start.
     step: training steps behind a checkpoint; 0 for a released model.
   """
 
@@ -82,8 +83,10 @@ def convert(flags: argparse.Namespace) -> None:
     'choose another folder, or remove it',
   )
 
-  # What SRC is: a MODEL_DIR holds `checkpoints`, one checkpoint of it `params`.
+  # What SRC is: a MODEL_DIR holds `checkpoints`, one checkpoint of it `params`; beside
+  # released weights, folders of these names are somebody's own.
   is_checkpoint = any((src / name).exists() for name in ('checkpoints', 'params'))
+  is_checkpoint = is_checkpoint and not any((src / name).exists() for name in files.FILES)
   configs.check(
     not (is_checkpoint and flags.set),
     '--set is for checkpoints of other programs',
@@ -117,7 +120,7 @@ def convert(flags: argparse.Namespace) -> None:
       'choose one of these',
     )
     if FORMATS[target].container == 'huggingface':
-      hub.check(target, model.config, model.vocabulary)
+      hub.check(target, model.config, model.source, model.vocabulary)
   # mp_rank_* files; each is put together from a copy of what goes into it.
   in_parts = target != _CHECKPOINT and FORMATS[target].container == 'megatron'
   parts = flags.parts or (model.source.get('parts', 1) if in_parts else 1)
@@ -166,6 +169,14 @@ def convert(flags: argparse.Namespace) -> None:
   )
   if target in hub.OWN_CODE:
     print('copy the .py files of the released model beside it for transformers to read it')
+    if getattr(model.config, 'rope_ratio', 1) != 1:
+      does, of = rotary.CODE[model.config.rope_scaling]
+      print(f'  those of {of}, whose code {does} rope_ratio')
+    if model.vocabulary and model.vocabulary.kind not in tokenizer_files.CLASSES:
+      print(
+        f'  none of them reads a vocabulary of the kind {model.vocabulary.kind!r}: '
+        'AutoTokenizer would give other ids'
+      )
   print(
     f'{target}: {count:,} parameters, {size / 1e9:.2f} GB, {vocabulary}, in {dst} '
     f'({time.perf_counter() - began:.0f} s)'
@@ -211,6 +222,7 @@ def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
     'prefix': recognised.prefix,
     'repeats_head': recognised.repeats_head,
     'buffers': foreign.buffers(),
+    'chat_template': tokenizer_files.read_template(src),
   }
   return Model(recognised.config, foreign, vocabulary, origin, 0)
 
@@ -266,7 +278,7 @@ def _write_foreign(
       folder, str(model.step), [tensors(i) for i in range(parts)], progress
     )
     if model.vocabulary is not None:
-      hub.write_vocabulary(folder, model.vocabulary)
+      tokenizer_files.write_vocabulary(folder, model.vocabulary)
     return
   exported = tensors(0)
   leaves.write_shards(folder, leaves.shards(exported, int(shard_size * 2**30)), progress)
@@ -277,6 +289,8 @@ def _write_foreign(
 
 def _default_format(model: Model) -> str:
   family = model_config.to_dict(model.config)['family']
+  if getattr(model.config, 'sandwich_norms', False):
+    family = 'glm4'
   return model.source.get('format') or _DEFAULTS[family]
 
 
@@ -356,7 +370,7 @@ def _flags() -> argparse.ArgumentParser:
     choices=(_CHECKPOINT, *FORMATS),
     metavar='FORMAT',
     help='by default a checkpoint from released weights; from a checkpoint, the format '
-    "that it came from, else 'glm'",
+    "that it came from, else 'glm', or 'glm4' for its norms",
   )
   flags.add_argument(
     '--set',

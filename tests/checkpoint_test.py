@@ -10,6 +10,7 @@ import pytest
 
 from glm_jax import checkpoints, sharding
 from glm_jax.checkpoints import CheckpointConfig, Checkpoints
+from glm_jax.configs import UserError
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import state
 from glm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -52,6 +53,22 @@ def test_checkpoints_keep_the_newest_and_the_best(config, tmp_path, mode, best):
   assert checkpoints.find(str(tmp_path)).name == '5'
   with pytest.raises(ValueError, match='must be a folder with params and meta'):
     checkpoints.find(str(tmp_path / 'nowhere'))
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['config.json', 'model.safetensors.index.json', 'latest_checkpointed_iteration.txt'],
+)
+def test_a_released_model_is_to_be_converted(tmp_path, name):
+  (tmp_path / name).write_text('{}')
+  with pytest.raises(UserError, match=f'python -m glm_jax.convert {tmp_path} DST'):
+    checkpoints.find(str(tmp_path))
+
+
+def test_a_released_models_name_is_no_checkpoint_either(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=r'got THUDM/chatglm3-6b; .*glm_jax\.convert'):
+    checkpoints.find('THUDM/chatglm3-6b')
 
 
 def test_what_a_stream_keeps_is_restored_on_any_mesh(config, tmp_path):

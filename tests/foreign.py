@@ -50,9 +50,9 @@ def config_json(name, arrays):
       'rmsnorm': True,
       'seq_length': 64,
     }
-  if name == 'hf_glm':
+  if name in ('hf_glm', 'glm4_0414'):
     return {
-      'model_type': 'glm',
+      'model_type': 'glm' if name == 'hf_glm' else 'glm4',
       'attention_bias': True,
       'head_dim': meta['head_dim'],
       'hidden_act': 'silu',

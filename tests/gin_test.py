@@ -34,6 +34,7 @@ COUNTS = {
   'chatglm3_6b': 6_243_584_000,
   'chatglm3_6b_32k': 6_243_584_000,
   'glm4_9b': 9_399_951_360,
+  'glm4_9b_0414': 9_400_279_040,
 }
 QUICKSTART = 'gin_configs/quickstart.gin'
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small
 from foreign import arrays_of, config_json, exported, imported
@@ -110,6 +111,64 @@ def test_deepnorm_counts_28_layers_whatever_the_depth(golden):
   assert np.abs(logits - arrays['out_gmask/logits']).max() > 0.01
 
 
+def test_glm4_0414_normalises_what_attention_and_mlp_add(golden):
+  """Under two more norms a layer, which it would lose as a model of another name."""
+  arrays, found, params = golden('glm4_0414')
+  assert found.format == 'glm4' and found.config.sandwich_norms
+  assert not golden('hf_glm')[1].config.sandwich_norms
+  inputs = _causal_inputs(arrays['in/ids'])
+  logits = small.logits(found.config, params, *inputs)
+  np.testing.assert_allclose(logits, arrays['out/logits'], atol=1e-5)
+  added = {'attention_out_norm', 'mlp_out_norm'}
+  assert {*params['layers']} - {*golden('hf_glm')[2]['layers']} == added
+  plain = dataclasses.replace(found.config, sandwich_norms=False)
+  layers_ = {k: v for k, v in params['layers'].items() if k not in added}
+  other = small.logits(plain, {**params, 'layers': layers_}, *inputs)
+  assert np.abs(other - logits).max() > 0.1
+
+
+def test_glm4_0414_without_biases_is_the_larger_one(golden):
+  """GLM-4-32B-0414; a bias that is not there is 0."""
+  arrays, found, _ = golden('glm4_0414')
+  _, tensors = arrays_of('glm4_0414')
+  bias = lambda name: name.endswith('proj.bias')
+  config = {**config_json('glm4_0414', arrays), 'attention_bias': False}
+  larger, params = imported({k: v for k, v in tensors.items() if not bias(k)}, config)
+  assert larger.config == dataclasses.replace(found.config, qkv_bias=False)
+  zeros = {k: np.zeros_like(v) if bias(k) else v for k, v in tensors.items()}
+  _, with_zeros = imported(zeros, config_json('glm4_0414', arrays))
+  inputs = _causal_inputs(arrays['in/ids'])
+  logits = small.logits(larger.config, params, *inputs)
+  np.testing.assert_array_equal(logits, small.logits(found.config, with_zeros, *inputs))
+  assert np.abs(logits - arrays['out/logits']).max() > 0.1
+
+
+def test_a_step_of_adamw_is_pytorchs(golden):
+  """Its parameters and the loss behind it; decay of everything, as PyTorch's default."""
+  arrays, found, params = golden('glm4_0414')
+  inputs, model = _causal_inputs(arrays['in/ids']), models.build(found.config)
+  targets = jnp.asarray(arrays['in/labels'][:, 1:])
+  weights = jnp.asarray(targets >= 0, jnp.float32)
+
+  @jax.jit
+  def loss(params):
+    logits, _ = model.apply({'params': params}, *inputs)
+    ce = losses.cross_entropy(logits[:, :-1], jnp.maximum(targets, 0))
+    return (ce * weights).sum() / weights.sum()
+
+  optimizer = optax.adamw(1e-3, 0.9, 0.95, eps=1e-8, weight_decay=0.1)
+  updates, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
+  after = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(loss(after), arrays['step/loss_after'], rtol=1e-5)
+  tensors, checked = exported(after, 'glm4', found.config), 0
+  for name, tensor in tensors.items():
+    if f'step/{name}' in arrays:
+      # Where a gradient is almost 0, its sign is a whole step.
+      np.testing.assert_allclose(tensor, arrays[f'step/{name}'], atol=2e-5)
+      checked += 1
+  assert checked == 7
+
+
 def test_a_tied_head_is_the_embedding_table(golden):
   arrays, _, _ = golden('chatglm')
   _, tensors = arrays_of('chatglm')
@@ -121,14 +180,14 @@ def test_a_tied_head_is_the_embedding_table(golden):
   np.testing.assert_allclose(logits, arrays['tied/logits'], atol=2e-5)
 
 
-@pytest.mark.parametrize('name', ['chatglm2', 'hf_glm'])
+@pytest.mark.parametrize('name', ['chatglm2', 'hf_glm', 'glm4_0414'])
 def test_chatglm2_equals_the_original(golden, name):
   arrays, found, params = golden(name)
   inputs = _causal_inputs(arrays['in/ids'])
   _check_step(arrays, found, params, inputs, '', 'gradnorm')
 
 
-@pytest.mark.parametrize('name', ['chatglm2', 'hf_glm'])
+@pytest.mark.parametrize('name', ['chatglm2', 'hf_glm', 'glm4_0414'])
 def test_left_padded_inputs_are_compact_rows_here(golden, name):
   arrays, found, params = golden(name)
   for row, mask in enumerate(arrays['pad/attention_mask'].astype(bool)):
@@ -194,8 +253,9 @@ def test_incremental_decoding_equals_the_original(golden, name):
   np.testing.assert_allclose(logits, arrays['inc/logits'][0], atol=2e-5)
 
 
-def test_greedy_tokens_are_those_of_transformers(golden):
-  arrays, found, params = golden('hf_glm')
+@pytest.mark.parametrize('name', ['hf_glm', 'glm4_0414'])
+def test_greedy_tokens_are_those_of_transformers(golden, name):
+  arrays, found, params = golden(name)
   prompt, wanted = arrays['gen/prompt'][0], arrays['gen/ids'][0]
   config, n = found.config, len(arrays['gen/prompt'][0])
   model = models.build(config)

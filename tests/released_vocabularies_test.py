@@ -11,11 +11,15 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from glm_jax.interop import hub
+from glm_jax.interop import hub, tokenizer_files
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text import fast, loading, released
 from glm_jax.text import vocabulary as vocabularies
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/tokenizers.json').read_text())
+_FOLDER = pathlib.Path(__file__).parent / 'golden'
+GOLDEN = json.loads((_FOLDER / 'tokenizers.json').read_text())
+# Ranks of a small vocabulary, and what tiktoken makes of texts with them.
+TIKTOKEN = json.loads((_FOLDER / 'tiktoken.json').read_text())
 # The original's settings; their vocabularies' files are in package SwissArmyTransformer.
 SETTINGS = {
   'bert-base-uncased': 'bert:english_tokenizer/bert-base-uncased-vocab.txt',
@@ -196,8 +200,12 @@ def test_a_checkpoint_and_a_folder_give_the_same_vocabulary_again(made, kind, tm
   formats = {'chatglm2': 'chatglm2', 'chatglm3': 'glm', 'glm4': 'glm'}
   if kind == 'chatglm3':
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'x': list(released.ROLES)}))
-  if kind == 'cog-fixed':
-    (tmp_path / 'added_tokens.json').write_text('{"[gMASK]": 9, "<|endofpiece|>": 7}')
+  if kind == 'chatglm2':
+    (tmp_path / 'tokenization_chatglm.py').write_text('names = ["[MASK]", "sop", "eop"]')
+  if kind.startswith('cog'):
+    gmask = 9 if kind == 'cog-fixed' else 7
+    added = {'[gMASK]': gmask, '<|endofpiece|>': 7}
+    (tmp_path / 'added_tokens.json').write_text(json.dumps(added))
   rows = 150_528 if kind == 'ice-130b' else vocabulary.size
   found = loading.find(tmp_path, formats.get(kind, 'glm-10b'), rows)
   if kind == 'roberta':  # told from GPT-2's by the ids of its own special pieces
@@ -285,9 +293,139 @@ def test_an_export_says_which_vocabulary_its_files_are(made, tmp_path):
   for kind in set(MAKERS) - {'roberta'}:
     folder, vocabulary = tmp_path / kind, made(kind)
     folder.mkdir()
-    hub.write_vocabulary(folder, vocabulary)
+    tokenizer_files.write_vocabulary(folder, vocabulary)
     found = loading.find(folder, 'chatglm2', vocabulary.size)
     assert (found.kind, found.fingerprint) == (vocabulary.kind, vocabulary.fingerprint)
+
+
+CHATGLM = ChatGLMConfig(
+  num_layers=1,
+  hidden_size=32,
+  num_heads=2,
+  mlp_size=48,
+  vocab_size=640,
+  max_positions=64,
+  deepnorm_layers=28,
+)
+CHATGLM2 = ChatGLM2Config(
+  num_layers=1,
+  hidden_size=32,
+  num_heads=2,
+  num_kv_heads=1,
+  head_size=16,
+  mlp_size=48,
+  vocab_size=640,
+  max_positions=64,
+)
+
+
+def _exported(folder, format, config, source, vocabulary):
+  """config.json and tokenizer_config.json of an export."""
+  folder.mkdir(parents=True)
+  hub.check(format, config, source, vocabulary)
+  hub.write_config(folder, format, config, source, 'float32', vocabulary)
+  return [
+    json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    for name in ('config.json', 'tokenizer_config.json')
+  ]
+
+
+def test_an_export_counts_control_pieces_as_its_vocabulary_does(made, tmp_path):
+  """ChatGLM-6B's code finds the context by them; the first release had images before."""
+  names = {'bos': '<sop>', 'eos': '<eop>', 'mask': '[MASK]', 'gmask': '[gMASK]'}
+  found = {}
+  for kind in ('ice', 'ice-130b'):
+    vocabulary = made(kind)
+    config, tokenizer = _exported(tmp_path / kind, 'chatglm', CHATGLM, {}, vocabulary)
+    found[kind] = {name: config[f'{name}_token_id'] for name in (*names, 'pad')}
+    for name, piece in names.items():
+      assert vocabulary.piece(found[kind][name]) == piece
+      assert tokenizer[f'{name}_token'] == piece
+    assert tokenizer['num_image_tokens'] == (20_000 if kind == 'ice-130b' else 0)
+    # What the files of another release said of it does not count.
+    source = {'format': 'chatglm', 'config': dict.fromkeys(config, 130_004)}
+    again, _ = _exported(tmp_path / f'{kind}2', 'chatglm', CHATGLM, source, vocabulary)
+    assert {name: again[f'{name}_token_id'] for name in found[kind]} == found[kind]
+  assert found['ice-130b'] == {k: v + 20_000 for k, v in found['ice'].items()}
+  assert found['ice']['pad'] == 3
+
+
+def test_ids_are_of_some_vocabulary_or_demanded(tmp_path):
+  with pytest.raises(ValueError, match='--vocabulary=ice:PATH'):
+    _exported(tmp_path / 'none', 'chatglm', CHATGLM, {}, None)
+  # The original's, where the files of its tokenizer were not there.
+  ids = {f'{name}_token_id': i for i, name in enumerate(('bos', 'mask', 'gmask', 'pad'))}
+  source = {'format': 'chatglm', 'config': ids}
+  config, tokenizer = _exported(tmp_path / 'source', 'chatglm', CHATGLM, source, None)
+  assert {k: config[k] for k in ids} == ids and tokenizer == {}
+
+
+def test_ids_that_end_an_answer_are_the_vocabularys_and_those_added_to_it(made, tmp_path):
+  for kind, raw, right in (
+    ('chatglm3', None, 2),
+    ('chatglm3', [2, 700], [2, 700]),  # somebody's own
+    ('chatglm3', [1, 700], 2),  # of another vocabulary
+    ('glm4', None, [*made('glm4').stops]),
+  ):
+    source = {'format': 'chatglm2', 'config': {'eos_token_id': raw} if raw else {}}
+    folder = tmp_path / f'{kind}{raw}'
+    config, _ = _exported(folder, 'chatglm2', CHATGLM2, source, made(kind))
+    assert config['eos_token_id'] == right
+    assert config['pad_token_id'] == made(kind).specials.pad
+
+
+def test_dropouts_and_deviations_of_an_export_are_the_models(made, tmp_path):
+  fields = dict(embedding_dropout=0.2, attention_dropout=0.3, output_dropout=0.4)
+  config = GLMConfig(
+    num_layers=1,
+    hidden_size=32,
+    num_heads=2,
+    vocab_size=640,
+    max_positions=64,
+    init_std=0.05,
+    **fields,
+  )
+  written, _ = _exported(tmp_path / 'glm', 'glm-10b', config, {}, made('gpt2'))
+  for field, value in fields.items():
+    assert written[f'{field}_prob'] == value
+  assert written['initializer_range'] == 0.05
+  assert written['eos_token_id'] == made('gpt2').control['<|endofpiece|>']
+
+
+@pytest.mark.parametrize(
+  'kind', ['bert', 'gpt2', 'roberta', 'cog', 'cog-fixed', 'ice', 'chatglm3', 'glm4']
+)
+def test_an_export_for_published_code_names_its_tokenizer(made, kind, tmp_path):
+  """And the ids of every piece that the code does not add itself."""
+  names = {'bert': 'Bert', 'gpt2': 'GPT2', 'roberta': 'Roberta', 'cog': 'Chinese'}
+  names |= {'cog-fixed': 'Chinese'}
+  vocabulary = made(kind)
+  if kind in names:
+    sizes = dict(num_layers=1, hidden_size=32, num_heads=2, vocab_size=640)
+    format, config = 'glm-10b', GLMConfig(**sizes, max_positions=64)
+    right = f'tokenization_glm.GLM{names[kind]}Tokenizer'
+  elif kind == 'ice':
+    format, config, right = 'chatglm', CHATGLM, 'tokenization_chatglm.ChatGLMTokenizer'
+  else:
+    format, config = 'chatglm2', CHATGLM2
+    right = f'tokenization_chatglm.ChatGLM{"4" if kind == "glm4" else ""}Tokenizer'
+  model, tokenizer = _exported(tmp_path / kind, format, config, {}, vocabulary)
+  assert tokenizer['auto_map'] == {'AutoTokenizer': [right, None]}
+  assert tokenizer['tokenizer_class'] == right.split('.')[1]
+  assert {'AutoConfig', 'AutoModel'} <= {*model['auto_map']}
+  if kind in ('ice', 'chatglm3'):  # whose code adds them
+    assert 'added_tokens_decoder' not in tokenizer
+    return
+  for number, token in tokenizer['added_tokens_decoder'].items():
+    assert vocabulary.control[token['content']] == int(number)
+  # Those of the model's own files, and no others, are left to them.
+  left = {*vocabulary.control.values()} - {*map(int, tokenizer['added_tokens_decoder'])}
+  own = {'bert': ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'), 'gpt2': ('<|endoftext|>',)}
+  own |= {'glm4': own['gpt2'], 'roberta': ('<|endoftext|>', '[SEP]', '[CLS]', '[UNK]')}
+  assert left == {vocabulary.control[name] for name in own.get(kind, ())}
+  if format == 'glm-10b':
+    added = json.loads((tmp_path / kind / 'added_tokens.json').read_text())
+    assert added == {k: v for k, v in vocabulary.control.items() if v not in left}
 
 
 def test_a_length_saved_in_a_tokenizer_json_is_not_obeyed(made):
@@ -307,10 +445,77 @@ def test_a_control_piece_that_a_model_has_is_not_exported_twice():
     fast.fast_tokenizer(released.ChatGLM3Vocabulary(model))
 
 
-def test_tiktokens_file_of_glm4_is_told_from_a_sentencepiece_model(made, tmp_path):
-  (tmp_path / 'tokenizer.model').write_bytes(b'IQ== 0\nIg== 1\n')
-  with pytest.raises(ValueError, match=r'tokenizer\.json, got .* of tiktoken'):
+# GLM-4's tokenizer.model.
+
+
+def test_tiktokens_file_gives_tiktokens_ids(tmp_path):
+  """English, Chinese, code, spaces, numbers, marks: recorded from the package."""
+  (tmp_path / 'tokenizer.model').write_text(TIKTOKEN['model'])
+  found = loading.find(tmp_path, 'chatglm2', 151_552)
+  assert found.kind == 'glm4' and len(TIKTOKEN['texts']) > 12
+  for text, ids in TIKTOKEN['texts'].items():
+    assert found.encode(text) == ids, text
+    assert found.decode(ids) == text
+  # In the order of the published code, behind the ranks: of 151,329 of them, <|user|> is
+  # 151336, as GLM-4-9B's config.json has it.
+  ranks = len(TIKTOKEN['model'].splitlines())
+  names = ['<|endoftext|>', '[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>']
+  names += [*released.ROLES, '<|begin_of_image|>', '<|end_of_image|>']
+  names += ['<|begin_of_video|>', '<|end_of_video|>']
+  assert found.control == {name: ranks + i for i, name in enumerate(names)}
+  assert 151_329 + names.index('<|user|>') == 151_336
+  assert found.stops == (ranks, ranks + 7, ranks + 9) and found.size == ranks + 14
+
+
+def test_tiktokens_file_comes_back_and_its_tokenizer_json_is_the_same(tmp_path):
+  (tmp_path / 'tokenizer.model').write_text(TIKTOKEN['model'])
+  vocabulary = loading.load(f'glm4:{tmp_path}/tokenizer.model')
+  files = vocabulary.files()
+  assert files['tokenizer.model'] == TIKTOKEN['model'].encode()
+  (tmp_path / 'tokenizer.json').write_bytes(files['tokenizer.json'])
+  again = loading.load(f'glm4:{tmp_path}/tokenizer.json')
+  assert again.fingerprint == vocabulary.fingerprint
+  # transformers' own reading of the file begins a text so, too.
+  tokenizer = Tokenizer.from_str(files['tokenizer.json'].decode())
+  assert tokenizer.encode('a').ids == [*vocabulary.prefix, *vocabulary.encode('a')]
+  # Of some other tokenizer.json no ranks are made up.
+  assert [*released.GLM4Vocabulary(_glm4()).files()] == ['tokenizer.json']
+
+
+def test_added_tokens_of_tiktokens_file_are_those_of_its_tokenizer_config(tmp_path):
+  (tmp_path / 'tokenizer.model').write_text(TIKTOKEN['model'])
+  ranks = len(TIKTOKEN['model'].splitlines())
+  names = [*released.ROLES, '[MASK]', '[gMASK]', '[sMASK]', '<sop>', '<eop>']
+  names += ['<|endoftext|>', '<think>']
+  for first in (ranks, ranks + 1):
+    added = {str(first + i): {'content': name} for i, name in enumerate(names)}
+    text = json.dumps({'added_tokens_decoder': added})
+    (tmp_path / 'tokenizer_config.json').write_text(text)
+    if first == ranks:
+      found = loading.find(tmp_path, 'chatglm2', 151_552)
+      assert found.control == {name: ranks + i for i, name in enumerate(names)}
+    else:
+      with pytest.raises(ValueError, match=f'must be numbered from {ranks} on'):
+        loading.find(tmp_path, 'chatglm2', 151_552)
+
+
+@pytest.mark.parametrize(
+  'change,message',
+  [
+    (lambda lines: [*lines[:300], 'no rank', *lines[300:]], 'in line 301'),
+    (lambda lines: lines[:300] + lines[301:], 'must rank every byte'),
+    (lambda lines: lines[1:], 'must rank every byte'),
+  ],
+)
+def test_a_damaged_file_of_tiktoken_is_named(tmp_path, change, message):
+  lines = change(TIKTOKEN['model'].splitlines())
+  (tmp_path / 'tokenizer.model').write_text('\n'.join(lines))
+  with pytest.raises(ValueError, match=rf'tokenizer\.model.*{message}'):
     loading.find(tmp_path, 'chatglm2', 151_552)
+
+
+def test_tiktokens_file_beside_a_tokenizer_json_of_glm4(made, tmp_path):
+  (tmp_path / 'tokenizer.model').write_bytes(b'IQ== 0\nIg== 1\n')
   for name, content in made('glm4').files().items():
     (tmp_path / name).write_bytes(content)
   assert loading.find(tmp_path, 'chatglm2', 151_552).kind == 'glm4'

@@ -56,6 +56,7 @@ BASE = {
     **_SIZES, mlp_size=48, num_kv_heads=2, head_size=12, rotated_size=6, rope_ratio=2.0
   ),
 }
+BASE['glm4'] = dataclasses.replace(BASE['chatglm2'], sandwich_norms=True)
 # Another value of each field.
 _OTHER_SIZES = dict(num_layers=3, num_heads=2, vocab_size=72, max_positions=40, mlp_size=40)
 _OTHER_SIZES |= dict(init_std=0.05, norm_epsilon=3e-4, rope_theta=5000.0, hidden_size=64)
@@ -77,12 +78,14 @@ OTHER = {
     'num_kv_heads': 4,
     'head_size': 16,
     'qkv_bias': False,
+    'sandwich_norms': True,
     'tied_head': True,
     'rotated_size': 4,
     'rope_ratio': 6.5,
     'rope_scaling': 'positions',
   },
 }
+OTHER['glm4'] = {**OTHER['chatglm2'], 'sandwich_norms': False}
 OTHER['glm_130b'] = {**OTHER['chatglm'], 'gated': False, 'two_positions': True}
 OTHER['glm_130b'] |= {'rope_frequency_dtype': 'float16', 'max_positions': 4096}
 
@@ -107,6 +110,12 @@ def test_a_checkpoint_keeps_every_field(name):
     for missing in ('family', 'num_layers'):
       with pytest.raises((ValueError, TypeError)):
         model_config.from_dict({k: v for k, v in written.items() if k != missing})
+
+
+def test_a_field_of_a_later_version_is_written_where_it_says_something():
+  """A run of before is the same run, and an older version reads its checkpoints."""
+  assert 'sandwich_norms' not in model_config.to_dict(BASE['chatglm2'])
+  assert model_config.to_dict(BASE['glm4'])['sandwich_norms'] is True
 
 
 # Exports.
@@ -166,6 +175,7 @@ SAYS = {
   ),
   'chatglm2': ('chatglm2', set()),
   'glm': ('chatglm2', set()),
+  'glm4': ('glm4', set()),
 }
 
 
@@ -206,11 +216,12 @@ def test_a_rotary_base_that_a_format_cannot_say_is_refused(name):
 _UNREAD = {
   'glm-10b': {'max_sequence_length'},
   'glm': {'architectures', 'partial_rotary_factor', 'rope_theta'},
+  'glm4': {'architectures', 'partial_rotary_factor', 'rope_theta'},
 }
 
 
 @pytest.mark.parametrize('scaling', ['theta', 'positions'])
-@pytest.mark.parametrize('format', ['glm-10b', 'chatglm', 'chatglm2', 'glm'])
+@pytest.mark.parametrize('format', ['glm-10b', 'chatglm', 'chatglm2', 'glm', 'glm4'])
 def test_every_field_of_a_config_json_is_read_or_refused(format, scaling):
   """Changed there, it changes the model, or is called a model that is not supported."""
   config = BASE[SAYS[format][0]]
@@ -295,7 +306,7 @@ def test_every_norm_and_every_dropout_has_the_models_number(name):
   config = BASE[name]
   known = {field.name for field in dataclasses.fields(config)}
   for field, value, operation, shown, times in (
-    ('norm_epsilon', 0.0048828125, 'add', 0.0048828125, 3),
+    ('norm_epsilon', 0.0048828125, 'add', 0.0048828125, 5 if name == 'glm4' else 3),
     ('embedding_dropout', 0.34375, 'div', 0.65625, 1),
     ('attention_dropout', 0.28125, 'div', 0.71875, 1),
     ('output_dropout', 0.15625, 'div', 0.84375, 2),

@@ -2,7 +2,8 @@
 
 Its compiler and TensorFlow's do not bear each other in one process. Reads a request as
 JSON: {"ids": rows, "prompts": rows, "texts": strings, "messages": a chat, "new": tokens};
-prints what the model makes of it as JSON.
+prints what the model makes of it as JSON. With "names", only the tokenizer is read, with
+the code beside it: its class, its ids of the texts, and those of pieces by these names.
 """
 
 import json
@@ -13,6 +14,13 @@ def main(folder, request):
   import torch
   from transformers import AutoModelForCausalLM, AutoTokenizer
 
+  if 'names' in request:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return {
+      'class': type(tokenizer).__name__,
+      'tokens': [tokenizer(text).input_ids for text in request['texts']],
+      'names': tokenizer.convert_tokens_to_ids(request['names']),
+    }
   model = AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, attn_implementation='eager'
   ).eval()

@@ -31,6 +31,16 @@ from glm_jax.configs import ResourceError, UserError, at_least, one_of
 FORMAT = 1
 FOLDER = 'checkpoints'
 _ITEMS = ('params', 'optimizer', 'meta', 'stream', ITEM)
+# Files of other programs' checkpoints, one for each kind of them.
+_RELEASED = (
+  'config.json',
+  'model.safetensors',
+  'model.safetensors.index.json',
+  'pytorch_model.bin',
+  'pytorch_model.bin.index.json',
+  'latest_checkpointed_iteration.txt',
+  'mp_rank_00_model_states.pt',
+)
 # Large enough that a file system is not flooded with files, small enough that a device
 # reads little more than its part.
 _CHUNK_BYTES = 2**26
@@ -184,13 +194,19 @@ def find(path: str) -> epath.Path:
     steps = _complete_steps(folder)
     if steps:
       return folder / str(max(steps))
-  configs.check(
-    _complete(path),
-    'a checkpoint must be a folder with params and meta, or a MODEL_DIR that holds some',
-    str(path),
-    'give the folder of a checkpoint, or the MODEL_DIR of a run that has saved one',
+  if _complete(path):
+    return path
+  remedy = (
+    'give the folder of a checkpoint, or the MODEL_DIR of a run that has saved one; '
+    'released weights are converted first (python -m glm_jax.convert)'
   )
-  return path
+  # The commonest slip: weights as they were published are converted once, and then read.
+  if any((path / name).exists() for name in _RELEASED):
+    remedy = f'this is a released model: python -m glm_jax.convert {path} DST, and give DST'
+  raise UserError(
+    'a checkpoint must be a folder with params and meta, or a MODEL_DIR that holds some, '
+    f'got {path}; {remedy}.'
+  )
 
 
 def read_meta(folder: epath.Path) -> dict[str, Any]:

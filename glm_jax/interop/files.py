@@ -37,6 +37,16 @@ FILES = (INDICES[0], 'model.safetensors', INDICES[1], 'pytorch_model.bin')
 # Megatron-LM and DeepSpeed name the folder of their latest iteration in these files.
 _TAGS = ('latest_checkpointed_iteration.txt', 'latest')
 
+# OWNER/MODEL of Hugging Face, which is no path of anything.
+_HUB_NAME = r'\w[\w.-]*/\w[\w.-]*'
+# What stands in folders of training that hold no model, and what makes one of them.
+_OTHERS = {
+  'adapter_config.json': 'these are adapters of PEFT: merge them into their model first '
+  '(merge_and_unload, save_pretrained)',
+  'zero_to_fp32.py': 'this is a checkpoint of DeepSpeed: put its parts together first '
+  '(python zero_to_fp32.py . .)',
+}
+
 # What PyTorch may unpickle is set for the process, not for a thread.
 _LOCK = threading.Lock()
 
@@ -99,9 +109,11 @@ def open_source(folder: Path) -> Source:
     UserError: no checkpoint, a damaged file, an index that does not fit its files.
   """
   if not folder.is_dir():
-    raise UserError(
-      f'SRC must be a folder with a checkpoint, got {str(folder)!r}; give such a folder.'
-    )
+    name = folder.as_posix()
+    remedy = 'give such a folder'
+    if re.fullmatch(_HUB_NAME, name) and not folder.exists():
+      remedy += f', or fetch the model: hf download {name} --local-dir {folder.name}'
+    raise UserError(f'SRC must be a folder with a checkpoint, got {name!r}; {remedy}.')
   for name in FILES:
     if not (folder / name).exists():
       continue
@@ -113,10 +125,12 @@ def open_source(folder: Path) -> Source:
   # No Hugging Face name matched: the parts of a tensor-parallel checkpoint, or nothing.
   files = _parts(folder)
   if not files:
+    names = sorted(_names(folder))
+    remedies = [remedy for name, remedy in _OTHERS.items() if name in names]
     raise UserError(
       'SRC must hold model.safetensors, pytorch_model.bin, an index of their shards, or '
-      f'mp_rank_* files, got {str(folder)!r} with {sorted(_names(folder))[:8]}; give the '
-      'folder of a checkpoint.'
+      f'mp_rank_* files, got {str(folder)!r} with {names[:8]}; '
+      f'{(*remedies, "give the folder of a checkpoint")[0]}.'
     )
   parts = tuple(Tensors(_specs(file)) for file in files)
   return Source(folder, 'megatron', parts, _config(folder))

@@ -284,7 +284,7 @@ def chatglm2(c: ChatGLM2Config, parts: int) -> list[Entry]:
 
 
 def hf_glm(c: ChatGLM2Config, parts: int) -> list[Entry]:
-  """The same model as transformers' `glm` names it: q, k and v apart."""
+  """The same model as transformers' `glm` and `glm4` name it: q, k and v apart."""
   s = _Sizes.of(c, parts)
   entries = [_vocabulary_rows('model.embed_tokens.weight', ('words', 'weight'), s)]
   for i in range(c.num_layers):
@@ -303,9 +303,16 @@ def hf_glm(c: ChatGLM2Config, parts: int) -> list[Entry]:
         name = f'{at}.self_attn.{leaf}_proj.{kind}'
         entries.append(Entry(name, shape, sizes, (part,)))
     entries += _out(f'{at}.self_attn.o_proj', i, s, False)
+    if c.sandwich_norms:
+      out = f'{at}.post_self_attn_layernorm', ('layers', 'attention_out_norm')
+      entries += _norm(*out, i, s, False)
+    # Of `glm4`, too, and in spite of its name there: it stands before the MLP.
     entries += _norm(f'{at}.post_attention_layernorm', ('layers', 'mlp_norm'), i, s, False)
     entries += _up(f'{at}.mlp.gate_up_proj', i, s, False, ('gate', 'up'))
     entries += _down(f'{at}.mlp.down_proj', i, s, False)
+    if c.sandwich_norms:
+      out = f'{at}.post_mlp_layernorm', ('layers', 'mlp_out_norm')
+      entries += _norm(*out, i, s, False)
   entries += _norm('model.norm', ('final_norm',), None, s, False)
   return entries + _head('lm_head.weight', c, s)
 
@@ -334,6 +341,12 @@ FORMATS = {
     'huggingface',
     'the glm model of transformers and vLLM (ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B)',
   ),
+  'glm4': Format(
+    ChatGLM2Config,
+    hf_glm,
+    'huggingface',
+    'the glm4 model of transformers and vLLM (GLM-4-0414, GLM-Z1)',
+  ),
 }
 """The formats, by the name that `convert --to` takes."""
 
@@ -342,6 +355,7 @@ HEADS = {
   'chatglm': 'lm_head.weight',
   'chatglm2': 'transformer.output_layer.weight',
   'glm': 'lm_head.weight',
+  'glm4': 'lm_head.weight',
 }
 """Where a format keeps its head, which may repeat the embedding table."""
 WORDS = {
@@ -349,5 +363,6 @@ WORDS = {
   'chatglm': 'transformer.word_embeddings.weight',
   'chatglm2': 'transformer.embedding.word_embeddings.weight',
   'glm': 'model.embed_tokens.weight',
+  'glm4': 'model.embed_tokens.weight',
 }
 """Where these keep their embedding table."""

@@ -1,57 +1,52 @@
-"""What stands beside the weights of an export: config.json, generation, tokenizer.
+"""What stands beside the weights of an export: config.json, and how to generate.
 
-A model of the format `glm` is complete for transformers and vLLM and needs no code of its
-own: a fast tokenizer.json with the control pieces, a chat template, and the ids that end
-an answer.
+A model of the formats `glm` and `glm4` is complete for transformers and vLLM and needs no
+code of its own; `tokenizer_files` writes its tokenizer. The other formats are complete
+once the .py files of the released model are beside them.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
+from glm_jax.interop import rotary, tokenizer_files
 from glm_jax.interop.recognise import CHATGLM_DEEPNORM_LAYERS
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.fast import fast_tokenizer
-from glm_jax.text.loading import KIND_KEY
 from glm_jax.text.vocabulary import Vocabulary
 
-# The prompts that the chat models were trained on (PROMPT.md of ChatGLM3; the
-# tokenization_chatglm.py of ChatGLM2, `build_prompt`).
-CHAT_TEMPLATES = {
-  'chatglm3': (
-    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{{ message.get('metadata', '') + '\\n ' + message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-  ),
-  'chatglm2': (
-    '[gMASK]<sop>{% set turn = namespace(n=0) %}{% for message in messages %}'
-    "{% if message['role'] == 'user' %}{% set turn.n = turn.n + 1 %}"
-    "{{ '[Round ' + turn.n|string + ']\\n\\n问：' + message['content'] + '\\n\\n答：' }}"
-    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
-  ),
-  'glm4': (
-    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{{ message.get('metadata', '') + '\\n' + message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-  ),
-}
-
+# Formats that transformers reads itself.
+NATIVE = ('glm', 'glm4')
 # Formats that transformers reads with code of their own, which is not ours to ship.
 OWN_CODE = ('glm-10b', 'chatglm', 'chatglm2')
 
+_IDS = ('eos_token_id', 'pad_token_id')
+# ChatGLM-6B's code finds the context and the mask in a row by these, besides.
+_CHATGLM_IDS = ('bos_token_id', 'mask_token_id', 'gmask_token_id')
 
-def check(format: str, config: Any, vocabulary: Vocabulary | None) -> None:
+
+def check(
+  format: str, config: Any, source: Mapping[str, Any], vocabulary: Vocabulary | None
+) -> None:
   """Raises UserError for what a format cannot say, before anything is written."""
   # The writer of the format raises for a model that its config.json cannot describe.
-  config_json(format, config, {})
-  if format == 'glm' and vocabulary is not None:
+  content = config_json(format, config, _raw(format, source))
+  # Its code finds the context by these ids, and has those of one release as defaults.
+  missing = [name for name in _CHATGLM_IDS if content.get(name) is None]
+  configs.check(
+    format != 'chatglm' or vocabulary is not None or not missing,
+    "a config.json of the format 'chatglm' says the ids of control pieces",
+    f'a model without a vocabulary, and no {missing}',
+    'give --vocabulary=ice:PATH, or ice-130b:PATH for a table with images',
+  )
+  if format in NATIVE and vocabulary is not None:
     configs.check(
       fast_tokenizer(vocabulary) is not None or 'tokenizer.json' in vocabulary.files(),
-      "the format 'glm' holds vocabularies of sentencepiece or GLM-4",
+      f'the format {format!r} holds vocabularies of sentencepiece or GLM-4',
       vocabulary.kind,
       'use another format',
     )
@@ -75,60 +70,54 @@ def write_config(
     dtype: of the weights.
     vocabulary: None writes no tokenizer.
   """
-  raw = source.get('config', {})
-  # Written even if they are null: the defaults of transformers are ids of GLM-4, which a
-  # smaller table does not have.
-  ids = {name: raw.get(name) for name in ('eos_token_id', 'pad_token_id')}
+  raw = _raw(format, source)
+  content = config_json(format, config, raw)
   if vocabulary is not None:
-    # GlmConfig takes several ids that end an answer; the released classes take one.
-    stops = list(vocabulary.stops) if format == 'glm' else vocabulary.stops[0]
-    ids = {'eos_token_id': stops, 'pad_token_id': vocabulary.specials.pad}
-    write_vocabulary(folder, vocabulary)
-  # Another format's fields would mean something else here.
-  content = config_json(format, config, raw if source.get('format') == format else {})
-  if format == 'glm':
-    content |= ids
-    _write_json(folder / 'generation_config.json', {'do_sample': False, **ids})
-    if vocabulary is not None:
-      _write_tokenizer(folder, vocabulary, config)
+    ids = _token_ids(format, vocabulary, raw)
+    template = source.get('chat_template')
+    tokenizer_files.write(
+      folder, vocabulary, config if format in NATIVE else None, template
+    )
+    if format == 'glm-10b':
+      tokenizer_files.write_added(folder, vocabulary)
   else:
-    content = {**{k: v for k, v in ids.items() if v is not None}, **content}
-  _write_json(folder / 'config.json', {**content, 'torch_dtype': dtype})
+    # Ids of the same table, whatever the format that they were written in.
+    ids = {name: source.get('config', {}).get(name) for name in _IDS}
+  if format in NATIVE:
+    # Written even if they are null: the defaults of transformers are ids of GLM-4, which a
+    # smaller table does not have.
+    tokenizer_files.write_json(
+      folder / 'generation_config.json', {'do_sample': False, **ids}
+    )
+  else:
+    ids = {name: token for name, token in ids.items() if token is not None}
+  content = {**content, **ids, 'torch_dtype': dtype}
+  tokenizer_files.write_json(folder / 'config.json', content)
 
 
-def write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
-  """Writes a vocabulary's files, and which one it is, for `glm_jax.text.loading.find`."""
-  for name, data in vocabulary.files().items():
-    (folder / name).write_bytes(data)
-  _write_json(folder / 'tokenizer_config.json', {KIND_KEY: vocabulary.kind_in_files})
+def _raw(format: str, source: Mapping[str, Any]) -> Mapping[str, Any]:
+  """config.json of the source; another format's fields would mean something else here."""
+  return source.get('config', {}) if source.get('format') == format else {}
 
 
-def _write_tokenizer(folder: Path, vocabulary: Vocabulary, config: Any) -> None:
-  # None for GLM-4, whose own tokenizer.json `write_vocabulary` has written.
-  fast = fast_tokenizer(vocabulary)
-  if fast is not None:
-    fast.save(str(folder / 'tokenizer.json'))
-  names = vocabulary.names
-  description = {
-    'tokenizer_class': 'PreTrainedTokenizerFast',
-    'clean_up_tokenization_spaces': False,
-    'model_max_length': config.max_positions,
-    # A batch of prompts continues at the right, so that padding goes to the left.
-    'padding_side': 'left',
-    # transformers needs some padding token; a sentencepiece model has <unk> as piece 0.
-    'eos_token': names.get(vocabulary.stops[0]),
-    'pad_token': names.get(vocabulary.specials.pad) or vocabulary.piece(0),
-    'model_input_names': ['input_ids', 'attention_mask'],
-    KIND_KEY: vocabulary.kind_in_files,
+def _token_ids(
+  format: str, vocabulary: Vocabulary, raw: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What config.json says of control pieces: as the vocabulary counts them."""
+  specials, stops = vocabulary.specials, list(vocabulary.stops)
+  # GlmConfig and GLM-4's code take several ids that end an answer; the others take one.
+  ids = {
+    'eos_token_id': stops if format in NATIVE or vocabulary.kind == 'glm4' else stops[0],
+    'pad_token_id': specials.pad,
   }
-  if vocabulary.kind in CHAT_TEMPLATES:
-    description['chat_template'] = CHAT_TEMPLATES[vocabulary.kind]
-  _write_json(folder / 'tokenizer_config.json', description)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-  text = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
-  path.write_text(text, encoding='utf-8')
+  # Whoever added ends of an answer to the original meant them.
+  kept = raw.get('eos_token_id')
+  if isinstance(kept, list) and stops[0] in kept:
+    ids['eos_token_id'] = kept
+  if format == 'chatglm':
+    ours = (specials.sop, specials.mask, specials.gmask)
+    ids |= dict(zip(_CHATGLM_IDS, ours, strict=True))
+  return ids
 
 
 def config_json(format: str, config: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,13 +154,19 @@ def _write_glm(c: GLMConfig) -> tuple[dict, dict]:
     'vocab_size': c.vocab_size,
   }, {
     'architectures': ['GLMModel'],
-    'attention_dropout_prob': 0.1,
+    'attention_dropout_prob': c.attention_dropout,
     'attention_scale': 1.0,
+    'auto_map': {
+      'AutoConfig': 'configuration_glm.GLMConfig',
+      'AutoModel': 'modeling_glm.GLMModel',
+      'AutoModelForMultipleChoice': 'modeling_glm.GLMForMultipleChoice',
+      'AutoModelForSeq2SeqLM': 'modeling_glm.GLMForConditionalGeneration',
+    },
     'block_position_encoding': True,
-    'embedding_dropout_prob': 0.1,
-    'initializer_range': 0.02,
+    'embedding_dropout_prob': c.embedding_dropout,
+    'initializer_range': c.init_std,
     'model_type': 'glm',
-    'output_dropout_prob': 0.1,
+    'output_dropout_prob': c.output_dropout,
     'output_predict': True,
     'relative_encoding': False,
   }
@@ -203,18 +198,14 @@ def _write_chatglm(c: ChatGLMConfig) -> tuple[dict, dict]:
       'AutoConfig': 'configuration_chatglm.ChatGLMConfig',
       'AutoModel': 'modeling_chatglm.ChatGLMForConditionalGeneration',
     },
-    'bos_token_id': 130004,
-    'eos_token_id': 130005,
-    'gmask_token_id': 130001,
-    'mask_token_id': 130000,
     'model_type': 'chatglm',
-    'pad_token_id': 3,
     'tie_word_embeddings': c.tied_head,
     'use_cache': True,
   }
 
 
 def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
+  _check_code('chatglm2', c, 'use --to=glm4', sandwich_norms=False)
   configs.check(
     2 * c.rotated_size == c.head_size,
     "the format 'chatglm2' holds models that rotate half of each head",
@@ -240,9 +231,8 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
     'padded_vocab_size': c.vocab_size,
     'seq_length': c.max_positions,
     'tie_word_embeddings': c.tied_head,
-    **({'rope_ratio': int(ratio) if ratio == int(ratio) else ratio} if ratio != 1 else {}),
+    **(_ratio(c, ratio) if ratio != 1 else {}),
   }, {
-    '_name_or_path': 'chatglm2' if c.rope_scaling == 'positions' else 'chatglm3',
     'add_bias_linear': False,
     'apply_query_key_layer_scaling': True,
     'apply_residual_connection_post_layernorm': False,
@@ -265,6 +255,11 @@ def _write_chatglm2(c: ChatGLM2Config) -> tuple[dict, dict]:
   }
 
 
+def _ratio(c: ChatGLM2Config, ratio: float) -> dict[str, Any]:
+  whole = int(ratio) if ratio == int(ratio) else ratio
+  return {'rope_ratio': whole, rotary.KEY: c.rope_scaling}
+
+
 def _check_code(format: str, config: Any, remedy: str, **fields: Any) -> None:
   """Raises UserError unless the model has what a format's code computes regardless."""
   for name, value in fields.items():
@@ -276,7 +271,9 @@ def _check_code(format: str, config: Any, remedy: str, **fields: Any) -> None:
     )
 
 
-def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
+def _write_hf_glm(c: ChatGLM2Config, sandwich_norms: bool) -> tuple[dict, dict]:
+  kind, other = ('glm4', 'glm') if sandwich_norms else ('glm', 'glm4')
+  _check_code(kind, c, f'use --to={other}', sandwich_norms=sandwich_norms)
   # A scaled base is only another base; scaled positions are transformers' linear scaling.
   theta = c.rope_theta * (c.rope_ratio if c.rope_scaling == 'theta' else 1)
   share = c.rotated_size / c.head_size
@@ -284,7 +281,7 @@ def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
   if c.rope_scaling == 'positions':
     rope |= {'rope_type': 'linear', 'factor': c.rope_ratio}
   return {
-    'architectures': ['GlmForCausalLM'],
+    'architectures': ['Glm4ForCausalLM' if sandwich_norms else 'GlmForCausalLM'],
     'attention_bias': c.qkv_bias,
     'attention_dropout': 0.0,
     'head_dim': c.head_size,
@@ -292,7 +289,7 @@ def _write_hf_glm(c: ChatGLM2Config) -> tuple[dict, dict]:
     'hidden_size': c.hidden_size,
     'intermediate_size': c.mlp_size,
     'max_position_embeddings': c.max_positions,
-    'model_type': 'glm',
+    'model_type': kind,
     'num_attention_heads': c.num_heads,
     'num_hidden_layers': c.num_layers,
     'num_key_value_heads': c.num_kv_heads,
@@ -311,5 +308,6 @@ _WRITERS: dict[str, Callable[[Any], tuple[dict, dict]]] = {
   'glm-10b': _write_glm,
   'chatglm': _write_chatglm,
   'chatglm2': _write_chatglm2,
-  'glm': _write_hf_glm,
+  'glm': functools.partial(_write_hf_glm, sandwich_norms=False),
+  'glm4': functools.partial(_write_hf_glm, sandwich_norms=True),
 }

@@ -10,6 +10,7 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.configs import UserError
+from glm_jax.interop import rotary
 from glm_jax.interop.files import Source, TensorSpec
 from glm_jax.interop.formats import FORMATS, HEADS, WORDS
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
@@ -21,6 +22,14 @@ CHATGLM_DEEPNORM_LAYERS = 28
 _HEAD_SIZES = {'megatron': 64, 'glm-130b': 128}
 # Formats whose tensors say everything else.
 _SAYS_ALL = ('megatron', 'glm-130b', 'glm-10b')
+# Names that a model has inside another program's module, which was saved in its place.
+_WRAPPERS = {
+  'module.': 'a model inside DistributedDataParallel or DeepSpeed: save model.module, or '
+  "take 'module.' off every name",
+  '_orig_mod.': "a model inside torch.compile: take '_orig_mod.' off every name",
+  'base_model.model.': 'a model with adapters of PEFT: merge them first '
+  '(merge_and_unload, save_pretrained)',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +79,21 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
   if holds('transformer.encoder.layers.'):
     kind = 'chatglm2'
   elif holds('model.layers.'):
-    kind = 'glm'
+    kind = 'glm4' if 'model.layers.0.post_mlp_layernorm.weight' in specs else 'glm'
   elif holds('transformer.position_embeddings.'):
     kind = 'megatron' if source.container == 'megatron' else 'glm-10b'
   elif holds('transformer.layers.'):
     kind = 'glm-130b' if source.container == 'megatron' else 'chatglm'
   else:
+    remedy = 'give a checkpoint of the GLM family'
+    for start, hint in _WRAPPERS.items():
+      if names and all(name.startswith(start) for name in names):
+        remedy = f'these are of {hint}'
+    if names and all('prefix_encoder.' in name for name in names):
+      remedy = 'this is the prefix of P-tuning alone: give the model that it was tuned on'
     raise UserError(
       f'the tensors must be named as one of {tuple(FORMATS)} names them, got '
-      f'{names[:5]}; give a checkpoint of the GLM family.'
+      f'{names[:5]}; {remedy}.'
     )
   configs.check(
     bool(source.config) or kind in _SAYS_ALL,
@@ -99,7 +114,8 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
     repeats = stored and ties and _equal(source, prefix, WORDS[kind], head_file)
     tied = repeats or (ties and not stored)
   reader = {'megatron': _read_glm, 'glm-10b': _read_glm, 'glm-130b': _read_chatglm}
-  reader |= {'chatglm': _read_chatglm, 'chatglm2': _read_chatglm2, 'glm': _read_hf_glm}
+  reader |= {'chatglm': _read_chatglm, 'chatglm2': _read_chatglm2}
+  reader |= {'glm': _read_hf_glm, 'glm4': _read_hf_glm}
   config = reader[kind](kind, source, specs, tied, dict(overrides))
   assumed = _assumed(config, source, overrides)
   return Recognised(kind, config, prefix, repeats, buffers, assumed)
@@ -175,8 +191,8 @@ class _Fields:
       # A field that is missing or null has the default of the released code.
       if name in self._raw and self._raw[name] not in (value, None):
         raise UserError(
-          f'{name} in {self._where} must be {value!r}, which every released model has, got '
-          f'{self._raw[name]!r}; such a model is not supported.'
+          f'{name} in {self._where} must be {value!r} for the tensors of this checkpoint '
+          f'to be computed here, got {self._raw[name]!r}; such a model is not supported.'
         )
 
 
@@ -309,7 +325,7 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   configs.check(N >= 1, 'num_attention_heads must be positive', str(N), remedy)
   grouped = fields.get('multi_query_attention', kind=bool, default=False)
   bias = f'{at}.self_attention.query_key_value.bias' in specs
-  name = str(source.config.get('_name_or_path', '')).lower()
+  ratio = fields.get('rope_ratio', kind=float, default=1.0)
   values = {
     'num_layers': fields.get(
       'num_layers',
@@ -328,19 +344,17 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     'norm_epsilon': fields.get('layernorm_epsilon', kind=float, default=1e-5),
     'qkv_bias': fields.get('add_qkv_bias', kind=bool, default=bias),
     'tied_head': tied,
-    'rope_ratio': fields.get('rope_ratio', kind=float, default=1.0),
-    # Only ChatGLM2's own long variant divides positions; later ones multiply the base.
-    'rope_scaling': 'positions' if 'chatglm2' in name else 'theta',
+    'rope_ratio': ratio,
   }
-  # Both scalings are the same then: equal models get equal configs.
-  if values['rope_ratio'] == 1:
-    values['rope_scaling'] = 'theta'
+  # With a ratio of 1 both scalings are the same: equal models get equal configs.
+  if overrides.get('rope_ratio', ratio) != 1 and 'rope_scaling' not in overrides:
+    values['rope_scaling'] = rotary.scaling(source)
   return _build(ChatGLM2Config, values, overrides)
 
 
 def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
   fields = _Fields(source)
-  fields.expect(model_type='glm', hidden_act='silu', attention_dropout=0.0)
+  fields.expect(model_type=kind, hidden_act='silu', attention_dropout=0.0)
   # transformers 5 nests the rotary fields; before, `rope_scaling` held some of them.
   rope = source.config.get('rope_parameters') or source.config.get('rope_scaling') or {}
   configs.check(
@@ -374,6 +388,7 @@ def _read_hf_glm(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     'qkv_bias': fields.get(
       'attention_bias', kind=bool, default=f'{at}.self_attn.q_proj.bias' in specs
     ),
+    'sandwich_norms': kind == 'glm4',
     'tied_head': tied,
     'rotated_size': int(H * share),
     'rope_theta': rope.get('rope_theta', kind=float, default=10000.0),

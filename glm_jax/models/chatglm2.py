@@ -1,7 +1,8 @@
-"""ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B: causal, pre-RMSNorm, SwiGLU, few key heads.
+"""ChatGLM2-6B, ChatGLM3-6B and GLM-4: causal, pre-RMSNorm, SwiGLU, few key heads.
 
 The modeling_chatglm.py published with the weights of ChatGLM2-6B and ChatGLM3-6B, and
-Hugging Face's models/glm. The first half of a head is rotated, in neighbouring pairs.
+Hugging Face's models/glm and models/glm4. The first half of a head is rotated, in
+neighbouring pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from glm_jax.models.stack import stack
 
 
 class ChatGLM2Block(nn.Module):
-  """`x + attention(norm(x))`, then `x + mlp(norm(x))`; biases on q, k and v alone."""
+  """`x + attention(norm(x))`, then `x + mlp(norm(x))`; biases on q, k and v alone.
+
+  With `sandwich_norms`, `x + norm(attention(norm(x)))` and `x + norm(mlp(norm(x)))`.
+  """
 
   config: ChatGLM2Config
   compute: ComputeConfig
@@ -63,11 +67,15 @@ class ChatGLM2Block(nn.Module):
         cache_start,
         functools.partial(_rotate, phases=phases),
       )
+      if c.sandwich_norms:
+        h_BTD = norm(name='attention_out_norm')(h_BTD)
       x_BTD = layers.constrain(x_BTD + h_BTD, 'act_length', 'act_embed')
     with jax.named_scope('mlp'):
       h_BTD = layers.MLP(
         c.inner_size, 'silu', True, (c.init_std, out_std), dtype, bias=False, name='mlp'
       )(norm(name='mlp_norm')(x_BTD))
+      if c.sandwich_norms:
+        h_BTD = norm(name='mlp_out_norm')(h_BTD)
       x_BTD = layers.constrain(x_BTD + h_BTD, 'act_length', 'act_embed')
     return x_BTD, cache
 

@@ -148,7 +148,7 @@ class ChatGLMConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatGLM2Config:
-  """ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B; see `glm_jax.models.chatglm2`.
+  """ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B, GLM-4-0414; see `glm_jax.models.chatglm2`.
 
   Attributes:
     num_layers: L.
@@ -161,6 +161,7 @@ class ChatGLM2Config:
     max_positions: longest row that the model was trained on; no table depends on it.
     norm_epsilon: of RMS normalisation: 1e-5, for GLM-4-9B 1.5625e-07.
     qkv_bias: whether q, k and v have biases.
+    sandwich_norms: what attention and MLP add is normalised, too: GLM-4-0414 and Z1.
     tied_head: the head is the embedding table.
     rotated_size: leading dimensions of a head that are rotated; 0 for half of it.
     rope_theta: base of the rotary frequencies.
@@ -182,6 +183,7 @@ class ChatGLM2Config:
   max_positions: Annotated[int, POSITIVE]
   norm_epsilon: Annotated[float, POSITIVE] = 1e-5
   qkv_bias: bool = True
+  sandwich_norms: bool = False
   tied_head: bool = False
   rotated_size: Annotated[int, at_least(0)] = 0
   rope_theta: Annotated[float, POSITIVE] = 10000.0
@@ -216,13 +218,18 @@ class ChatGLM2Config:
 ONCE_FIELDS = ('dtype', 'remat', 'attention', 'unroll')
 """Fields that model configurations once had; those of `ComputeConfig` today."""
 
+# Fields of later versions, as models of before have them. They are written where they
+# differ alone: a run of before stays the same run, and its checkpoints readable.
+_LATER_FIELDS = {'sandwich_norms': False}
+
 
 def to_dict(config: Any) -> dict[str, Any]:
   """A configuration as JSON, with its family, for a checkpoint to carry."""
   from glm_jax.models import FAMILIES
 
   family = next(name for name, kind in FAMILIES.items() if kind is type(config))
-  return {'family': family, **dataclasses.asdict(config)}
+  fields = dataclasses.asdict(config).items()
+  return {'family': family, **{k: v for k, v in fields if _LATER_FIELDS.get(k, ()) != v}}
 
 
 def from_dict(fields: dict[str, Any]) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.text import released
+from glm_jax.text import ranks, released
 from glm_jax.text.released import SENTENCEPIECE, TOKENIZERS
 from glm_jax.text.vocabulary import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 
@@ -40,8 +39,6 @@ _PAIRS = (('vocab.json', 'merges.txt'), ('gpt2-vocab.json', 'gpt2-merges.txt'))
 _ROBERTA = (('roberta-vocab.json', 'roberta-merges.txt'), ('vocab.json', 'merges.txt'))
 # Ids of images before those of text in icetk, the tokenizer of GLM-130B.
 _IMAGES = 20_000
-# The first ChatGLM-6B and GLM-130B have tables of this many rows, images included.
-_TABLE_WITH_IMAGES = 150_528
 
 
 def from_dict(fields: Mapping[str, Any]) -> Vocabulary:
@@ -96,6 +93,9 @@ def load(spec: str) -> Vocabulary:
     if kind == 'bert':
       return released.BertVocabulary.from_files(content.decode('utf-8'))
     if kind == 'glm4':
+      if ranks.is_ranks(content):
+        added = added_tokens(path.parent)
+        return released.GLM4Vocabulary.from_ranks(content, added)
       return released.GLM4Vocabulary(content.decode('utf-8'))
     if kind == 'ice-130b':
       return released.IceVocabulary(content, _IMAGES)
@@ -126,21 +126,36 @@ def find(folder: Path, format: str, table_rows: int) -> Vocabulary | None:
   if exported_kind in KINDS:
     return load_kind(exported_kind)
   if 'ice_text.model' in has:
-    return load_kind('ice-130b' if table_rows == _TABLE_WITH_IMAGES else 'ice')
+    with_images = load_kind('ice-130b')
+    said = _json(folder / 'tokenizer_config.json').get('num_image_tokens')
+    if said in (0, _IMAGES):
+      return with_images if said else load_kind('ice')
+    # Only the first ChatGLM-6B and GLM-130B, which do not say it, have room for images.
+    return with_images if with_images.size <= table_rows else load_kind('ice')
   if 'cog-pretrain.model' in has:
-    return load_kind('cog-fixed' if _own_gmask(folder) else 'cog')
-  if format in ('chatglm2', 'glm') and has & {'tokenizer.model', 'tokenizer.json'}:
-    # GLM-4-9B calls a file of tiktoken tokenizer.model, as sentencepiece's are called.
-    of_tiktoken = 'tokenizer.model' in has and _is_tiktoken(folder / 'tokenizer.model')
-    if 'tokenizer.model' in has and not of_tiktoken:
-      return load_kind('chatglm3' if _has_roles(folder) else 'chatglm2')
-    if 'tokenizer.json' not in has:
+    own = _own_gmask(folder)
+    if own is None:
+      model = folder / 'cog-pretrain.model'
       raise UserError(
-        f"GLM-4's vocabulary must be a tokenizer.json, got {folder / 'tokenizer.model'} of "
-        'tiktoken; fetch the tokenizer.json of glm-4-9b-chat-hf and give '
-        '--vocabulary=glm4:PATH.'
+        'a vocabulary must be that of GLM-10B-Chinese or that of GLM-Large-Chinese, whose '
+        f'[gMASK] is a piece of its own, got {model}, which is the same in both, and no '
+        'added_tokens.json that tells which; fetch it, or give '
+        f'--vocabulary=cog:{model} or --vocabulary=cog-fixed:{model}.'
       )
-    return load_kind('glm4')
+    return load_kind('cog-fixed' if own else 'cog')
+  if format in ('chatglm2', 'glm', 'glm4') and has & {'tokenizer.model', 'tokenizer.json'}:
+    kind = kind_of_chatglm(folder)
+    if kind is None:
+      model = folder / 'tokenizer.model'
+      raise UserError(
+        'a vocabulary must be that of ChatGLM2 or that of ChatGLM3, which has roles, got '
+        f'{model}, which is the same in both, and no file beside it that tells which; '
+        'fetch the tokenization_chatglm.py of this model, or give '
+        f'--vocabulary=chatglm2:{model} or --vocabulary=chatglm3:{model}.'
+      )
+    if kind == 'glm4' and 'tokenizer.json' not in has:
+      return load(f'glm4:{folder / "tokenizer.model"}')
+    return load_kind(kind)
   if 'vocab.txt' in has:
     return load_kind('bert')
   if 'roberta-vocab.json' in has:
@@ -157,6 +172,25 @@ def _json(path: Path) -> dict[str, Any]:
   return configs.read_json(path) if path.is_file() else {}
 
 
+def added_tokens(folder: Path) -> dict[str, int]:
+  """Pieces that tokenizer files put behind those of the model, by name.
+
+  Raises:
+    UserError: the files hold something else.
+  """
+  path = folder / 'tokenizer_config.json'
+  # Versions of transformers keep them in one file or in the other.
+  decoder = _json(path).get('added_tokens_decoder') or {}
+  try:
+    decoded = {token['content']: int(number) for number, token in decoder.items()}
+    return {**_json(folder / 'added_tokens.json'), **decoded}
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f'added_tokens_decoder in {path} must be objects with a content by their number, got '
+      f'{str(decoder)[:80]}; fetch it again.'
+    ) from error
+
+
 def _find_pair(folder: Path, names: tuple[tuple[str, str], ...]) -> list[Path]:
   for pair in names:
     if all((folder / name).is_file() for name in pair):
@@ -164,26 +198,46 @@ def _find_pair(folder: Path, names: tuple[tuple[str, str], ...]) -> list[Path]:
   raise FileNotFoundError(f'{folder} has not {" and ".join(names[0])}')
 
 
-def _is_tiktoken(path: Path) -> bool:
-  """Lines of a piece in base64 and its rank: GLM-4-9B's tokenizer.model."""
-  with path.open('rb') as file:
-    return re.fullmatch(rb'[A-Za-z0-9+/]+=* \d+\s*', file.readline(200)) is not None
+def kind_of_chatglm(folder: Path) -> str | None:
+  """'chatglm2', 'chatglm3' or 'glm4', by the files of a folder; None if they do not tell.
 
-
-def _has_roles(folder: Path) -> bool:
-  """ChatGLM3's tokenizer files name the roles; ChatGLM2's do not."""
-  names = ('tokenizer_config.json', 'tokenization_chatglm.py', 'special_tokens_map.json')
-  # An export holds the roles in this one.
-  names += ('tokenizer.json',)
-  return any(
-    '<|user|>' in (folder / name).read_text(encoding='utf-8', errors='replace')
-    for name in names
+  Names of folders and models are no evidence: whoever copies or tunes a model changes them.
+  """
+  said = _json(folder / 'tokenizer_config.json').get(KIND_KEY)
+  if said in KINDS:
+    return said
+  if not (folder / 'tokenizer.model').is_file():
+    return 'glm4' if (folder / 'tokenizer.json').is_file() else None
+  # GLM-4-9B calls a file of tiktoken tokenizer.model, as sentencepiece's are called.
+  with (folder / 'tokenizer.model').open('rb') as file:
+    if ranks.is_ranks(file.read(200)):
+      return 'glm4'
+  # ChatGLM3's files name the roles. A file that lists all control pieces and has none of
+  # them is ChatGLM2's; the other files may just leave them out.
+  whole = ('tokenization_chatglm.py', 'tokenizer.json')
+  texts = {
+    name: (folder / name).read_text(encoding='utf-8', errors='replace')
+    for name in (*whole, 'tokenizer_config.json', 'special_tokens_map.json')
     if (folder / name).is_file()
-  )
+  }
+  if any('<|user|>' in text for text in texts.values()):
+    return 'chatglm3'
+  # The ids of roles end an answer there, besides </s>.
+  for name in ('generation_config.json', 'config.json'):
+    stops = _json(folder / name).get('eos_token_id')
+    if isinstance(stops, list) and len(stops) > 1:
+      return 'chatglm3'
+  # ChatGLM2's prompt counts its rounds.
+  template = '[Round ' in texts.get('tokenizer_config.json', '')
+  return 'chatglm2' if template or any(name in texts for name in whole) else None
 
 
-def _own_gmask(folder: Path) -> bool:
-  """GLM-Large-Chinese counts [gMASK] as 50009, GLM-10B-Chinese's own code does not."""
-  # No file: two times None, which is GLM-10B-Chinese's way, too.
-  added = _json(folder / 'added_tokens.json')
-  return added.get('[gMASK]') != added.get('<|endofpiece|>')
+def _own_gmask(folder: Path) -> bool | None:
+  """GLM-Large-Chinese counts [gMASK] as 50009, GLM-10B-Chinese as its <|endofpiece|>.
+
+  None where the files do not say.
+  """
+  added = added_tokens(folder)
+  if '<|endofpiece|>' not in added:
+    return None
+  return added.get('[gMASK]', added['<|endofpiece|>']) != added['<|endofpiece|>']

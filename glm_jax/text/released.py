@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from glm_jax.configs import UserError
+from glm_jax.text import ranks
 from glm_jax.text.vocabulary import CONTROL, SentencePieceVocabulary, Specials, Vocabulary
 
 _SOP, _EOP, _END = '<|startofpiece|>', '<|endofpiece|>', '<|endoftext|>'
@@ -220,7 +221,11 @@ class FixedCogVocabulary(CogVocabulary):
 
 
 class IceVocabulary(SentencePieceVocabulary):
-  """ice_text.model: ChatGLM-6B, and GLM-130B behind 20,000 ids of images."""
+  """ice_text.model: ChatGLM-6B, and GLM-130B behind 20,000 ids of images.
+
+  Attributes:
+    images: ids before the text's.
+  """
 
   kind = 'ice'
   _names = ('[MASK]', '[gMASK]', '[sMASK]', '<unused_0>', '<sop>', '<eop>', '<ENC>')
@@ -232,7 +237,7 @@ class IceVocabulary(SentencePieceVocabulary):
       model: content of ice_text.model.
       images: ids before the text's: 0, or 20000 in GLM-130B and the first ChatGLM-6B.
     """
-    self._original, self._images = model, images
+    self._original, self.images = model, images
     proto = spm_pb2.ModelProto()
     names = (*self._names, '<dBLOCK>')
     try:
@@ -260,7 +265,7 @@ class IceVocabulary(SentencePieceVocabulary):
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     ids = super().encode_batch([self._spell(text) for text in texts])
-    return [self._images + row for row in ids]
+    return [self.images + row for row in ids]
 
   def _spell(self, text: str) -> str:
     """Line breaks, tabs and runs of spaces as pieces (tokenization_chatglm.py)."""
@@ -272,22 +277,22 @@ class IceVocabulary(SentencePieceVocabulary):
 
   def _decode(self, ids: list[int]) -> str:
     # Ids of images have no text.
-    text = super()._decode([t - self._images for t in ids if t >= self._images])
+    text = super()._decode([t - self.images for t in ids if t >= self.images])
     text = text.replace('<n>', '\n').replace('<|tab|>', '\t')
     for length in range(2, self._longest_blank + 1):
       text = text.replace(f'<|blank_{length}|>', ' ' * length)
     return text
 
   def _piece(self, token: int) -> str:
-    return super()._piece(token - self._images) if token >= self._images else ''
+    return super()._piece(token - self.images) if token >= self.images else ''
 
   def to_dict(self) -> dict[str, Any]:
     model = base64.b64encode(self._original).decode()
-    return {'kind': self.kind, 'model': model, 'images': self._images}
+    return {'kind': self.kind, 'model': model, 'images': self.images}
 
   @property
   def kind_in_files(self) -> str:
-    return 'ice-130b' if self._images else 'ice'
+    return 'ice-130b' if self.images else 'ice'
 
   def files(self) -> dict[str, bytes]:
     return {'ice_text.model': self._original}
@@ -333,7 +338,7 @@ class ChatGLM3Vocabulary(ChatGLM2Vocabulary):
 
 
 class GLM4Vocabulary(TokenizersVocabulary):
-  """tokenizer.json of GLM-4-9B."""
+  """tokenizer.json of GLM-4, or the tokenizer.model that its first releases have."""
 
   kind = 'glm4'
 
@@ -358,8 +363,16 @@ class GLM4Vocabulary(TokenizersVocabulary):
     self.prefix, self.suffix = (ids['[gMASK]'], ids['<sop>']), ()
     self.stops = (ids[_END], ids['<|user|>'], ids['<|observation|>'])
 
+  @classmethod
+  def from_ranks(cls, content: bytes, added: Mapping[str, int]) -> GLM4Vocabulary:
+    """From a tokenizer.model of tiktoken, see `glm_jax.text.ranks`."""
+    return cls(ranks.to_json(content, added))
+
   def files(self) -> dict[str, bytes]:
-    return {'tokenizer.json': self._json.encode()}
+    files = {'tokenizer.json': self._json.encode()}
+    # GLM-4's own code reads this one.
+    model = ranks.from_json(self._json)
+    return files if model is None else {**files, 'tokenizer.model': model}
 
 
 SENTENCEPIECE = {
