@@ -31,6 +31,8 @@ _OF_THE_DISK = frozenset(
     *('EEXIST', 'ENOTDIR', 'EISDIR', 'ENAMETOOLONG', 'EMFILE', 'ENFILE'),
   )
 )
+# Characters of what a server says, which may be a page.
+_LONGEST = 400
 _BINDING = re.compile(r'--gin\.([^=]+)=(.*)', re.DOTALL)
 
 
@@ -55,10 +57,20 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     if not isinstance(error, ResourceError) and error.errno not in _OF_THE_DISK:
       raise
     return _stop(one_line(error), EXIT_IO)
+  except Exception as error:
+    if not _is_of_a_bucket(error):
+      raise
+    return _stop(one_line(error)[:_LONGEST], EXIT_IO)
   except KeyboardInterrupt:
     # 128 + SIGINT, as a shell reports it.
     return _stop('interrupted', 130)
   return 0
+
+
+def _is_of_a_bucket(error: Exception) -> bool:
+  """Whether TensorFlow could not read or write gs://: no permission, bucket or network."""
+  # It has errors of its own, and is not imported to ask.
+  return type(error).__module__.startswith('tensorflow.') and 'gs://' in str(error)
 
 
 class _Parser(argparse.ArgumentParser):

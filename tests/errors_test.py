@@ -9,6 +9,7 @@ import types
 from typing import Annotated
 
 import pytest
+import tensorflow as tf
 from commands import environment
 
 from glm_jax import cli, configs, startup
@@ -35,6 +36,13 @@ def _raises(error):
     (OSError(errno.ENOSPC, 'No space left on device'), cli.EXIT_IO, 'No space left'),
     (FloatingPointError('the loss'), cli.EXIT_NUMERICS, 'the loss'),
     (KeyboardInterrupt(), 130, 'interrupted'),
+    (
+      tf.errors.PermissionDeniedError(
+        None, None, '403\nwhen reading gs://bucket/a' + 'x' * 999
+      ),
+      cli.EXIT_IO,
+      '403 when reading gs://bucket/a',
+    ),
   ],
 )
 def test_what_a_user_can_mend_is_one_line_and_a_code(error, code, said, capsys):
@@ -52,6 +60,7 @@ def test_what_a_user_can_mend_is_one_line_and_a_code(error, code, said, capsys):
     KeyError('loss'),
     FileNotFoundError(errno.ENOENT, 'No such file or directory', 'lost.json'),
     ZeroDivisionError(),
+    tf.errors.InvalidArgumentError(None, None, 'shapes differ'),
   ],
 )
 def test_a_defect_of_the_program_passes(error, capsys):

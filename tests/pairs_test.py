@@ -148,8 +148,8 @@ def test_pairs_are_packed_unless_somebody_says_otherwise(tmp_path):
   pairs_ = _corpus(tmp_path / 'p', [{'prompt': f'{n}?', 'text': 'yes'} for n in range(300)])
   texts = _corpus(tmp_path / 't', [{'text': f'Text {n}.'} for n in range(300)])
   found = _prepared(pairs_)
-  assert found.packed and 'has prompts: rows hold whole documents' in found.why
-  assert not _prepared(texts).packed and not _prepared(texts).why
+  assert found.packed and 'has prompts: rows hold whole documents' in found.notes[0]
+  assert not _prepared(texts).packed and not _prepared(texts).notes
   # A run keeps what it began with, and the user's word is the last.
   assert not _prepared(pairs_, packed=False).packed
   assert _prepared(texts, packed=True).packed
@@ -157,6 +157,22 @@ def test_pairs_are_packed_unless_somebody_says_otherwise(tmp_path):
   assert not _prepared(said).packed and not _prepared(said, packed=True).packed
   both = MixtureConfig(corpora={'p': pairs_.corpus, 't': texts.corpus})
   assert _prepared(texts, both).packed
+
+
+def test_a_mixture_of_one_objective_is_said(tmp_path):
+  texts = _corpus(tmp_path, [{'text': f'Text {n}. More of it.'} for n in range(300)])
+
+  def notes(**weights):
+    return prepare.prepare(
+      'glm_mixture',
+      {'tokens': 64},
+      texts,
+      VocabularyConfig(path='bytes'),
+      ObjectiveConfig(**weights),
+    ).notes
+
+  assert 'glm_mixture is of blanks alone' in notes()[0]
+  assert not notes(document=0.5)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ class Prepared:
     indexed: whether the stream is a function of a step alone; a task of the user's keeps
       its place in an iterator.
     packed: whether rows hold whole documents.
-    why: for a person, where nobody said so; '' if there is nothing to say.
+    notes: what was decided for a person who may not expect it.
   """
 
   vocabulary: Vocabulary
@@ -45,7 +45,7 @@ class Prepared:
   corpora: tuple[Corpus, ...] = ()
   indexed: bool = True
   packed: bool = False
-  why: str = ''
+  notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -93,11 +93,16 @@ def prepare(
   if task not in (tasks.CAUSAL, tasks.MIXTURE):
     objectives = objectives.only(task.removeprefix('glm_'))
   evaluation = evaluation or objectives
-  length, why = feature_lengths['tokens'], ''
+  length, notes = feature_lengths['tokens'], []
   if corpus.packed is not None:
     packed = corpus.packed
   elif packed is None:
     packed, why = decide_packed([*named.values()])
+    notes += [why] if why else []
+  if task == tasks.MIXTURE and objectives.objectives == ('blank',):
+    notes.append(
+      f'{task} is of blanks alone: ObjectiveConfig.document and sentence weigh the others'
+    )
   plans = {
     'train': row_plan(task, length, objectives, vocabulary, packed=packed),
     'validation': row_plan(task, length, evaluation, vocabulary, packed=packed),
@@ -121,7 +126,7 @@ def prepare(
     evaluation_tasks=evaluation_tasks if has_validation else {},
     corpora=tuple(corpora),
     packed=packed,
-    why=why,
+    notes=tuple(notes),
   )
 
 

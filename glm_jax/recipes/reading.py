@@ -123,8 +123,7 @@ class TaskData(recipe.Data):
 
     if not self.prepared.corpora:
       return []
-    why = [self.prepared.why] if self.prepared.why else []
-    return why + shares.table(
+    table = shares.table(
       self.task,
       self.feature_lengths,
       self.prepared.corpora,
@@ -133,6 +132,7 @@ class TaskData(recipe.Data):
       step=step,
       train_steps=self._config.train_steps,
     )
+    return [*self.prepared.notes, *table]
 
   def examples(self) -> Iterator[Mapping[str, np.ndarray]]:
     from glm_jax.data import pipeline
