@@ -131,11 +131,11 @@ def _filler(monkeypatch, script, vocabulary=VOCABULARY, causal=False):
       rotated_size=2,
     )
   model = Scripted(script, config.vocab_size)
-  monkeypatch.setattr(models, 'build', lambda config: model)
+  monkeypatch.setattr(models, 'build', lambda config, compute: model)
   monkeypatch.setattr(
     decode,
     'init_cache',
-    lambda config, rows, slots: {
+    lambda config, rows, slots, dtype: {
       'k': jnp.full((1, rows, slots, 1, 3), NOTHING),
       'v': jnp.zeros((1, rows, 1, 1, 1)),
     },
