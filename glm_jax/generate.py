@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> None:
   # JAX only after the flags are known to be good.
   import jax
 
-  from glm_jax import checkpoints, sharding
+  from glm_jax import checkpoints, configs, sharding
   from glm_jax.inference.filling import Filler
   from glm_jax.inference.sampling import Sampling
   from glm_jax.models import ComputeConfig
@@ -23,6 +23,13 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.training import start, state
 
   startup.find_devices()
+  # JAX takes 32 bits of a seed, and would drop the others.
+  configs.check(
+    0 <= flags.seed < 2**32,
+    '--seed must be in 0 .. 2^32 - 1',
+    str(flags.seed),
+    'give another one',
+  )
   sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
   folder = checkpoints.find(flags.checkpoint)
   meta = checkpoints.read_meta(folder)
