@@ -24,6 +24,13 @@ def main(argv: Sequence[str]) -> None:
 
   startup.find_devices()
   configs.check_path('--checkpoint', flags.checkpoint)
+  # JAX takes 32 bits of a seed, and would drop the others.
+  configs.check(
+    configs.SEED.holds(flags.seed),
+    f'--seed must be {configs.SEED.words}',
+    str(flags.seed),
+    configs.SEED.remedy,
+  )
   sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
   folder = checkpoints.find(flags.checkpoint)
   meta = checkpoints.read_meta(folder)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from commands import in_process, refused
 
 from glm_jax import models, sharding
 from glm_jax.batch import Visibility, prefix_visibility
@@ -265,3 +266,27 @@ def test_too_long_prompts_and_spans_are_refused(filler):
   for bad in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1)):
     with pytest.raises(ValueError, match='must be'):
       Sampling(**bad)
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32, 10**20])
+def test_a_seed_that_would_lose_digits_is_refused(seed, tmp_path):
+  arguments = [f'--checkpoint={tmp_path}', '--prompt=[MASK]', f'--seed={seed}']
+  refused(in_process('generate', *arguments), f'32 bits, got {seed};')
+
+
+@pytest.mark.parametrize(
+  'temperature', [-1.0, 1e-31, 1e-300, 5e-324, 1e31, 1e300, float('inf'), float('nan')]
+)
+def test_temperatures_beyond_float32_are_refused(temperature):
+  with pytest.raises(ValueError, match=r'temperature must be 0, or in \[1e-30, 1e30\]'):
+    Sampling(temperature=temperature)
+
+
+def test_the_most_probable_is_taken_at_the_limits():
+  logits = jnp.array([[0.0, 2.0, -jnp.inf, 1.0]] * 64)
+  draw = lambda **how: {*sample(logits, Sampling(**how), jax.random.key(0)).tolist()}
+  for top_p in (1.0, 0.9):
+    assert draw(temperature=1e-30, top_p=top_p) == {1}
+    assert draw(temperature=1e30, top_p=top_p) == {0, 1, 3}
+  assert draw(temperature=1.0, top_p=1e-300) == {1}
+  assert draw(temperature=1.0, top_k=10**20, top_p=1 - 1e-16) == {0, 1, 3}

@@ -177,7 +177,9 @@ def test_text_comes_back_and_control_pieces_are_apart(made, kind):
       assert back.strip() == text.strip()  # line breaks, tabs and runs of spaces included
   marked = vocabulary.encode_marked('fox [MASK] dog', ['[MASK]'])
   place = marked.index(vocabulary.specials.mask)
-  assert marked[:place] == vocabulary.encode('fox')
+  # GLM-4's own file leaves the space before a mask in the text.
+  before = 'fox ' if kind == 'glm4' else 'fox'
+  assert marked[:place] == vocabulary.encode(before)
   assert '[MASK]' in vocabulary.decode(marked, control=True)
   assert 'MASK' not in vocabulary.decode(marked)
   assert vocabulary.specials.pad < vocabulary.size

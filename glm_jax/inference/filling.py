@@ -17,6 +17,8 @@ from glm_jax.text.vocabulary import Vocabulary
 
 # Contexts are padded to a multiple of this, so that few shapes are compiled.
 _BUCKET = 64
+# What bytes that are no character are decoded to.
+_BROKEN = '\ufffd'
 
 
 class Filler:
@@ -59,31 +61,40 @@ class Filler:
   def encode(self, prompt: str, gmask: bool = False) -> list[int]:
     """`[ENC] text <eos>`, with '[MASK]', '[sMASK]' and '[gMASK]' spelt out.
 
-    Space before a mask is dropped: a filled span brings its own. With `gmask`, the text
-    is to be continued: `[gMASK]` follows it and there is no <eos>. What stands around
-    the text is the vocabulary's `prefix` and `suffix`. A causal model always continues,
-    and a mask is text to it.
+    Space around a mask is the vocabulary's (see `Vocabulary.encode_marked`). With `gmask`,
+    the text is to be continued: `[gMASK]` follows it and there is no <eos>. What stands
+    around the text is the vocabulary's `prefix` and `suffix`. A causal model always
+    continues, and a mask is text to it.
 
     Raises:
-      UserError: nothing to fill, or an empty text.
+      UserError: nothing to fill, an empty text, or one that is not UTF-8.
     """
+    # An argument that is not UTF-8 reaches Python with its bytes as lone surrogates.
+    configs.check(
+      not any('\ud800' <= c <= '\udfff' for c in prompt),
+      'the prompt must be UTF-8 text',
+      repr(prompt),
+      'save or type it as UTF-8',
+    )
     v, s = self._vocabulary, self._vocabulary.specials
     masks = {'[MASK]': s.mask, '[sMASK]': s.smask, '[gMASK]': s.gmask}
     known = [] if self._config.causal else [n for n, t in masks.items() if t is not None]
+    goes_on = gmask and not self._config.causal
+    configs.check(
+      not goes_on or s.gmask is not None,
+      'the vocabulary must have [gMASK] to continue a text',
+      v.kind,
+      'mark a blank with [MASK]',
+    )
     ids = v.encode_marked(prompt, known) if known else v.encode(prompt)
     configs.check(bool(ids), 'the prompt must hold some text', repr(prompt), 'give a text')
+    if goes_on:
+      # Encoded with its mask: the space before one is not always the text's.
+      ids = v.encode_marked(prompt + '[gMASK]', known)
     blanks = [token for token in ids if token in [masks[name] for name in known]]
     ids = [*v.prefix, *ids]
-    if self._config.causal:
+    if goes_on or self._config.causal:
       return ids
-    if gmask:
-      configs.check(
-        s.gmask is not None,
-        'the vocabulary must have [gMASK] to continue a text',
-        v.kind,
-        'mark a blank with [MASK]',
-      )
-      return [*ids, s.gmask]
     configs.check(
       bool(blanks),
       'the prompt must hold a blank: [MASK], [sMASK] or [gMASK]',
@@ -211,25 +222,25 @@ class Filler:
     spans: Sequence[Sequence[int]],
     mark: tuple[str, str] = ('', ''),
   ) -> str:
-    """A prompt with its blanks filled, each between two marks."""
-    decode = self._vocabulary.decode
+    """A prompt with its blanks filled, each between two marks.
+
+    It is what the vocabulary decodes the prompt to, with spans in the place of their masks.
+    Of a span that ends within a character, the bytes of that are left out.
+    """
     if self._config.causal:
-      # Together: the space before the first new word is the prompt's end or its own.
-      given, whole = decode(prompt), decode([*prompt, *spans[0]])
-      return given + mark[0] + whole[len(given) :] + mark[1]
-    left, rest, out = list(spans), [], []
-
-    # Text between two blanks is decoded at once: a piece alone may be half a character.
-    def flush() -> None:
-      out.append(decode(rest))
-      rest.clear()
-
-    blanks = set(self._blanks(prompt))
-    for position, token in enumerate(prompt):
-      if position in blanks and left:
-        flush()
-        out.append(mark[0] + decode(left.pop(0)) + mark[1])
-      else:
-        rest.append(token)
-    flush()
-    return ''.join(out)
+      parts = [prompt, *spans]
+    else:
+      parts, rest = [[]], list(spans)
+      blanks = set(self._blanks(prompt))
+      for position, token in enumerate(prompt):
+        if position in blanks and rest:
+          parts += [rest.pop(0), []]
+        else:
+          parts[-1].append(token)
+    texts = self._vocabulary.decode_parts(parts)
+    # Spans are every other part.
+    for i in range(1, len(parts), 2):
+      cut = self._vocabulary.ends_within_character(parts[i])
+      text = texts[i].rstrip(_BROKEN) if cut else texts[i]
+      texts[i] = mark[0] + text + mark[1]
+    return ''.join(texts)

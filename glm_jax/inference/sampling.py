@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax import configs
-from glm_jax.configs import at_least, within
+from glm_jax.configs import Rule, at_least, within
+
+# Logits divided by it must stay finite in float32, and apart.
+_TEMPERATURE = Rule(
+  '0, or in [1e-30, 1e30]',
+  lambda x: x == 0 or 1e-30 <= x <= 1e30,
+  'use 0 for greedy decoding',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,7 @@ class Sampling:
     top_p: only among the most probable that together reach this probability.
   """
 
-  temperature: Annotated[float, at_least(0).but('use 0 for greedy decoding')] = 0.0
+  temperature: Annotated[float, _TEMPERATURE] = 0.0
   top_k: Annotated[int, at_least(0).but('use 0 for no limit')] = 0
   top_p: Annotated[float, within('(0, 1]').but('use 1 for no limit')] = 1.0
 
@@ -52,8 +59,10 @@ def sample(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Arra
   if sampling.top_p < 1:
     ordered = jnp.sort(logits_BV, axis=-1, descending=True)
     probs = jax.nn.softmax(ordered, axis=-1)
-    # A token stays if those before it have not reached top_p; so one always does.
+    # A token stays if those before it have not reached top_p. The first always does: a
+    # top_p too small for float32 is 0 there.
     stays = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+    stays = stays.at[:, 0].set(True)
     # By value rather than by rank: tokens as probable as the last that stays, stay.
     lowest = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
     logits_BV = jnp.where(logits_BV < lowest, -jnp.inf, logits_BV)

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 
 from glm_jax.configs import UserError
-from glm_jax.text.vocabulary import SentencePieceVocabulary, Vocabulary
+from glm_jax.text.vocabulary import MASKS, SentencePieceVocabulary, Vocabulary
 
 
 def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
@@ -77,7 +77,11 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
   added = sorted((token, _name(name)) for name, token in vocabulary.control.items())
   names += [name for token, name in added if token >= len(pieces)]
   fast.add_special_tokens(
-    [AddedToken(name, special=True, normalized=False) for name in names]
+    [
+      # As `encode_marked`: a mask swallows the space before it.
+      AddedToken(name, special=True, normalized=False, lstrip=name in MASKS)
+      for name in names
+    ]
   )
   # A tokenizer numbers added tokens itself, in order behind its model: an id that differs
   # means that a name was in the model already.

@@ -19,8 +19,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from glm_jax.configs import UserError
 from glm_jax.text import ranks
-from glm_jax.text.vocabulary import CONTROL, SentencePieceVocabulary, Specials, Vocabulary
+from glm_jax.text.specials import Specials
+from glm_jax.text.vocabulary import CONTROL, SentencePieceVocabulary, Vocabulary
 
+# Byte-level pairs spell a byte as the character of its number where that is to be seen, and
+# the others in turn as those from 256 on.
+_VISIBLE = pre_tokenizers.ByteLevel.alphabet()
+_OTHERS = [byte for byte in range(256) if chr(byte) not in _VISIBLE]
 _SOP, _EOP, _END = '<|startofpiece|>', '<|endofpiece|>', '<|endoftext|>'
 ROLES = ('<|system|>', '<|user|>', '<|assistant|>', '<|observation|>')
 
@@ -57,6 +62,10 @@ class TokenizersVocabulary(Vocabulary):
 
   def _piece(self, token: int) -> str:
     return self._tokenizer.decode([token], skip_special_tokens=False)
+
+  def _bytes(self, token: int) -> bytes:
+    codes = map(ord, self._tokenizer.id_to_token(token) or '')
+    return bytes(code if code < 256 else _OTHERS[code - 256] for code in codes)
 
   def to_dict(self) -> dict[str, Any]:
     return {'kind': self.kind, 'tokenizer': self._json}
@@ -108,6 +117,9 @@ class BertVocabulary(TokenizersVocabulary):
 
   def _piece(self, token: int) -> str:
     return self._tokenizer.id_to_token(token) or ''
+
+  def _bytes(self, token: int) -> bytes:
+    return self._piece(token).encode()
 
   # The decoder puts spaces between words; a control piece is set apart like one.
   def _join(self, parts: Sequence[str]) -> str:
@@ -192,6 +204,7 @@ class CogVocabulary(SentencePieceVocabulary):
   """cog-pretrain: GLM-10B-Chinese, whose [gMASK] is its <|endofpiece|>."""
 
   kind = 'cog'
+  restarts, decodes_whole = True, False
   # In the order of THUDM/GLM's ChineseSPTokenizer; the ids are those behind the model's.
   _names = (_END, '[SEP]', '[CLS]', '[MASK]', '[UNK]', '[UNUSED1]', _SOP, _EOP, '[sMASK]')
   _more = ('[dBLOCK]',)
@@ -228,6 +241,8 @@ class IceVocabulary(SentencePieceVocabulary):
   """
 
   kind = 'ice'
+  # transformers 4.27, which it was published for, strips both sides of a mask.
+  takes_space_behind, restarts = True, True
   _names = ('[MASK]', '[gMASK]', '[sMASK]', '<unused_0>', '<sop>', '<eop>', '<ENC>')
   _longest_blank = 80
 
@@ -302,6 +317,7 @@ class ChatGLM2Vocabulary(SentencePieceVocabulary):
   """tokenizer.model with five control pieces behind it: ChatGLM2-6B."""
 
   kind = 'chatglm2'
+  restarts, decodes_whole = True, False
   roles: tuple[str, ...] = ()
 
   def __init__(self, model: bytes):
@@ -341,6 +357,8 @@ class GLM4Vocabulary(TokenizersVocabulary):
   """tokenizer.json of GLM-4, or the tokenizer.model that its first releases have."""
 
   kind = 'glm4'
+  # Its added tokens have `lstrip: false`.
+  takes_space_before = False
 
   def __init__(self, tokenizer: str):
     super().__init__(tokenizer)

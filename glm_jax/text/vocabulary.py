@@ -10,9 +10,11 @@ have `[MASK] [gMASK] [sMASK] [sop] [eop] [ENC] [dBLOCK] <eos> <pad>` behind thei
 from __future__ import annotations
 
 import base64
-import dataclasses
+import codecs
+import functools
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ import sentencepiece as spm
 from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from glm_jax.configs import UserError
+from glm_jax.text.specials import Specials
 
 NAMES = (
   '[MASK]',
@@ -43,61 +46,8 @@ _SPACE = '\u2581'
 # sentencepiece's kind of piece that no text is ever encoded to.
 CONTROL = spm_pb2.ModelProto.SentencePiece.CONTROL
 
-# Marks that fill in for text: the space before them is theirs (THUDM/GLM
-# data_utils/tokenization.py, `lstrip=True`).
-_MASKS = ('[MASK]', '[gMASK]', '[sMASK]')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Specials:
-  """Ids of the pieces that the objectives and generation use; None where there is none.
-
-  Attributes:
-    mask: stands for a span.
-    gmask: stands for the rest of a text.
-    smask: stands for a sentence.
-    sop: opens a span.
-    eop: closes it.
-    enc: opens a document.
-    dblock: noise in a span's input.
-    eos: ends a document.
-    pad: fills rows up; never seen.
-  """
-
-  mask: int
-  gmask: int | None
-  smask: int | None
-  sop: int
-  eop: int
-  enc: int | None
-  dblock: int | None
-  eos: int
-  pad: int
-
-  @classmethod
-  def of(
-    cls,
-    control: dict[str, int],
-    *,
-    sop: str,
-    eop: str,
-    eos: int,
-    pad: int,
-    enc: str = '',
-    dblock: str = '',
-  ) -> Specials:
-    """From the ids of control pieces; `sop`, `eop`, `enc` and `dblock` are their names."""
-    return cls(
-      mask=control['[MASK]'],
-      gmask=control['[gMASK]'],
-      smask=control['[sMASK]'],
-      sop=control[sop],
-      eop=control[eop],
-      enc=control.get(enc),
-      dblock=control.get(dblock),
-      eos=eos,
-      pad=pad,
-    )
+# Marks that fill in for text.
+MASKS = ('[MASK]', '[gMASK]', '[sMASK]')
 
 
 class Vocabulary:
@@ -113,6 +63,11 @@ class Vocabulary:
     stops: ids that end a generated answer.
     fingerprint: 16 hexadecimal digits that tell vocabularies apart.
     threads: that `encode_batch` may use where it can; -1 for all cores.
+    takes_space_before: a mask in a text swallows the space before it, which the span that
+      fills it brings along (THUDM/GLM data_utils/tokenization.py, `lstrip=True`).
+    takes_space_behind: and the space behind it.
+    restarts: text behind a mask is encoded as if it began a text.
+    decodes_whole: control pieces do not part a text when it is decoded.
   """
 
   kind: str
@@ -124,6 +79,11 @@ class Vocabulary:
   stops: tuple[int, ...]
   fingerprint: str
   threads: int = -1
+  # The original tokenizers differ in these.
+  takes_space_before = True
+  takes_space_behind = False
+  restarts = True
+  decodes_whole = False
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, never a control piece."""
@@ -136,7 +96,8 @@ class Vocabulary:
   def encode_marked(self, text: str, names: Sequence[str] = ()) -> list[int]:
     """As `encode`, but names of control pieces, such as '[MASK]', become their ids.
 
-    Space before a mask is dropped: a filled span brings its own.
+    Space around a mask is treated, and the text behind it begun, as the released tokenizer
+    of the kind does it.
 
     Args:
       text: with names in it.
@@ -148,11 +109,17 @@ class Vocabulary:
     # The group keeps the names that the text is split at, at every other place.
     parts = re.split('(' + '|'.join(map(re.escape, names)) + ')', text)
     ids: list[int] = []
-    for part, following in zip(parts, [*parts[1:], ''], strict=True):
+    neighbours = ['', *parts[:-1]], parts, [*parts[1:], '']
+    for before, part, behind in zip(*neighbours, strict=True):
       if part in names:
         ids.append(self.control[part])
-      else:
-        ids.extend(self.encode(part.rstrip() if following in _MASKS else part))
+        continue
+      if behind in MASKS and self.takes_space_before:
+        part = part.rstrip()
+      if before in MASKS and self.takes_space_behind:
+        part = part.lstrip()
+      goes_on = before in MASKS and not self.restarts
+      ids.extend(self._encode_inside(part) if goes_on else self.encode(part))
     return ids
 
   def decode(self, ids: Sequence[int], *, control: bool = False) -> str:
@@ -162,19 +129,52 @@ class Vocabulary:
       ids: of tokens.
       control: control pieces by their names, instead of nothing.
     """
-    names = self.names
-    parts: list[str] = []
-    # Runs of text are decoded together: a character's bytes may be several tokens.
-    rest: list[int] = []
+    names, size = self.names, self.size
+    # Runs of text are decoded together: a character's bytes may be several tokens. Ids
+    # beyond `size` are rows of a model's table that the vocabulary has no pieces for.
+    runs: list[list[int]] = [[]]
+    between: list[str] = []
     for token in map(int, ids):
       if token not in names:
-        # A model's table may have more rows than the vocabulary has pieces.
-        if 0 <= token < self.size:
-          rest.append(token)
+        runs[-1] += [token] if 0 <= token < size else []
       elif control:
-        parts += [self._decode(rest), names[token]]
-        rest = []
-    return self._join([part for part in (*parts, self._decode(rest)) if part])
+        between.append(names[token])
+        runs.append([])
+    if self.decodes_whole and between:
+      texts = self.decode_parts(runs)
+    else:
+      texts = [self._decode(run) for run in runs]
+    parts = [texts[0], *itertools.chain(*zip(between, texts[1:], strict=True))]
+    return self._join([part for part in parts if part])
+
+  def decode_parts(self, parts: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of the parts of one text, which together are `decode` of it.
+
+    A space that a piece brings along so remains, and a character whose bytes lie in
+    several parts is the last one's.
+
+    Args:
+      parts: ids of tokens; control pieces say nothing.
+    """
+    whole = self.decode([*itertools.chain(*parts)])
+    ids: list[int] = []
+    # Where each part ends in the whole: as far as it and those before it spell it already.
+    ends = [0]
+    for part in parts:
+      ids += part
+      text = self.decode(ids)
+      pairs = enumerate(zip(whole, text, strict=False))
+      common = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(text)))
+      ends.append(max(ends[-1], common))
+    return [whole[start:end] for start, end in itertools.pairwise(ends)]
+
+  def ends_within_character(self, ids: Sequence[int]) -> bool:
+    """Whether the last bytes of some tokens begin a character that they do not end."""
+    # At most three bytes do, and no token is less than one.
+    last = [t for t in map(int, ids[-3:]) if t < self.size and t not in self.names]
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    decoder.decode(b''.join(map(self._bytes, last)))
+    return bool(decoder.getstate()[0])
 
   def piece(self, token: int) -> str:
     """One token for a reader: a control piece by its name, a byte as <0xE4>."""
@@ -208,12 +208,20 @@ class Vocabulary:
     """The files that the program of a released model reads it from, by name."""
     return {}
 
+  def _encode_inside(self, text: str) -> list[int]:
+    """Of text that others precede, where that makes a difference."""
+    return self.encode(text)
+
   def _decode(self, ids: list[int]) -> str:
     """Text of ids that are no control pieces."""
     raise NotImplementedError
 
   def _piece(self, token: int) -> str:
     raise NotImplementedError
+
+  def _bytes(self, token: int) -> bytes:
+    """What a token adds, before bytes are read as characters."""
+    return self._piece(token).encode()
 
   def _join(self, parts: Sequence[str]) -> str:
     return ''.join(parts)
@@ -245,6 +253,8 @@ class SentencePieceVocabulary(Vocabulary):
   """
 
   kind = 'sentencepiece'
+  restarts = False
+  decodes_whole = True
 
   def __init__(self, model: bytes):
     """
@@ -281,12 +291,13 @@ class SentencePieceVocabulary(Vocabulary):
         'a sentencepiece model must have pieces, got none; give another .model file.'
       )
     self.model = model
+    self._normalizer = proto.normalizer_spec
     # A text may hold the mark itself, which must not come back as a space: it goes as its
     # three bytes, where the model has pieces for bytes.
     pieces = [self._processor.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
     exact = all(self._processor.is_byte(piece) for piece in pieces)
     # Only a model that adds no space of its own can be cut at the mark below.
-    exact = exact and not proto.normalizer_spec.add_dummy_prefix
+    exact = exact and not self._normalizer.add_dummy_prefix
     self._bytes_of_space = pieces if exact else []
     # The kind counts, too: another one reads the same file with other control pieces.
     self.fingerprint = hashlib.sha256(model + self.kind.encode()).hexdigest()[:16]
@@ -304,11 +315,31 @@ class SentencePieceVocabulary(Vocabulary):
         ids[i] = np.array(joined, np.int32)
     return ids
 
+  def _encode_inside(self, text: str) -> list[int]:
+    spec = self._normalizer
+    if not (spec.add_dummy_prefix or spec.remove_extra_whitespaces):
+      return self.encode(text)
+    if spec.remove_extra_whitespaces:
+      text = re.sub(' {2,}', ' ', text.rstrip(' '))
+    return self._inside.encode(text)
+
+  @functools.cached_property
+  def _inside(self) -> spm.SentencePieceProcessor:
+    """The same model for text that goes on: nothing before it is added or dropped."""
+    proto = spm_pb2.ModelProto.FromString(self.serialized)
+    proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
   def _decode(self, ids: list[int]) -> str:
     return self._processor.decode(ids)
 
   def _piece(self, token: int) -> str:
     return self._processor.id_to_piece(int(token))
+
+  def _bytes(self, token: int) -> bytes:
+    byte = re.fullmatch('<0x([0-9A-F]{2})>', self._piece(token))
+    return bytes.fromhex(byte[1]) if byte else super()._bytes(token)
 
   def to_dict(self) -> dict[str, Any]:
     return {'kind': self.kind, 'model': base64.b64encode(self.model).decode()}
@@ -335,6 +366,9 @@ class ByteVocabulary(Vocabulary):
 
   def _piece(self, token: int) -> str:
     return chr(token) if 32 <= token < 127 else f'<0x{token:02X}>'
+
+  def _bytes(self, token: int) -> bytes:
+    return bytes([token])
 
   def to_dict(self) -> dict[str, Any]:
     return {'kind': self.kind}

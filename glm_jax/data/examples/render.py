@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,16 @@ _WIDTH = 96
 
 
 def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
-  """One example of one row as text: Part A, then each span of Part B in order.
+  """One row as text: of each example Part A, then each span of Part B in order.
+
+  Text stands as in the document: where the spans are put in the place of their masks, it
+  reads as the document does.
 
   Args:
     example: [L] arrays of the batch contract.
     vocabulary: of the tokens.
   """
-  tokens, targets = example['tokens'], example['targets']
-  block, position = example['block_positions'], example['positions']
+  tokens, block = example['tokens'], example['block_positions']
   length = int((example['key_end'] > 0).sum())
   part_a = int((block[:length] == 0).sum())
   if not length:
@@ -35,23 +38,62 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
     scored = int(example['loss_weights'].sum())
     lines = [f'causal: {length} tokens, {len(starts)} document(s), {scored} scored']
     for start, end in zip(starts, [*starts[1:], length], strict=True):
-      lines += _wrap(f'  {start}..{end - 1}:  ', _text(tokens[start:end], vocabulary))
+      [text] = _texts([tokens[start:end]], vocabulary)
+      lines += _wrap(f'  {start}..{end - 1}:  ', text)
     return '\n'.join(lines)
   lines = [
     f'{name}: {length} tokens, Part A {part_a}, '
     f'{int((block == 1).sum())} span(s), {int(example["loss_weights"].sum())} scored'
   ]
-  lines += _wrap('Part A  ', _text(tokens[:part_a], vocabulary))
+  # What the examples of a packed row see begins with each.
+  firsts = np.flatnonzero(np.diff(example['key_start'][:length], prepend=-1))
+  for first, end in zip(firsts, [*firsts[1:], length], strict=True):
+    lines += _example({k: v[first:end] for k, v in example.items() if v.ndim}, vocabulary)
+  return '\n'.join(lines)
+
+
+def _example(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> list[str]:
+  """Lines of Part A and of each span of one example, [n] arrays."""
+  tokens, targets = example['tokens'], example['targets']
+  block, position = example['block_positions'], example['positions']
+  s, names = vocabulary.specials, vocabulary.names
+  part_a = int((block == 0).sum())
+  masks = [t for t in range(part_a) if tokens[t] in (s.mask, s.gmask, s.smask)]
+  # 1. The document again, as parts: text, a span, text, a span, ..., text.
   # Second positions count from 1 in each span, at its [sop].
-  starts = [t for t in range(part_a, length) if block[t] == 1]
-  for start, end in zip(starts, [*starts[1:], length], strict=True):
+  starts = np.flatnonzero(block == 1).tolist()
+  ends = dict(zip(starts, [*starts[1:], len(tokens)], strict=True))
+  places = {}
+  for start in starts:
+    # A span has the first position of its mask; positions of the only one may go on.
+    same = [mask for mask in masks if position[mask] == position[start]]
+    places[start] = (same or masks or [part_a])[-1]
+  in_text_order = sorted(starts, key=places.get)
+  parts, last = [], 0
+  for start in in_text_order:
+    end = ends[start] - (targets[ends[start] - 1] == s.eop)
+    parts += [tokens[last : places[start]], targets[start:end]]
+    last = places[start] + 1
+  texts = _texts([*parts, tokens[last:part_a]], vocabulary)
+  # 2. Part A, with the names of masks for the spans.
+  names_of_masks = [names[int(tokens[places[start]])] for start in in_text_order]
+  pairs = zip(names_of_masks, texts[2::2], strict=True)
+  lines = _wrap('Part A  ', texts[0] + ''.join(itertools.chain(*pairs)))
+  # 3. The spans, in the order of Part B.
+  for start, end in ends.items():
+    number, inputs = 2 * in_text_order.index(start) + 1, tokens[start + 1 : end]
+    text = given = texts[number]
+    # Inputs may be noise, and lack the last token of a span without [eop].
+    if not np.array_equal(inputs, parts[number]):
+      given = _texts([np.concatenate(parts[:number]), inputs], vocabulary)[1]
+    if len(parts[number]) < end - start:
+      text += names[s.eop]
     seen = f'sees {example["key_start"][start]}..{example["key_end"][start] - 1}'
     lines += _wrap(
       f'  position {position[start]}, block {block[start]}-{block[end - 1]}, {seen}:  ',
-      f'{_text(tokens[start:end], vocabulary)}  =>  '
-      f'{_text(targets[start:end], vocabulary)}',
+      f'{names[int(tokens[start])]}{given}  =>  {text}',
     )
-  return '\n'.join(lines)
+  return lines
 
 
 def statistics(batch: Mapping[str, np.ndarray], skipped: int) -> str:
@@ -142,9 +184,24 @@ def _span_lengths(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {'lengths': np.array(lengths), 'open': np.array(is_open)}
 
 
-def _text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
-  """Tokens as text, with control pieces by their names."""
-  return vocabulary.decode(ids.tolist(), control=True).replace('\n', '↵')
+def _texts(parts: Sequence[np.ndarray], vocabulary: Vocabulary) -> list[str]:
+  """Parts of a document as they read in it, control pieces by their names."""
+  names, s = vocabulary.names, vocabulary.specials
+  inside = {s.mask, s.gmask, s.smask, s.dblock}
+  # Runs of text or of control pieces. Behind control pieces such as <eos>, or the roles of
+  # a chat, a text begins, which is decoded by itself.
+  documents: list[list[tuple[int, bool, list[int]]]] = [[]]
+  for number, part in enumerate(parts):
+    for control, run in itertools.groupby(part.tolist(), names.__contains__):
+      documents[-1].append((number, control, [*run]))
+      if control and not inside.issuperset(documents[-1][-1][2]):
+        documents.append([])
+  texts = [''] * len(parts)
+  for runs in documents:
+    read = vocabulary.decode_parts([ids for _, _, ids in runs])
+    for (number, control, ids), text in zip(runs, read, strict=True):
+      texts[number] += ''.join(names[t] for t in ids) if control else text
+  return [text.replace('\n', '↵') for text in texts]
 
 
 def _wrap(head: str, text: str) -> list[str]:
