@@ -95,7 +95,7 @@ READABLE = Rule(
   lambda path: _scheme(path) in ('', 'gs') and '\0' not in path,
   'mount other storage, or copy what is there',
 )
-"""Of text and shards, which are read and written wherever they are."""
+"""Of what is read and written in a bucket as well: text, shards, runs."""
 
 
 def _scheme(path: str) -> str:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.training import start, state
 
   startup.find_devices()
-  configs.check_path('--checkpoint', flags.checkpoint)
+  configs.check_path('--checkpoint', flags.checkpoint, configs.READABLE)
   # JAX takes 32 bits of a seed, and would drop the others.
   configs.check(
     configs.SEED.holds(flags.seed),

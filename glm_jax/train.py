@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from glm_jax import checkpoints, cli, configs, distributed, sharding, startup
+from glm_jax import checkpoints, cli, configs, distributed, sharding, startup, storage
 from glm_jax.checkpoints import Checkpoints, folder
 from glm_jax.models import config as model_config
 from glm_jax.training import evaluation, metrics, optimizer, program, report, start, state
@@ -45,6 +44,7 @@ def train(
   telling = telling or startup.Telling('')
   telling.quiet = not distributed.is_leader()
 
+  storage.check_can_save(config.model_dir)
   # The model may stand in another checkpoint.
   config, vocabulary, source = start.resolve(config)
   recipe = config.recipe
@@ -87,9 +87,9 @@ def train(
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
   saved_step = checkpoints.latest_step(config.model_dir)
-  summary = Path(config.model_dir) / 'summary.json'
+  run = storage.Folder(config.model_dir)
   # One that was killed before it had reported goes on to its report.
-  reported = saved_step == config.train_steps and summary.exists()
+  reported = saved_step == config.train_steps and run.read('summary.json') is not None
   if saved_step is not None and (reported or saved_step > config.train_steps):
     say(
       f'{config.model_dir} is at step {saved_step}, and TRAIN_STEPS={config.train_steps}: '
@@ -193,7 +193,7 @@ def train(
 
     # Reports; again if the run was complete but killed before it had reported.
     telling.stop()
-    if first < config.train_steps or not summary.exists():
+    if first < config.train_steps or not reported:
       report.report(config, data, merge(current['params'], frozen), say)
   writer.close()
   distributed.barrier('done')

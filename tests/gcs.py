@@ -1,7 +1,8 @@
-"""Google Cloud Storage on this machine, as much of its JSON API as TensorFlow uses.
+"""Google Cloud Storage on this machine, as much of its JSON API as our libraries use.
 
 A proxy that answers, with a certificate of its own, for the two hosts that TensorFlow's
-file system talks to: nothing leaves the machine, and the code under test is unchanged.
+file system talks to, and TensorStore's endpoint: nothing leaves the machine, and the code
+under test is unchanged.
 """
 
 import contextlib
@@ -10,7 +11,9 @@ import json
 import re
 import ssl
 import threading
+import types
 import urllib.parse
+import zlib
 
 import trustme
 
@@ -43,6 +46,8 @@ def serve(folder, buckets=('bucket',)):
     'https_proxy': f'http://localhost:{server.server_port}',
     'CURL_CA_BUNDLE': str(folder / 'ca.pem'),
     'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'token',
+    'TENSORSTORE_GCS_HTTP_URL': f'http://localhost:{server.server_port}',
+    'STORAGE_EMULATOR_HOST': f'http://localhost:{server.server_port}',
     'NO_GCE_CHECK': 'true',
   }
   try:
@@ -100,19 +105,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if found:
       name = f'{found[1]}/{query["name"]}'
       if method == 'POST':
-        if query.get('ifGenerationMatch') == '0' and name in objects:
+        wanted = query.get('ifGenerationMatch')
+        if wanted is not None and wanted != self._generation(name):
           return 412, b'', {}
         if query.get('uploadType') != 'resumable':
           objects[name] = body
-          return 200, _json({'name': query['name']}), {}
+          return 200, _json(self._about(name)), {}
         return 200, b'', {'Location': f'https://{HOSTS[0]}{self.path}'}
       objects[name] = body  # TensorFlow sends a file of these sizes in one piece
       return 200, _json({'name': query['name']}), {}
+    media = re.fullmatch(r'/storage/v1/b/([^/]+)/o/([^/]+)', path)
+    if media and query.get('alt') == 'media':
+      return self._read(f'{media[1]}/{urllib.parse.unquote(media[2])}', query)
     if self.headers['Host'].startswith(HOSTS[1]):
       return self._read(urllib.parse.unquote(path.lstrip('/')))
     found = re.fullmatch(r'/storage/v1/b/([^/]+)', path)
     if found:
-      return (200, b'{}', {}) if found[1] in self.server.buckets else (404, b'{}', {})
+      there = found[1] in self.server.buckets
+      return (200, _json({'name': found[1]}), {}) if there else (404, b'{}', {})
     found = re.fullmatch(r'/storage/v1/b/([^/]+)/o', path)
     if found:
       return 200, _json(_list(objects, found[1] + '/', query)), {}
@@ -134,19 +144,37 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if method == 'DELETE':
       del objects[name]
       return 204, b'', {}
-    size = str(len(objects[name]))
-    stat = {'size': size, 'generation': '1', 'updated': '2026-01-01T00:00:00.000Z'}
-    return 200, _json(stat), {}
+    return 200, _json(self._about(name)), {}
 
-  def _read(self, name):
+  def _generation(self, name):
+    """Of an object: another one whenever its content is; '0' for none."""
+    content = self.server.objects.get(name)
+    return '0' if content is None else str(1 + zlib.crc32(content))
+
+  def _about(self, name):
+    return {
+      'name': name.partition('/')[2],
+      'size': str(len(self.server.objects[name])),
+      'generation': self._generation(name),
+      'updated': '2026-01-01T00:00:00.000Z',
+    }
+
+  def _read(self, name, query=types.MappingProxyType({})):
     if name not in self.server.objects:
       return 404, b'', {}
+    generation = self._generation(name)
+    if query.get('ifGenerationNotMatch') == generation:
+      return 304, b'', {}
+    about = {'X-Goog-Generation': generation}
     data = self.server.objects[name]
     wanted = re.fullmatch(r'bytes=(\d+)-(\d+)', self.headers.get('Range', ''))
     if not wanted:
-      return 200, data, {}
-    first, last = int(wanted[1]), int(wanted[2])
-    return (206, data[first : last + 1], {}) if first < len(data) else (416, b'', {})
+      return 200, data, about
+    first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
+    if first >= len(data):
+      return 416, b'', {}
+    about['Content-Range'] = f'bytes {first}-{last}/{len(data)}'
+    return 206, data[first : last + 1], about
 
   do_GET = lambda self: self._answer('GET')
   do_POST = lambda self: self._answer('POST')
@@ -159,6 +187,9 @@ def _list(objects, bucket, query):
   items, folders = [], set()
   for name in sorted(objects):
     if not name.startswith(bucket + prefix):
+      continue
+    own = name.removeprefix(bucket)
+    if own < query.get('startOffset', '') or own >= query.get('endOffset', '\U0010ffff'):
       continue
     rest = name[len(bucket + prefix) :]
     if delimiter and delimiter in rest:

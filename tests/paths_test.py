@@ -13,26 +13,24 @@ QUICKSTART = '--gin_file=gin_configs/quickstart.gin'
 # {}: the address.
 LOCAL = {
   'train': [
-    *(
-      [QUICKSTART, *gin(f"{name}='{{}}'")]
-      for name in ('MODEL_DIR', 'TrainConfig.init_from')
-    ),
     [QUICKSTART, *gin("VocabularyConfig.path='chatglm3:{}'")],
     [QUICKSTART, *gin("CorpusConfig.cache_dir='{}'")],
-    [
-      '--gin_file=gin_configs/runs/continue.gin',
-      *gin("INIT_FROM='{}'", "CORPUS='a'", "MODEL_DIR='x'"),
-    ],
     ['--gin_file={}'],
   ],
-  'generate': [['--checkpoint={}', '--prompt=a [MASK]']],
   'convert': [['{}', 'there'], ['.', '{}'], ['.', 'there', '--vocabulary=bytes:{}']],
   'plan': [[QUICKSTART, '--platform=cpu', '--json={}']],
   'preview': [[QUICKSTART, '--output={}', '--examples=1']],
   'tune': [['--gin_file=gin_configs/tune_quickstart.gin', *gin("STUDY_DIR='{}'")]],
 }
 ELSEWHERE = {
+  'generate': [['--checkpoint={}', '--prompt=a [MASK]']],
   'train': [
+    [QUICKSTART, *gin("MODEL_DIR='{}'")],
+    [QUICKSTART, *gin("TrainConfig.init_from='{}'")],
+    [
+      '--gin_file=gin_configs/runs/continue.gin',
+      *gin("INIT_FROM='{}'", "CORPUS='a'", "MODEL_DIR='x'"),
+    ],
     [QUICKSTART, *gin("CorpusConfig.corpus='{}/*.txt'")],
     [QUICKSTART, *gin("CorpusConfig.corpus='shards:{}'")],
     [QUICKSTART, *gin("CorpusConfig.validation='{}/*.txt'", "CorpusConfig.corpus='a'")],

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from glm_jax import configs
+from glm_jax import configs, storage
 
 # Of the beginning and of the end of each file.
 _SAMPLE = 2**16
@@ -16,7 +16,7 @@ _SAMPLE = 2**16
 
 def describe(folder: epath.Path) -> dict[str, str]:
   """A checkpoint as run.json and the checkpoints of a run name it."""
-  return {'folder': str(folder.absolute()), 'fingerprint': fingerprint(folder)}
+  return {'folder': str(storage.absolute(folder)), 'fingerprint': fingerprint(folder)}
 
 
 def fingerprint(folder: epath.Path) -> str:

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from glm_jax import configs
+from glm_jax import configs, storage
 from glm_jax.configs import UserError
 
 FILE = 'run.json'
@@ -61,11 +58,11 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
   Raises:
     UserError: it belongs to another run, or to something else.
   """
-  path = Path(model_dir) / FILE
-  if not path.exists():
-    others = sorted(os.listdir(model_dir)) if Path(model_dir).is_dir() else []
+  folder = storage.Folder(model_dir)
+  content = folder.read(FILE)
+  if content is None:
     # A process killed in its first moment leaves the beginning of this file.
-    others = [name for name in others if not name.startswith(f'.{FILE}.')]
+    others = [name for name in folder.names() if not name.startswith(f'.{FILE}.')]
     configs.check(
       not others,
       'MODEL_DIR must be a new or empty folder, or that of a run',
@@ -74,10 +71,11 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
     )
     return []
   try:
-    stored = json.loads(path.read_text(encoding='utf-8'))
+    stored = json.loads(content)
   except ValueError as error:
     raise UserError(
-      f'{path} must be readable JSON, got {error}; restore it or choose another MODEL_DIR.'
+      f'{model_dir}/{FILE} must be readable JSON, got {error}; restore it or choose '
+      'another MODEL_DIR.'
     ) from error
   # As it was written: JSON knows no tuples, and a list does not equal one.
   run, settings = json.loads(json.dumps([run, settings]))
@@ -96,10 +94,11 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
 
 def decided(model_dir: str) -> dict[str, Any]:
   """What a run found for itself when it began, and keeps; {} for a new folder."""
+  content = storage.Folder(model_dir).read(FILE)
   try:
-    stored = json.loads((Path(model_dir) / FILE).read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return {}  # `check_same` says what is wrong with it
+    stored = json.loads(content or '')
+  except ValueError:
+    return {}  # a new folder; of a damaged file, `check_same` speaks
   # Before that was decided, rows were cut from a stream unless the user said otherwise.
   return stored.get('decided', {'packed': False})
 
@@ -123,36 +122,12 @@ def write(
   Raises:
     OSError: no permission, or a file in the way.
   """
-  folder = Path(model_dir)
-  make(folder)
+  folder = storage.Folder(model_dir)
   # run.json first: a folder that holds anything else, and no run.json, is refused as
   # somebody else's, even if this run began it.
   content = {'identity': run, 'settings': settings, 'decided': dict(decided)}
-  write_atomically(folder / FILE, json.dumps(content, indent=2) + '\n')
-  write_atomically(folder / 'config.gin', config_text)
-
-
-def make(folder: Any) -> None:
-  """Makes a folder, and those that it is in.
-
-  Raises:
-    OSError: it cannot be there.
-  """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  # Below /proc and the like, a folder cannot be made and is said to be missing.
-  except FileNotFoundError as error:
-    raise configs.ResourceError(
-      errno.EROFS, os.strerror(errno.EROFS), str(folder)
-    ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """All of the file or nothing of it, whenever the process dies."""
-  # In the same folder, since a rename is atomic within one file system alone.
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, path)
+  folder.write(FILE, (json.dumps(content, indent=2) + '\n').encode('utf-8'))
+  folder.write('config.gin', config_text.encode('utf-8'))
 
 
 def _differences(before: Any, now: Any, name: str = '') -> list[str]:

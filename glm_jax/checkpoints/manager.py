@@ -23,7 +23,7 @@ from etils import epath
 from flax import serialization, traverse_util
 from orbax.checkpoint import checkpoint_managers
 
-from glm_jax import configs
+from glm_jax import configs, storage
 from glm_jax.checkpoints import base
 from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
 from glm_jax.configs import ResourceError, UserError, at_least, one_of
@@ -93,7 +93,7 @@ class Checkpoints:
         )
       )
     self._manager = ocp.CheckpointManager(
-      self.folder.absolute(),
+      storage.absolute(self.folder),
       item_names=_ITEMS,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
@@ -216,7 +216,7 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
     UserError: unreadable, or of another format version.
   """
   with _unreadable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    meta = reader.restore(folder.absolute() / 'meta')
+    meta = reader.restore(storage.absolute(folder) / 'meta')
   configs.check(
     meta.get('format') == FORMAT,
     f'checkpoints of format {FORMAT} are read',
@@ -246,7 +246,7 @@ def read_params(
   whole = base.of(folder, read_meta(folder))
   flat = traverse_util.flatten_dict(abstract)
   with _unreadable(folder), ocp.StandardCheckpointer() as reader:
-    tree = reader.metadata(folder.absolute() / 'params').item_metadata.tree
+    tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree
   held = traverse_util.flatten_dict(tree)
   elsewhere = {k: v for k, v in flat.items() if whole and k not in held}
   own = {k: v for k, v in flat.items() if k not in elsewhere}
@@ -287,7 +287,7 @@ def _read(
     wanted = ocp.args.PyTreeRestore(
       abstract, restore_args=jax.tree.map(arrays, abstract), partial_restore=some
     )
-    found = reader.restore(folder.absolute() / 'params', args=wanted)
+    found = reader.restore(storage.absolute(folder) / 'params', args=wanted)
   return traverse_util.flatten_dict(found)
 
 
@@ -319,7 +319,10 @@ def _complete_steps(folder: epath.Path) -> list[int]:
 
 def _complete(path: epath.Path) -> bool:
   # Orbax's files: `_METADATA` of arrays and `metadata` of JSON. A run saves a step under a
-  # temporary name, a conversion writes `meta` last: a folder with both is whole.
+  # temporary name, a conversion writes `meta` last: a folder with both is whole. A bucket
+  # renames nothing, and Orbax's last file there says so.
+  if storage.is_remote(str(path)) and not (path / 'commit_success.txt').exists():
+    return False
   return all(
     (path / item / '_METADATA').exists() or (path / item / 'metadata').exists()
     for item in ('params', 'meta')

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from glm_jax import configs
 from glm_jax.checkpoints import CheckpointConfig
-from glm_jax.configs import LOCAL, POSITIVE, SEED, at_least
+from glm_jax.configs import POSITIVE, READABLE, SEED, at_least
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, ComputeConfig, GLMConfig
 from glm_jax.sharding import MeshConfig
 from glm_jax.training.optimizer import OptimizerConfig
@@ -26,7 +26,7 @@ class CheckpointModel:
     path: of a converted checkpoint, or the MODEL_DIR of a run.
   """
 
-  path: Annotated[str, LOCAL]
+  path: Annotated[str, READABLE]
 
   def __post_init__(self):
     configs.check_fields(self)
@@ -85,10 +85,10 @@ class TrainConfig:
   batch_size: Annotated[int, POSITIVE]
   microbatches: Annotated[int, POSITIVE] = 1
   train_steps: Annotated[int, POSITIVE]
-  model_dir: Annotated[str, LOCAL]
+  model_dir: Annotated[str, READABLE]
   seed: Annotated[int, SEED] = 0
   log_every: Annotated[int, POSITIVE] = 100
-  init_from: Annotated[str, LOCAL] = ''
+  init_from: Annotated[str, READABLE] = ''
   trained: str = ''
 
   def __post_init__(self):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from glm_jax import distributed
-from glm_jax.checkpoints import folder
+from glm_jax import distributed, storage
 from glm_jax.training import recipe, writer
 from glm_jax.training.config import TrainConfig
 
@@ -32,8 +30,6 @@ def report(
     return
   picture = writer.plot_losses(config.model_dir, reported.pop('lines', {}))
   summary = {'steps': config.train_steps, 'validation': validated, **reported}
-  folder.write_atomically(
-    Path(config.model_dir) / 'summary.json',
-    json.dumps(summary, indent=2, ensure_ascii=False) + '\n',
-  )
+  text = json.dumps(summary, indent=2, ensure_ascii=False) + '\n'
+  storage.Folder(config.model_dir).write('summary.json', text.encode('utf-8'))
   say(f'\nloss curve in {picture}')

@@ -1,14 +1,21 @@
-"""What a run leaves to be read: `metrics.jsonl`, TensorBoard, and a picture at the end."""
+"""What a run leaves to be read: metrics, TensorBoard, and a picture at the end."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from glm_jax import storage
+
 
 class Writer:
-  """Appends to `metrics.jsonl` and to TensorBoard; on the leader only."""
+  """Writes metrics and TensorBoard's events; on the leader only.
+
+  Here, a line of `metrics.jsonl` is appended. In a bucket, where nothing can be, a record
+  is a file of its own, `metrics/STEP-KIND.json`.
+  """
 
   def __init__(self, model_dir: str, enabled: bool):
     """
@@ -16,47 +23,58 @@ class Writer:
       model_dir: of the run.
       enabled: False writes nothing.
     """
-    self._file = self._board = None
+    self._board = self._file = None
+    self._folder = storage.Folder(model_dir)
     if enabled:
       # Not tensorboardX, which imports PyTorch wherever it is installed: four seconds.
       from tensorboard.summary import Writer as Board
 
-      self._file = (Path(model_dir) / 'metrics.jsonl').open('a', encoding='utf-8')
-      self._board = Board(str(Path(model_dir) / 'tensorboard'))
+      if not storage.is_remote(model_dir):
+        self._file = (Path(model_dir) / 'metrics.jsonl').open('a', encoding='utf-8')
+      self._board = Board(f'{model_dir}/tensorboard')
 
   def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
     """One record: kind is 'train' or 'validation'."""
-    if self._file is None:
+    if self._board is None:
       return
     record = {'step': step, 'kind': kind, **{k: round(v, 6) for k, v in values.items()}}
-    self._file.write(json.dumps(record) + '\n')
-    # Whoever follows the run sees the record at once, and a kill does not lose it.
-    self._file.flush()
+    line = json.dumps(record) + '\n'
+    if self._file is None:
+      self._folder.write(f'metrics/{step:012}-{kind}.json', line.encode('utf-8'))
+    else:
+      self._file.write(line)
+      # Whoever follows the run sees the record at once, and a kill does not lose it.
+      self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(f'{kind}/{name}', value, step)
 
   def close(self) -> None:
     if self._file is not None:
       self._file.close()
+    if self._board is not None:
       self._board.close()
 
 
 def read(model_dir: str, kind: str) -> list[dict[str, float]]:
   """Records of one kind in order of step; a step repeated after a resume, its last."""
-  path = Path(model_dir) / 'metrics.jsonl'
+  folder = storage.Folder(model_dir)
+  if storage.is_remote(model_dir):
+    lines = folder.read_all(folder.below('metrics'))
+  else:
+    lines = (folder.read('metrics.jsonl') or b'').splitlines()
   records = {}
-  for line in path.read_text(encoding='utf-8').splitlines():
+  for line in lines:
     try:
       record = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
       continue  # a process killed in the middle of a line left it
     if record['kind'] == kind:
       records[record['step']] = record
   return [records[step] for step in sorted(records)]
 
 
-def plot_losses(model_dir: str, baselines: Mapping[str, float]) -> Path:
-  """Saves `loss.png`: training and validation losses over steps.
+def plot_losses(model_dir: str, baselines: Mapping[str, float]) -> str:
+  """Saves `loss.png`, training and validation losses over steps; says where.
 
   Args:
     model_dir: of the run.
@@ -84,6 +102,7 @@ def plot_losses(model_dir: str, baselines: Mapping[str, float]) -> Path:
     axes.axhline(value, ls=style, color='0.3', lw=1, label=label)
   axes.set(xlabel='step', ylabel='loss (nats a target token)')
   axes.legend(frameon=False)
-  path = Path(model_dir) / 'loss.png'
-  figure.savefig(path, dpi=120)
-  return path
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=120, format='png')
+  storage.Folder(model_dir).write('loss.png', picture.getvalue())
+  return f'{model_dir}/loss.png'
