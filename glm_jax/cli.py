@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ EXIT_DATA = 65
 EXIT_NUMERICS = 70
 # A file cannot be read or written.
 EXIT_IO = 74
+# 128 + SIGPIPE, as a shell reports it.
+_EXIT_PIPE = 141
 
 # What the system says of its disks and permissions. A file that is missing is not among
 # them: either it is refused by name, or the program lost it.
@@ -39,7 +42,11 @@ _BINDING = re.compile(r'--gin\.([^=]+)=(.*)', re.DOTALL)
 def main(run: Callable[[Sequence[str]], None]) -> None:
   """Runs a command and leaves with its exit code."""
   startup.be_quiet()
-  sys.exit(exit_code(run, sys.argv[1:]))
+  code = exit_code(run, sys.argv[1:])
+  if code == _EXIT_PIPE:
+    # Python writes what it still holds as it ends, and would complain again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit(code)
 
 
 def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
@@ -53,6 +60,8 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     return _stop(one_line(error), EXIT_DATA)
   except FloatingPointError as error:
     return _stop(str(error), EXIT_NUMERICS)
+  except BrokenPipeError:
+    return _EXIT_PIPE  # whoever read the output, such as head, has enough
   except OSError as error:
     if not isinstance(error, ResourceError) and error.errno not in _OF_THE_DISK:
       raise

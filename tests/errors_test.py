@@ -51,6 +51,11 @@ def test_what_a_user_can_mend_is_one_line_and_a_code(error, code, said, capsys):
   assert line.startswith('error: ') and said in line and end == ''
 
 
+def test_a_reader_that_has_enough_hears_nothing(capsys):
+  assert cli.exit_code(_raises(BrokenPipeError(errno.EPIPE, 'Broken pipe')), []) == 141
+  assert capsys.readouterr().err == ''
+
+
 @pytest.mark.parametrize(
   'error',
   [
