@@ -159,6 +159,14 @@ def test_pairs_are_packed_unless_somebody_says_otherwise(tmp_path):
   assert _prepared(texts, both).packed
 
 
+@pytest.mark.parametrize('long,said', [(2, False), (30, True)])
+def test_pairs_that_are_left_out_are_said_where_they_are_many(tmp_path, long, said):
+  texts = ['yes'] * (300 - long) + ['word ' * 40] * long
+  objects = [{'prompt': f'{n}?', 'text': text} for n, text in enumerate(texts)]
+  notes = ' '.join(_prepared(_corpus(tmp_path, objects)).notes)
+  assert ('longer than a row and left out' in notes) == said
+
+
 def test_a_mixture_of_one_objective_is_said(tmp_path):
   texts = _corpus(tmp_path, [{'text': f'Text {n}. More of it.'} for n in range(300)])
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import seqio
 
@@ -22,6 +23,10 @@ from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream.mixing import MixtureConfig
 from glm_jax.data.stream.source import Corpus
 from glm_jax.text.vocabulary import Vocabulary
+
+
+# Share of the documents whose loss is more than a number in a line.
+_MANY_LEFT_OUT = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,7 @@ def prepare(
     'validation': row_plan(task, length, evaluation, vocabulary, packed=packed),
   }
   rows = {name: _rows_of(source, vocabulary, plans) for name, source in named.items()}
+  notes += [_left_out(named[name], r['train'].stats) for name, r in rows.items()]
   shares = mixture.shares({name: len(r['train']) for name, r in rows.items()})
   # A corpus without a share is not read.
   corpora = [Corpus(name, rows[name], share) for name, share in shares.items() if share]
@@ -126,7 +132,18 @@ def prepare(
     evaluation_tasks=evaluation_tasks if has_validation else {},
     corpora=tuple(corpora),
     packed=packed,
-    notes=tuple(notes),
+    notes=tuple(filter(None, notes)),
+  )
+
+
+def _left_out(corpus: CorpusConfig, stats: Mapping[str, Any]) -> str:
+  """What a person is told of a corpus whose pairs are often too long; '' of others."""
+  dropped, all_of_it = stats['dropped'], stats['dropped'] + stats['documents']
+  if dropped <= _MANY_LEFT_OUT * all_of_it:
+    return ''
+  return (
+    f'{dropped:,} of {all_of_it:,} documents in {corpus.corpus!r} are longer than a row and '
+    'left out: raise TASK_FEATURE_LENGTHS, or see CorpusConfig.too_long'
   )
 
 
