@@ -24,7 +24,6 @@ from glm_jax.data.stream.mixing import MixtureConfig
 from glm_jax.data.stream.source import Corpus
 from glm_jax.text.vocabulary import Vocabulary
 
-
 # Share of the documents whose loss is more than a number in a line.
 _MANY_LEFT_OUT = 0.01
 
@@ -142,8 +141,8 @@ def _left_out(corpus: CorpusConfig, stats: Mapping[str, Any]) -> str:
   if dropped <= _MANY_LEFT_OUT * all_of_it:
     return ''
   return (
-    f'{dropped:,} of {all_of_it:,} documents in {corpus.corpus!r} are longer than a row and '
-    'left out: raise TASK_FEATURE_LENGTHS, or see CorpusConfig.too_long'
+    f'{dropped:,} of {all_of_it:,} documents in {corpus.corpus!r} are longer than a row '
+    'and left out: raise TASK_FEATURE_LENGTHS, or see CorpusConfig.too_long'
   )
 
 
