@@ -54,12 +54,8 @@ def train(
   built = program.build(config, layout)
   # The optimizer has the same schedule inside; this one is for the log.
   rate = optimizer.schedule(config.optimizer, config.train_steps)
-  warmup, _ = optimizer.ends(config.optimizer, config.train_steps)
-  if warmup != config.optimizer.warmup_steps:
-    say(
-      f'a warm-up of {config.optimizer.warmup_steps} steps does not fit into '
-      f'{config.train_steps}: it is {warmup}'
-    )
+  for line in optimizer.in_words(config.optimizer, config.train_steps):
+    say(line)
 
   # Data. The leader goes first, so that the others find its caches.
   telling('preparing data: TensorFlow, the text, its vocabulary')

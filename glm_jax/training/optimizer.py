@@ -91,6 +91,20 @@ def ends(config: OptimizerConfig, train_steps: int) -> tuple[int, int]:
   return end // 10, end
 
 
+def in_words(config: OptimizerConfig, train_steps: int) -> list[str]:
+  """What a person is told of a warm-up that was shortened.
+
+  Example:
+    >>> in_words(OptimizerConfig(warmup_steps=100), 20)
+    ['a warm-up of 100 steps does not fit into 20: it is 2']
+  """
+  warmup, _ = ends(config, train_steps)
+  if warmup == config.warmup_steps:
+    return []
+  asked = config.warmup_steps
+  return [f'a warm-up of {asked} steps does not fit into {train_steps}: it is {warmup}']
+
+
 def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.Array]:
   """Step -> learning rate, float32.
 
