@@ -188,8 +188,8 @@ GIVEN = {
   'generate': [
     ('', 'a checkpoint must be a folder with params and meta'),
     ('--checkpoint=', 'a checkpoint must be a folder'),
-    ('--temperature=-1', 'Sampling.temperature must be 0 or more, got -1.0'),
-    ('--temperature=nan', 'Sampling.temperature must be 0 or more, got nan'),
+    ('--temperature=-1', 'Sampling.temperature must be 0, or in [1e-30, 1e30], got -1.0'),
+    ('--temperature=nan', 'Sampling.temperature must be 0, or in [1e-30, 1e30], got nan'),
     ('--top_k=-1', 'Sampling.top_k must be 0 or more'),
     ('--top_p=0', 'Sampling.top_p must be in (0, 1]'),
     ('--top_p=1.5', 'Sampling.top_p must be in (0, 1]'),
