@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from glm_jax import slips, startup
 from glm_jax.bindings import load_config
-from glm_jax.configs import ResourceError, UserError, check, check_path, one_line
+from glm_jax.configs import LOCAL, ResourceError, UserError, check, check_value, one_line
 
 # Exit codes as in sysexits.h, by which a scheduler can tell whether to try again.
 # Bad input or configuration: the next attempt would fail as well.
@@ -201,7 +201,7 @@ def output_file(flag: str, value: str) -> Path:
   Raises:
     UserError: its folder does not exist, or it is a folder, or an address elsewhere.
   """
-  check_path(flag, value)
+  check_value(flag, value, LOCAL)
   path = Path(value)
   check(
     path.resolve().parent.is_dir() and not path.is_dir(),

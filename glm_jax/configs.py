@@ -145,12 +145,12 @@ def check_fields(config: Any) -> None:
         f'{_remedy(value, hint)}.'
       )
     for rule in rules:
-      check(rule.holds(value), f'{name} must be {rule.words}', repr(value), rule.remedy)
+      check_value(name, value, rule)
 
 
-def check_path(name: str, path: str, rule: Rule = LOCAL) -> None:
-  """Raises UserError for the value of a flag that is an address elsewhere."""
-  check(rule.holds(path), f'{name} must be {rule.words}', repr(path), rule.remedy)
+def check_value(name: str, value: Any, rule: Rule) -> None:
+  """Raises UserError if the value of a field or a flag breaks a rule."""
+  check(rule.holds(value), f'{name} must be {rule.words}', repr(value), rule.remedy)
 
 
 def check(condition: bool, rule: str, received: str, remedy: str) -> None:

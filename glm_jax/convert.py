@@ -74,7 +74,7 @@ def convert(flags: argparse.Namespace) -> None:
   began = time.perf_counter()
   paths = {'SRC': flags.src, 'DST': flags.dst, '--vocabulary': flags.vocabulary}
   for name, path in paths.items():
-    configs.check_path(name, path)
+    configs.check_value(name, path, configs.LOCAL)
   src, dst = Path(flags.src), Path(flags.dst)
   configs.check(
     not dst.exists(),

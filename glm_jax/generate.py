@@ -23,14 +23,9 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.training import start, state
 
   startup.find_devices()
-  configs.check_path('--checkpoint', flags.checkpoint, configs.READABLE)
+  configs.check_value('--checkpoint', flags.checkpoint, configs.READABLE)
   # JAX takes 32 bits of a seed, and would drop the others.
-  configs.check(
-    configs.SEED.holds(flags.seed),
-    f'--seed must be {configs.SEED.words}',
-    str(flags.seed),
-    configs.SEED.remedy,
-  )
+  configs.check_value('--seed', flags.seed, configs.SEED)
   sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
   folder = checkpoints.find(flags.checkpoint)
   meta = checkpoints.read_meta(folder)

@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> None:
     type(recipe).__name__,
     'use Pretraining or a recipe made of it',
   )
-  configs.check_path('--output_dir', flags.output_dir, configs.READABLE)
-  configs.check_path('--output_dir', flags.output_dir, configs.NOT_EMPTY)
+  for rule in (configs.READABLE, configs.NOT_EMPTY):
+    configs.check_value('--output_dir', flags.output_dir, rule)
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   # Imported below the flags: a mistake in them is told at once.
   with startup.silenced_stderr():

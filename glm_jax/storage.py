@@ -8,6 +8,7 @@ what grows is written in parts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -49,6 +50,19 @@ def absolute(path: Any) -> Any:
   return path if is_remote(path) else path.absolute()
 
 
+def make(folder: Any) -> None:
+  """Makes a folder of pathlib or of `etils.epath`, and those that it is in.
+
+  Raises:
+    OSError: it cannot be there.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  # Below /proc and the like, a folder cannot be made and is said to be missing.
+  except FileNotFoundError as error:
+    raise ResourceError(f'{folder} must be where a folder can be made') from error
+
+
 class Folder:
   """The files below a folder, by name."""
 
@@ -86,7 +100,8 @@ class Folder:
     if self._here is not None:
       return [(self._here / name).read_bytes() for name in names]
     with _of_bucket(self.path):
-      return [r.value for r in [f.result() for f in map(self._store.read, names)]]
+      asked = [self._store.read(name) for name in names]
+      return [answer.result().value for answer in asked]
 
   def write(self, name: str, content: bytes) -> None:
     """All of a file or nothing of it, whenever the process dies; the folder is made.
@@ -99,17 +114,13 @@ class Folder:
         self._store.write(name, content).result()
       return
     path = self._here / name
-    try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-    # Below /proc and the like, a folder cannot be made and is said to be missing.
-    except FileNotFoundError as error:
-      raise ResourceError(f'{path.parent} must be where a folder can be made') from error
+    make(path.parent)
     # In the same folder, since a rename is atomic within one file system alone.
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
-  @property
+  @functools.cached_property
   def _store(self) -> Any:
     import tensorstore as ts
 

@@ -1,6 +1,5 @@
 """Text around masks and blanks: encoded and decoded as the released tokenizers do it."""
 
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -8,14 +7,20 @@ import re
 
 import numpy as np
 import pytest
-from released_vocabularies_test import ICE_PIECES, MAKERS, SETTINGS, _sentencepiece
+from released_vocabularies_test import (
+  ICE_PIECES,
+  MAKERS,
+  SETTINGS,
+  _sentencepiece,
+  original,
+)
 from tokenizers import Tokenizer
 
 from glm_jax.configs import UserError
 from glm_jax.data.examples import render
 from glm_jax.inference.filling import Filler
 from glm_jax.models import ChatGLM2Config, GLMConfig
-from glm_jax.text import fast, loading, released
+from glm_jax.text import fast, released
 from glm_jax.text import vocabulary as vocabularies
 
 MASKS = ('[MASK]', '[gMASK]', '[sMASK]')
@@ -115,11 +120,8 @@ def test_a_span_brings_its_own_space():
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', GOLDEN)
 def test_masks_in_a_text_are_encoded_as_by_the_original(kind):
-  package = importlib.util.find_spec('sat')
-  assert package, 'pip install --no-deps -r launch/requirements/vocabularies.txt'
-  folder = pathlib.Path(package.origin).parent / 'tokenization/embed_assets'
-  path = next(p for k, p in (s.split(':') for s in SETTINGS.values()) if k == kind)
-  vocabulary = loading.load(f'{kind}:{folder / path}')
+  setting = next(s for s in SETTINGS.values() if s.partition(':')[0] == kind)
+  vocabulary = original(setting)
   for text, ids in GOLDEN[kind].items():
     assert vocabulary.encode_marked(text, MASKS) == ids, text
 

@@ -123,7 +123,7 @@ def test_files_and_shards_hold_out_the_same_documents(tmp_path, count):
   both = _documents(config)
   assert both == _documents(config, 300)
   assert both['validation'] and sum(map(len, both.values())) == count  # no pair is cut
-  words = corpus.held_out_in_words(config)
+  words = parts.held_out_in_words(parts.find(config, parts.PART_BYTES))
   assert (count < 200) == bool(words) and (str(count) in words or not words)
 
 

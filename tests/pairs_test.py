@@ -144,6 +144,16 @@ def _prepared(corpus, mixture=MixtureConfig(), **more):
   )
 
 
+def _train(folder, corpus, *bindings):
+  return in_process(
+    'train',
+    '--gin_file=gin_configs/quickstart.gin',
+    *gin(*TINY, f"CorpusConfig.corpus='{corpus.corpus}'"),
+    *gin(f"CorpusConfig.cache_dir='{folder}/cache'", "MODEL_DIR='run'", *bindings),
+    cwd=folder,
+  )
+
+
 def test_pairs_are_packed_unless_somebody_says_otherwise(tmp_path):
   pairs_ = _corpus(tmp_path / 'p', [{'prompt': f'{n}?', 'text': 'yes'} for n in range(300)])
   texts = _corpus(tmp_path / 't', [{'text': f'Text {n}.'} for n in range(300)])
@@ -189,13 +199,7 @@ def test_a_run_of_before_goes_on_with_a_stream(tmp_path):
   corpus = _corpus(
     tmp_path / 'text', [{'prompt': f'{n}?', 'text': 'yes ' * 8} for n in range(300)]
   )
-  arguments = [
-    '--gin_file=gin_configs/quickstart.gin',
-    *gin(*TINY, "VocabularyConfig.path='bytes'", f"CorpusConfig.corpus='{corpus.corpus}'"),
-    *gin(f"CorpusConfig.cache_dir='{tmp_path}/cache'", "MODEL_DIR='run'"),
-    *gin('CheckpointConfig.every=1', 'EvaluationConfig.fill=0'),
-  ]
-  train = lambda *more: in_process('train', *arguments, *gin(*more), cwd=tmp_path)
+  train = lambda *more: _train(tmp_path, corpus, 'CheckpointConfig.every=1', *more)
   done = train('CorpusConfig.packed=False')
   assert done.returncode == 0, done.stderr
   path = tmp_path / 'run' / 'run.json'
@@ -216,15 +220,12 @@ def test_a_run_that_scores_nothing_says_so_and_goes_on(tmp_path, packed):
     [{'prompt': f'{n} ' + 'word ' * 100, 'text': 'no'} for n in range(40)],
     too_long='truncate_prompt_left',
   )
-  done = in_process(
-    'train',
-    '--gin_file=gin_configs/quickstart.gin',
-    *gin(*TINY, "VocabularyConfig.path='bytes'", f"CorpusConfig.corpus='{corpus.corpus}'"),
-    *gin(f"CorpusConfig.cache_dir='{tmp_path}/cache'", "MODEL_DIR='run'"),
-    *gin('TRAIN_STEPS=8', 'BATCH_SIZE=1', 'TrainConfig.log_every=1'),
-    *gin(f'CorpusConfig.packed={packed}', "MIXTURE_OR_TASK_NAME='glm_blank'"),
-    *gin('EvaluationConfig.examples=1', 'EvaluationConfig.every=2'),
-    cwd=tmp_path,
+  done = _train(
+    tmp_path,
+    corpus,
+    *('TRAIN_STEPS=8', 'BATCH_SIZE=1', 'TrainConfig.log_every=1'),
+    *(f'CorpusConfig.packed={packed}', "MIXTURE_OR_TASK_NAME='glm_blank'"),
+    *('EvaluationConfig.examples=1', 'EvaluationConfig.every=2'),
   )
   assert done.returncode == 0, done.stderr
   records = writer.read(str(tmp_path / 'run'), 'train')
@@ -266,15 +267,7 @@ def test_a_mixture_is_sharded_by_one_command_and_trains_alike(tmp_path):
 
   def batches(named):
     corpus = CorpusConfig(cache_dir=str(tmp_path / 'cache'))
-    mixture = MixtureConfig(corpora=named)
-    prepared = prepare.prepare(
-      'glm_causal',
-      {'tokens': 64},
-      corpus,
-      VocabularyConfig(path='bytes'),
-      ObjectiveConfig(),
-      mixture=mixture,
-    )
+    prepared = _prepared(corpus, MixtureConfig(corpora=named))
     read = pipeline.Stream('glm_causal', {'tokens': 64}, batch_size=8, seed=3)
     held = pipeline.batches(
       'glm_causal',

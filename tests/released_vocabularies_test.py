@@ -35,14 +35,19 @@ SETTINGS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('setting', GOLDEN)
-def test_ids_and_texts_are_the_originals(setting):
+def original(setting):
+  """The vocabulary of a setting, KIND:FILE, with the original's own file."""
   package = importlib.util.find_spec('sat')
   assert package, 'pip install --no-deps -r launch/requirements/vocabularies.txt'
   folder = pathlib.Path(package.origin).parent / 'tokenization/embed_assets'
-  kind, _, path = SETTINGS[setting].partition(':')
-  vocabulary, golden = loading.load(f'{kind}:{folder / path}'), GOLDEN[setting]
+  kind, _, path = setting.partition(':')
+  return loading.load(f'{kind}:{folder / path}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('setting', GOLDEN)
+def test_ids_and_texts_are_the_originals(setting):
+  vocabulary, golden = original(SETTINGS[setting]), GOLDEN[setting]
   assert vocabulary.size >= golden['num_tokens']
   assert -(-vocabulary.size // 128) * 128 == golden['padded_to_128']
   for use, command in golden['command_tokens'].items():

@@ -321,7 +321,7 @@ def _complete(path: epath.Path) -> bool:
   # Orbax's files: `_METADATA` of arrays and `metadata` of JSON. A run saves a step under a
   # temporary name, a conversion writes `meta` last: a folder with both is whole. A bucket
   # renames nothing, and Orbax's last file there says so.
-  if storage.is_remote(str(path)) and not (path / 'commit_success.txt').exists():
+  if storage.is_remote(path) and not (path / 'commit_success.txt').exists():
     return False
   return all(
     (path / item / '_METADATA').exists() or (path / item / 'metadata').exists()

@@ -31,11 +31,6 @@ def documents(config: CorpusConfig, split: str) -> Iterator[Document]:
       yield from (d for name, d in parts.read(config, part) if name == split)
 
 
-def held_out_in_words(config: CorpusConfig) -> str:
-  """See `parts.held_out_in_words`."""
-  return parts.held_out_in_words(parts.find(config, parts.PART_BYTES))
-
-
 def fingerprint(config: CorpusConfig) -> str:
   """Tells one state of a corpus from another."""
   found = sources.of(config).fingerprint()

@@ -80,8 +80,20 @@ def document(
   if config.answer_key:
     _check_has(fields, (prompt_key, config.answer_key), where)
     return Document(text(config.answer_key), text(prompt_key))
-  if config.text_key in fields:
-    return Document(text(config.text_key), text(prompt_key, missing=''))
+  if config.text_key not in fields:
+    known = _known_pair(fields, where)
+    if known:
+      first, answer = known
+      rest = text('input', missing='') if first == 'instruction' else ''
+      return Document(text(answer), '\n'.join(filter(None, (text(first), rest))))
+  _check_has(fields, (config.text_key,), where)
+  return Document(text(config.text_key), text(prompt_key, missing=''))
+
+
+def _known_pair(
+  fields: Mapping[str, Any], where: Callable[[], str]
+) -> tuple[str, str] | None:
+  """The names of a pair that is recognised; UserError for several turns."""
   # A file may have an empty history with each pair.
   turns = next((name for name in CONVERSATIONS if fields.get(name)), None)
   configs.check(
@@ -91,12 +103,7 @@ def document(
     'write {"prompt", "text"}, or name the fields of a pair with CorpusConfig.prompt_key '
     'and answer_key',
   )
-  for first, answer in PAIRS:
-    if first in fields and answer in fields:
-      rest = text('input', missing='') if first == 'instruction' else ''
-      return Document(text(answer), '\n'.join(filter(None, (text(first), rest))))
-  _check_has(fields, (config.text_key,), where)
-  raise AssertionError('unreachable')
+  return next((pair for pair in PAIRS if {*pair} <= {*fields}), None)
 
 
 def _check_has(

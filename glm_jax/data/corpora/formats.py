@@ -116,7 +116,7 @@ def lines(
 
 def read_bytes(path: epath.Path, start: int, end: int | None) -> bytes:
   """A part of a file, to its end for None."""
-  with _readable(path), path.open('rb') as file:
+  with readable(path), path.open('rb') as file:
     file.seek(start)
     return file.read() if end is None else file.read(max(end - start, 0))
 
@@ -230,7 +230,7 @@ def _of_table(path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
   import pyarrow.parquet as pq
 
   number = 0
-  with _readable(path), path.open('rb') as file:
+  with readable(path), path.open('rb') as file:
     try:
       table = pq.ParquetFile(file)
       for batch in table.iter_batches(_ROWS):
@@ -238,8 +238,6 @@ def _of_table(path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
           number += 1
           yield fields.document(row, config, lambda: f' in {path}, row {number}')
     except (pa.ArrowException, OSError) as error:
-      if isinstance(error, UserError):
-        raise
       raise UserError(
         f'a .parquet file must be readable, got {path} '
         f'({str(error).splitlines()[0]}); write it again.'
@@ -265,7 +263,7 @@ def _lines(file: Any) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _opened(path: epath.Path, compression: str) -> Iterator[Any]:
-  with _readable(path), path.open('rb') as file:
+  with readable(path), path.open('rb') as file:
     if not compression:
       yield file
       return
@@ -276,7 +274,8 @@ def _opened(path: epath.Path, compression: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _readable(path: epath.Path) -> Iterator[None]:
+def readable(path: Any) -> Iterator[None]:
+  """What the system says of a file, as a UserError that names it."""
   try:
     yield
   except OSError as error:

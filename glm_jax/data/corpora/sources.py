@@ -21,7 +21,7 @@ from etils import epath
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.data.corpora import fields, text_files
+from glm_jax.data.corpora import fields, formats, text_files
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import Document
 from glm_jax.data.corpora.held_out import HoldOut
@@ -349,14 +349,8 @@ def _digest(path: epath.Path) -> list[Any]:
 def _sha256(path: str, size: int, modified: int) -> str:
   # A process asks more than once; a file that changes meanwhile has another time.
   del size, modified
-  try:
-    with open(path, 'rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-  except OSError as error:
-    raise UserError(
-      f'text files must be readable, got {path} ({error.strerror}); give this user '
-      'permission to read it.'
-    ) from error
+  with formats.readable(path), open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _stats(path: epath.Path) -> list[Any]:

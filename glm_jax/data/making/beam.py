@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from glm_jax import storage
 from glm_jax.configs import UserError
 from glm_jax.data.corpora import parts
 from glm_jax.data.making import shard_job
@@ -42,7 +43,7 @@ def run(job: Job, folder: epath.Path, todo: list[parts.CorpusPart], options: str
       '--runner=beam needs Apache Beam, got an environment without it; install the '
       "extra: pip install -e '.[beam]'."
     ) from error
-  folder.mkdir(parents=True, exist_ok=True)
+  storage.make(folder)
   try:
     with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
       # A shard that no row falls to is still written: GroupByKey yields only keys that it

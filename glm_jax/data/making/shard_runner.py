@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from glm_jax import configs
+from glm_jax import configs, storage
 from glm_jax.configs import ResourceError
 from glm_jax.data.corpora import parts
 from glm_jax.data.making import shard_job
@@ -102,11 +102,7 @@ def _begin(job: Job, folder: epath.Path) -> None:
     f'{folder}, which holds {sorted(others)[:5]}',
     'choose another folder',
   )
-  try:
-    (folder / _WORK).mkdir(parents=True, exist_ok=True)
-  # Below /proc and the like, a folder cannot be made and is said to be missing.
-  except FileNotFoundError as error:
-    raise ResourceError(f'{folder} must be a place where a folder can be made') from error
+  storage.make(folder / _WORK)
   content = json.dumps({'fingerprint': job.fingerprint})
   shards.write_atomically(note, content.encode('utf-8'))
 

@@ -177,7 +177,7 @@ def _write(config, vocabulary, split, plan, folder) -> None:
         raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-  if split == 'validation' and (words := corpora.held_out_in_words(config)):
+  if split == 'validation' and (words := parts.held_out_in_words(todo)):
     print(words, flush=True)
   print(
     f'{split}: {in_words(counts)} in {count:,} rows of {plan.row_length} in '

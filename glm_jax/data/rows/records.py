@@ -32,11 +32,11 @@ def reader(rows: StoredRows) -> Callable[[tf.Tensor], tf.Tensor]:
   in_memory = len(rows.files) <= _MOST_MAPPED and (here or rows.block == 1)
   # A shard that no row fell to is an empty file, which cannot be mapped.
   files = [file for file in rows.files if file.rows]
-  paths = [str(rows.folder / file.name) for file in files]
   counts = [file.rows for file in files]
   if in_memory:
     load = _mapped if here else _fetched
     return _in_memory([load(rows, file) for file in files], counts)
+  paths = [str(rows.folder / file.name) for file in files]
   return _runs(paths, counts, rows.layout)
 
 
