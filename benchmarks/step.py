@@ -160,14 +160,11 @@ def gpu_cases(memory_bytes: int) -> list[Case]:
       )
       for documents in (0, 4)
     ]
-  # The loop over layers, and each further backend, without PyTorch: a row each.
+  # Without PyTorch: the loop over layers, and each further backend where its scores fit.
   others = []
-  for case in cases:
-    looped = dataclasses.replace(case.compute, unroll=1)
-    others.append(dataclasses.replace(case, compute=looped, peers=False))
-    # Dense scores of 8,192 positions do not fit.
-    for backend in ('chunked', 'dense') if case.length <= 4096 else ('chunked',):
-      compute = dataclasses.replace(case.compute, attention=backend)
+  for case in cases[:3]:
+    for change in ({'unroll': 1}, {'attention': 'chunked'}, {'attention': 'dense'}):
+      compute = dataclasses.replace(case.compute, **change)
       others.append(dataclasses.replace(case, compute=compute, peers=False))
   return cases + others
 
@@ -378,7 +375,11 @@ def main(argv: Sequence[str]) -> None:
   name = re.sub(r'[^a-z0-9]+', '-', results['device'].lower()).strip('-')
   path = flags.folder / f'{name}-{results["date"]}.json'
   path.parent.mkdir(parents=True, exist_ok=True)
+  began = time.monotonic()
   for number, case in enumerate(chosen):
+    if time.monotonic() - began > 60 * flags.minutes:
+      print(f'{flags.minutes:g} minutes are over: {len(chosen) - number} steps left out')
+      break
     # A process of its own for each: peaks of memory are a process's.
     with tempfile.TemporaryDirectory() as folder:
       out = Path(folder) / 'result.json'
@@ -411,6 +412,9 @@ def _flags() -> argparse.ArgumentParser:
   flags.add_argument('--layers', type=int, metavar='L', help='likewise')
   flags.add_argument('--rounds', type=int, default=5, help='turns of each contender')
   flags.add_argument('--seconds', type=float, default=3.0, help='of a turn')
+  flags.add_argument(
+    '--minutes', type=float, default=8.0, help='after which no further step is begun'
+  )
   flags.add_argument('--folder', type=Path, default=RESULTS, help='of the results')
   flags.add_argument('--table', action='store_true', help='only write the tables')
   flags.add_argument('--case', type=int, help=argparse.SUPPRESS)

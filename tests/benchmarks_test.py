@@ -1,15 +1,19 @@
 """The commands that measure, on sizes that take a moment."""
 
+import argparse
+import dataclasses
 import importlib.util
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks import rows, step
+from benchmarks import rows, step, train_on_card
 from glm_jax import cli
 from glm_jax.batch import OBJECTIVES
 from glm_jax.models import GLMConfig
+from glm_jax.models import config as model_config
+from glm_jax.training.optimizer import OptimizerConfig
 
 TINY = GLMConfig(
   num_layers=1,
@@ -55,3 +59,50 @@ def test_without_pytorch_the_command_says_what_to_install(monkeypatch, capsys):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   assert cli.exit_code(step.main, []) == cli.EXIT_DATA
   assert 'pip install torch' in capsys.readouterr().err
+
+
+@pytest.fixture
+def kept_run(tmp_path):
+  """Flags of `train_on_card` whose batches are six of random tokens."""
+  train_on_card.keep(
+    tmp_path / 'batches.npz',
+    [rows.prefix(8, 32, 64, seed=seed) for seed in range(6)],
+    [rows.prefix(8, 32, 64, seed=6)],
+  )
+  about = {
+    'model': model_config.to_dict(TINY),
+    'optimizer': dataclasses.asdict(OptimizerConfig()),
+    'batch_size': 8,  # the tests' devices
+    'positions': 32,
+    'steps': 6,
+  }
+  (tmp_path / 'run.json').write_text(json.dumps(about), encoding='utf-8')
+  return argparse.Namespace(batches=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_on_kept_batches_is_the_same_run_when_it_is_killed(kept_run, monkeypatch):
+  whole = train_on_card.run(kept_run, f'{kept_run.batches}/whole')
+  assert whole['losses'].keys() == set('123456')
+  assert whole['validation']['loss/blank'] == pytest.approx(np.log(64), rel=0.1)
+  read = train_on_card.KeptData._batch
+
+  def killed(self, split, number):
+    if split == 'train' and number == 4:
+      raise KeyboardInterrupt
+    return read(self, split, number)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(train_on_card.KeptData, '_batch', killed)
+    train_on_card.run(kept_run, f'{kept_run.batches}/killed')
+  resumed = train_on_card.run(kept_run, f'{kept_run.batches}/killed')
+  assert resumed['parameters'] == whole['parameters']
+  results = {'device': 'card', 'date': '', 'jax': '', 'cpu': whole, 'card': resumed}
+  lines = train_on_card.table({**results, 'killed_after': 2, 'same_bits': True})
+  assert any(line.startswith('| validation, loss/blank |') for line in lines)
+
+
+def test_without_the_batches_the_card_says_how_to_write_them(tmp_path, capsys):
+  argv = [f'--batches={tmp_path}']
+  assert cli.exit_code(train_on_card.main, argv) == cli.EXIT_DATA
+  assert '--write' in capsys.readouterr().err
