@@ -23,7 +23,7 @@ from glm_jax.batch import Visibility
 from glm_jax.models import layers, positions
 from glm_jax.models.compute import ComputeConfig
 from glm_jax.models.config import ChatGLMConfig
-from glm_jax.models.stack import stack
+from glm_jax.models.stack import stack, virtual_tokens
 
 
 class ChatGLMBlock(nn.Module):
@@ -46,6 +46,7 @@ class ChatGLMBlock(nn.Module):
     seen: Any,
     cache_start: Any,
     phases: tuple[positions.Phases, ...],
+    virtual: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     c = self.config
     dtype = jnp.dtype(self.compute.dtype)
@@ -76,6 +77,7 @@ class ChatGLMBlock(nn.Module):
         cache,
         cache_start,
         functools.partial(_rotate, phases=phases),
+        virtual,
       )
       x_BTD = layers.constrain(alpha * x_BTD + drop(h_BTD), 'act_length', 'act_embed')
     with jax.named_scope('mlp'):
@@ -142,6 +144,7 @@ class ChatGLM(nn.Module):
       visibility,
       cache_start,
       phases,
+      *virtual_tokens(self, positions),
     )
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, c.norm_epsilon, name='final_norm')(x_BTD)

@@ -20,7 +20,7 @@ from glm_jax.batch import Visibility
 from glm_jax.models import layers, positions
 from glm_jax.models.compute import ComputeConfig
 from glm_jax.models.config import ChatGLM2Config
-from glm_jax.models.stack import stack
+from glm_jax.models.stack import stack, virtual_tokens
 
 
 class ChatGLM2Block(nn.Module):
@@ -41,6 +41,7 @@ class ChatGLM2Block(nn.Module):
     seen: Any,
     cache_start: Any,
     phases: positions.Phases,
+    virtual: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     c = self.config
     dtype = jnp.dtype(self.compute.dtype)
@@ -66,6 +67,7 @@ class ChatGLM2Block(nn.Module):
         cache,
         cache_start,
         functools.partial(_rotate, phases=phases),
+        virtual,
       )
       if c.sandwich_norms:
         h_BTD = norm(name='attention_out_norm')(h_BTD)
@@ -125,6 +127,7 @@ class ChatGLM2(nn.Module):
       visibility,
       cache_start,
       phases,
+      *virtual_tokens(self, positions),
     )
     with jax.named_scope('head'):
       x_BTD = layers.RMSNorm(dtype, c.norm_epsilon, name='final_norm')(x_BTD)

@@ -18,7 +18,7 @@ from glm_jax.batch import Visibility
 from glm_jax.models import layers
 from glm_jax.models.compute import ComputeConfig
 from glm_jax.models.config import GLMConfig
-from glm_jax.models.stack import stack
+from glm_jax.models.stack import stack, virtual_tokens
 
 
 class GLMBlock(nn.Module):
@@ -30,7 +30,12 @@ class GLMBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: jax.Array, cache: Any, seen: Any, cache_start: Any
+    self,
+    x_BTD: jax.Array,
+    cache: Any,
+    seen: Any,
+    cache_start: Any,
+    virtual: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     c = self.config
     dtype = jnp.dtype(self.compute.dtype)
@@ -53,6 +58,7 @@ class GLMBlock(nn.Module):
         self.deterministic,
         cache,
         cache_start,
+        virtual_BT=virtual,
       )
       x_BTD = layers.constrain(x_BTD + drop(h_BTD), 'act_length', 'act_embed')
     with jax.named_scope('mlp'):
@@ -120,7 +126,15 @@ class GLM(nn.Module):
       x_BTD = layers.constrain(x_BTD, 'act_length', 'act_embed')
 
     x_BTD, cache = stack(
-      GLMBlock, c, self.compute, deterministic, x_BTD, cache, visibility, cache_start
+      GLMBlock,
+      c,
+      self.compute,
+      deterministic,
+      x_BTD,
+      cache,
+      visibility,
+      cache_start,
+      *virtual_tokens(self, positions),
     )
     with jax.named_scope('head'):
       x_BTD = layers.LayerNorm(dtype, name='final_norm')(x_BTD)

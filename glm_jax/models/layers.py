@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax import attention, sharding
 from glm_jax.batch import Visibility
-from glm_jax.models.products import Einsum, einsum, gathered, partitioned, together
+from glm_jax.models.products import Einsum, Factor, einsum, gathered, partitioned, together
 
 Head = Callable[[jax.Array, jax.Array], Any]
 """(hidden states [B, T, D], weight [V, D]) -> whatever is made of them."""
@@ -110,7 +110,7 @@ def logits(x_BTD: jax.Array, weight_VD: jax.Array) -> jax.Array:
 
 
 def _head(x_BTD: jax.Array, weight_VD: jax.Array, dtype: Any) -> jax.Array:
-  return einsum('BTD,VD->BTV', x_BTD, [weight_VD], [('vocab', 'embed')], dtype)[0]
+  return einsum('BTD,VD->BTV', x_BTD, [Factor(weight_VD, ('vocab', 'embed'))], dtype)[0]
 
 
 def _logits_forward(x_BTD, weight_VD):
@@ -163,8 +163,12 @@ class Attention(nn.Module):
     cache: dict[str, jax.Array] | None = None,
     cache_start: jax.Array | None = None,
     rotate: Callable[[jax.Array], jax.Array] = lambda x: x,
+    virtual_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """Attends to `x_BTD` itself, or to a cache into which its keys are written.
+
+    With a collection `prefix`, {'k', 'v'} of [P, K, H] each, the keys and values of virtual
+    tokens are learnt, and not computed from `x_BTD` (P-tuning v2, Liu et al., 2022).
 
     Args:
       x_BTD: input.
@@ -174,6 +178,8 @@ class Attention(nn.Module):
       cache: {'k', 'v'}, each [B, S, K, H].
       cache_start: [B] int32, the slot of each row's first new key.
       rotate: rotary positions, applied to queries and keys [B, T, heads, H].
+      virtual_BT: int32, -P .. -1 for the virtual tokens, which open a document, and 0 or
+        more for others; None without any.
 
     Returns:
       The output [B, T, D] and the cache with the new keys.
@@ -203,6 +209,10 @@ class Attention(nn.Module):
     q_BTNH = name(rotate(constrain(q_BTNH, 'act_length', 'act_heads', None)))
     # Key heads, which may be fewer than devices, are spread by `attend`.
     k_BSKH, v_BSKH = name(rotate(k_BSKH)), name(v_BSKH)
+    if virtual_BT is not None:
+      # Behind the rotation: ChatGLM's prefix keys are not rotated.
+      k_BSKH = self._learnt('k', k_BSKH, virtual_BT)
+      v_BSKH = self._learnt('v', v_BSKH, virtual_BT)
     if cache is not None:
       # Rows have contexts of different lengths, so each writes from a slot of its own.
       # Stale keys behind it are outside of every interval.
@@ -231,6 +241,12 @@ class Attention(nn.Module):
       name='out',
     )(out_BTNH)
     return checkpoint_name(out_BTD, 'out'), cache
+
+  def _learnt(self, name: str, x_BTKH: jax.Array, virtual_BT: jax.Array) -> jax.Array:
+    """Keys or values, with those of virtual tokens from the collection `prefix`."""
+    prefix_PKH = self.get_variable('prefix', name).astype(x_BTKH.dtype)
+    number = jnp.maximum(virtual_BT + len(prefix_PKH), 0)
+    return jnp.where(virtual_BT[..., None, None] < 0, prefix_PKH[number], x_BTKH)
 
 
 ACTIVATIONS = {

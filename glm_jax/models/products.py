@@ -8,7 +8,7 @@ stand in `glm_jax.sharding`. Flax's DenseGeneral cannot hold such weights under
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,16 @@ from glm_jax import sharding
 
 class Einsum(nn.Module):
   """`einsum(equation, x, weight) + bias`, computed in `dtype`.
+
+  What the weight is, is said by the collections that the module is given, with no argument
+  here:
+
+  - `params` alone: an array.
+  - `scales`: integers, in `params`, that are multiplied by their scales: one for each
+    output, of the shape of the product's own axes, or one for each group of neighbouring
+    inputs besides, [groups, ...] (`glm_jax.models.quantized`).
+  - `adapters`: low-rank factors a [inputs, rank] and b [rank, outputs] beside it, whose
+    product `(x a) b` is added (LoRA, Hu et al., 2021, section 4.1; alpha / rank is in b).
 
   Attributes:
     equation: such as 'BTD,DNH->BTNH'.
@@ -49,33 +59,72 @@ class Einsum(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     return together(x, self)[0]
 
-  def parameters(self) -> tuple[jax.Array, jax.Array | None]:
-    """The weight in the computation's dtype; the bias as it is."""
-    return self.weight.astype(self.dtype), self.bias if self.bias_axes else None
+  def factor(self) -> Factor:
+    """The weight: in the computation's dtype, or integers and their scales."""
+    if not self.has_variable('scales', 'weight'):
+      return Factor(self.weight.astype(self.dtype), self.axes)
+    return Factor(self.weight, self.axes, self.get_variable('scales', 'weight'))
+
+  def low_rank(self, x: jax.Array) -> jax.Array | None:
+    """What adapters add to the product; None without any."""
+    if not self.has_variable('adapters', 'a'):
+      return None
+    a, b = (self.get_variable('adapters', name).astype(self.dtype) for name in 'ab')
+    tokens, letters, result = letters_of(self.equation)
+    inputs = [letter for letter in letters if letter not in result]
+    # 'BTD,DNH->BTNH' by way of 'BTD,Dr->BTr' and 'BTr,rNH->BTNH'.
+    middle = ''.join(letter for letter in tokens if letter in result) + 'r'
+    into, out_of = ''.join(inputs) + 'r', 'r' + ''.join(letters[len(inputs) :])
+    axes_a, axes_b = (*self.axes[: len(inputs)], None), (None, *self.axes[len(inputs) :])
+    low = einsum(f'{tokens},{into}->{middle}', x, [Factor(a, axes_a)])[0]
+    return einsum(f'{middle},{out_of}->{result}', low, [Factor(b, axes_b)])[0]
+
+
+class Factor(NamedTuple):
+  """A weight in a product.
+
+  Attributes:
+    weight: an array, or integers.
+    axes: logical axes of it.
+    scales: of integers, float32, see `Einsum`; None for an array.
+  """
+
+  weight: jax.Array
+  axes: tuple[str | None, ...]
+  scales: jax.Array | None = None
+
+
+def letters_of(equation: str) -> tuple[str, str, str]:
+  """Letters of the tokens, the weight and the result.
+
+  Example:
+    >>> letters_of('BTD,DNH->BTNH')
+    ('BTD', 'DNH', 'BTNH')
+  """
+  inputs, result = equation.split('->')
+  tokens, letters = inputs.split(',')
+  return tokens, letters, result
 
 
 def together(x: jax.Array, *modules: Einsum) -> list[jax.Array]:
   """Several projections of the same activations, whose gradients are summed at once."""
-  parameters = [module.parameters() for module in modules]
-  products = einsum(
-    modules[0].equation,
-    x.astype(modules[0].dtype),
-    [weight for weight, _ in parameters],
-    [module.axes for module in modules],
-  )
-  # A bias is added in float32, so that its gradient, a sum over all tokens, is, too.
-  return [
-    product if bias is None else (product + bias).astype(product.dtype)
-    for product, (_, bias) in zip(products, parameters, strict=True)
-  ]
+  x = x.astype(modules[0].dtype)
+  factors = [module.factor() for module in modules]
+  products = einsum(modules[0].equation, x, factors)
+  results = []
+  for module, product in zip(modules, products, strict=True):
+    added = module.low_rank(x)
+    if added is not None:
+      product += added
+    if module.bias_axes:
+      # A bias is added in float32, so that its gradient, a sum over all tokens, is, too.
+      product = (product + module.bias).astype(product.dtype)
+    results.append(product)
+  return results
 
 
 def einsum(
-  equation: str,
-  x: jax.Array,
-  weights: list[jax.Array],
-  axes: list[tuple[str, ...]],
-  dtype: Any = None,
+  equation: str, x: jax.Array, factors: list[Factor], dtype: Any = None
 ) -> list[jax.Array]:
   """`jnp.einsum` with each weight; each device gathers it over the width and no more.
 
@@ -85,16 +134,14 @@ def einsum(
   Args:
     equation: of tokens [B, T, ...] and a weight.
     x: activations.
-    weights: of the same dtype.
-    axes: logical axes of each weight.
+    factors: weights of the same dtype, or integers.
     dtype: of the sums and the results; None for that of `x`.
   """
   # The comments follow 'BTD,DNH->BTNH', the queries' projection, under the rules 'fsdp':
   # a device holds x [B/(data fsdp), T/sequence, D] and weight [D/fsdp, N/tensor, H].
   # 1. Letters: 'BTD' of the tokens, 'DNH' of the weight, 'BTNH' of the result.
-  inputs, result = equation.split('->')
-  tokens, letters = inputs.split(',')
-  stored = [_stored(weight, a) for weight, a in zip(weights, axes, strict=True)]
+  tokens, letters, result = letters_of(equation)
+  stored = [_stored(factor.weight, factor.axes) for factor in factors]
   # 2. Each letter's logical axis in the product: B act_batch, T act_length, N heads,
   # H head_dim; and D none, since the width is whole where weights meet activations.
   by_letter = [
@@ -104,39 +151,101 @@ def einsum(
   ]
   # 3. The width goes last, 'DNH' -> 'NHD': elsewhere, XLA makes a sum over all devices of a
   # large scatter.
-  width = axes[0].index('embed')
-  width_last = letters[:width] + letters[width + 1 :] + letters[width]
+  axes = factors[0].axes
+  width = axes.index('embed') if 'embed' in axes else None
+  width_last = letters
+  if width is not None:
+    width_last = letters[:width] + letters[width + 1 :] + letters[width]
   of = lambda axes, letters: tuple(axes[letter] for letter in letters)
   mesh_axes = lambda names: {a for n in names if n for a in sharding.axes_of(n)}
   # Mesh axes that `x` is cut over: data, fsdp, sequence; for 'BTNH,NHD->BTD' also tensor.
   cut = mesh_axes(of(by_letter[0], tokens))
+  ended = ''.join(letter for letter in letters if letter not in result)
+  left = ''.join(letter for letter in letters if letter in result)
 
-  def local_products(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+  def local_products(x: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     # 4. Each device along tensor has heads of its own but the same x, whose gradient is
     # thus a sum over tensor. `pcast` says so, and its transpose is that sum. Cast once, so
     # that the gradients of all products are summed together.
     uncut = {a for names in by_letter for a in mesh_axes(names.values())} - cut
     varying = jax.lax.pcast(x, tuple(uncut), to='varying') if uncut else x
+    scales = iter(arrays[len(factors) :])
     products = []
-    for number, (weight, letter_axes) in enumerate(zip(weights, by_letter, strict=True)):
+    for number, (weight, letter_axes) in enumerate(zip(arrays, by_letter, strict=False)):
       with jax.named_scope(f'product_{number}'):
-        # 5. [N/tensor, H, D/fsdp] -> [N/tensor, H, D].
-        weight = gathered(jnp.moveaxis(weight, width, -1))
+        if width is not None:
+          # 5. [N/tensor, H, D/fsdp] -> [N/tensor, H, D].
+          weight = gathered(jnp.moveaxis(weight, width, -1))
         # Key heads that are whole on every device take x uncast: JAX would not believe that
         # the product of a varying x is the same on all devices along tensor.
         local_x = varying if mesh_axes(letter_axes.values()) - cut else x
-        y = jnp.einsum(
-          f'{tokens},{width_last}->{result}', local_x, weight, preferred_element_type=dtype
-        )
+        local = f'{tokens},{width_last}->{result}'
+        if factors[number].scales is None:
+          y = jnp.einsum(local, local_x, weight, preferred_element_type=dtype)
+        else:
+          y = _of_integers(local, local_x, weight, next(scales), ended + left)
         # 6. A letter that ends in the product, D, is summed over the mesh axes it is cut
         # over: none. In 'BTNH,NHD->BTD' N ends, and each device has a part of the sum.
-        summed = mesh_axes(letter_axes[i] for i in letters if i not in result)
+        summed = mesh_axes(letter_axes[i] for i in ended)
         products.append(jax.lax.psum(y, tuple(summed)) if summed else y)
     return tuple(products)
 
-  in_axes = (of(by_letter[0], tokens), *stored)
+  # Groups of scales lie along the first letter that ends: N, or D, which is whole.
+  of_scales = {
+    number: (
+      factor.scales,
+      [by_letter[number][ended[0]]] * (factor.scales.ndim > len(left)),
+    )
+    for number, factor in enumerate(factors)
+    if factor.scales is not None
+  }
+  in_axes = (
+    of(by_letter[0], tokens),
+    *stored,
+    *((*groups, *of(by_letter[k], left)) for k, (_, groups) in of_scales.items()),
+  )
   run = sharding.per_device(local_products, in_axes, [of(a, result) for a in by_letter])
-  return list(run(x, *weights))
+  weights = [factor.weight for factor in factors]
+  return list(run(x, *weights, *(scales for scales, _ in of_scales.values())))
+
+
+def _of_integers(
+  equation: str, x: jax.Array, weight: jax.Array, scales: jax.Array, letters: str
+) -> jax.Array:
+  """The product with integers, as a device computes it, in the dtype of `x`.
+
+  Integers are cast within the product's fusion: there is no copy of them as floats in
+  memory, which scales that came before the product would ask for.
+
+  Args:
+    equation: of its part of the tokens and the weight.
+    x: activations.
+    weight: int4 or int8.
+    scales: [outputs], or [groups, outputs].
+    letters: of the weight: those that end in the product, then the others.
+  """
+  tokens, stored, result = letters_of(equation)
+  outputs = [letter for letter in stored if letter in result]
+  if scales.ndim == len(outputs):
+    product = jnp.einsum(
+      equation, x, weight.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    return (product * scales).astype(x.dtype)
+  # Partial sums by group: 'BTD,DNH->BTNH' is 'BTgi,giNH->BTgNH', times [g, N, H], summed.
+  ended = len(letters) - len(outputs)
+  weight = jnp.einsum(f'{stored}->{letters}', weight)
+  groups = scales.shape[0]
+  weight = weight.reshape(groups, -1, *weight.shape[ended:])
+  kept = ''.join(letter for letter in tokens if letter in result)
+  x_groups = x.reshape(*x.shape[: len(kept)], groups, -1)
+  left = ''.join(outputs)
+  partial = jnp.einsum(
+    f'{kept}gi,gi{left}->{kept}g{left}',
+    x_groups,
+    weight.astype(x.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return jnp.einsum(f'{kept}g{left},g{left}->{result}', partial, scales).astype(x.dtype)
 
 
 def _stored(weight: jax.Array, axes: tuple[str, ...]) -> tuple[str | None, ...]:

@@ -32,6 +32,14 @@ _REMAT = {
 }
 
 
+def virtual_tokens(model: nn.Module, positions_BT: jax.Array) -> tuple[jax.Array, ...]:
+  """What blocks are given to know virtual tokens by: their positions, which are negative.
+
+  Nothing for a model without a collection `prefix`: its program does not change.
+  """
+  return (positions_BT,) if model.variables.get('prefix') else ()
+
+
 def stack(
   block: type[nn.Module],
   config: Any,
@@ -76,7 +84,8 @@ def stack(
     block = nn.remat(block, prevent_cse=False, policy=_REMAT[compute.remat])
   x_BTD, cache = nn.scan(
     block,
-    variable_axes={'params': 0},
+    # A model has `params`, and may have those of `products` and `layers.Attention`.
+    variable_axes={'params': 0, 'scales': 0, 'adapters': 0, 'prefix': 0},
     split_rngs={'params': True, 'dropout': True},
     # The cache has a layer axis; `seen`, `cache_start` and `by_token` are for all layers.
     in_axes=(0, *[nn.broadcast] * (2 + len(by_token))),
