@@ -39,10 +39,11 @@ def main(argv: Sequence[str]) -> None:
   )
 
   with sharding.active(mesh):
-    filler = Filler(config, params, vocabulary, ComputeConfig(dtype=flags.dtype))
+    compute = ComputeConfig(dtype=flags.dtype)
+    filler = Filler(config, {'params': params}, vocabulary, compute)
     prompt = filler.encode(flags.prompt, flags.gmask)
     spans = filler.fill(
-      [prompt], max_tokens=flags.max_tokens, sampling=sampling, seed=flags.seed
+      [prompt], max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed
     )[0]
   print(filler.text(prompt, spans))
 
@@ -67,7 +68,7 @@ def _flags() -> argparse.ArgumentParser:
     help='text with [MASK] (a few words), [sMASK] (a sentence) or [gMASK] (the rest)',
   )
   flags.add_argument('--gmask', action='store_true', help='continue the text instead')
-  flags.add_argument('--max_tokens', type=int, default=64, help='longest span (64)')
+  flags.add_argument('--max_new_tokens', type=int, default=64, help='longest span (64)')
   flags.add_argument(
     '--temperature', type=float, default=0.0, help='0 takes the most probable token (0)'
   )

@@ -181,7 +181,7 @@ def test_generation_from_a_finished_run_and_its_refusals(finished, tmp_path):
     'generate',
     f'--checkpoint={finished}/run',
     '--prompt=Document [MASK] words.',
-    '--max_tokens=8',
+    '--max_new_tokens=8',
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith('Document') and done.stdout.rstrip().endswith('words.')
@@ -190,8 +190,8 @@ def test_generation_from_a_finished_run_and_its_refusals(finished, tmp_path):
     ([f'--checkpoint={finished}/run', '--prompt=x'], 'hold a blank'),
     ([f'--checkpoint={finished}/run', '--prompt='], 'some text'),
     (
-      [f'--checkpoint={finished}/run', '--prompt=[MASK]', '--max_tokens=1000'],
-      'max_tokens',
+      [f'--checkpoint={finished}/run', '--prompt=[MASK]', '--max_new_tokens=1000'],
+      'max_new_tokens',
     ),
   ):
     refused(in_process('generate', *arguments), word)

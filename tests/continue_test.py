@@ -63,7 +63,7 @@ def test_chatglm_learns_blanks_generates_and_goes_back_to_its_layout(chatglm):
   assert all(name in lines[-1] for name in ('loss/blank', 'loss/document'))
   losses = [json.loads(line)['loss'] for line in lines]
   assert losses[-1] < losses[0] - 0.1
-  generate = ('generate', f'--checkpoint={chatglm}/run', '--max_tokens=8')
+  generate = ('generate', f'--checkpoint={chatglm}/run', '--max_new_tokens=8')
   filled = in_process(*generate, '--prompt=the quick [MASK] fox')
   assert filled.returncode == 0 and filled.stdout.startswith('the quick'), filled.stderr
   assert in_process(*generate, '--prompt=the quick', '--gmask').returncode == 0

@@ -13,6 +13,7 @@ from glm_jax.inference import decode
 from glm_jax.inference.filling import Filler
 from glm_jax.inference.sampling import Sampling, sample
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
+from glm_jax.models import cache as kv_cache
 from glm_jax.text.vocabulary import ByteVocabulary
 from glm_jax.training import state
 
@@ -39,7 +40,7 @@ def params():
 
 @pytest.fixture(scope='session')
 def filler(params):
-  return Filler(CONFIG, params, VOCABULARY)
+  return Filler(CONFIG, {'params': params}, VOCABULARY)
 
 
 def _teacher_forced(params, prompt, spans, config=CONFIG):
@@ -75,10 +76,10 @@ def test_greedy_decoding_equals_teacher_forcing(filler, params):
     for text in ('one [MASK] two [MASK] three', '[MASK]', 'a longer text with [sMASK]')
   ]
   prompts.append(filler.encode('and then', gmask=True))
-  together = filler.fill(prompts, max_tokens=7)
+  together = filler.fill(prompts, max_new_tokens=7)
   for prompt, spans in zip(prompts, together, strict=True):
     # Rows of a batch have lengths of their own and do not see each other.
-    assert filler.fill([prompt], max_tokens=7)[0] == spans
+    assert filler.fill([prompt], max_new_tokens=7)[0] == spans
     predicted = _teacher_forced(params, prompt, spans)
     at = 0
     for span in spans:
@@ -94,9 +95,9 @@ def test_greedy_decoding_equals_teacher_forcing(filler, params):
 def test_greedy_decoding_of_chatglm_equals_teacher_forcing(name):
   config = OTHERS[name]
   params = small.params(config, 1)
-  filler = Filler(config, params, VOCABULARY)
+  filler = Filler(config, {'params': params}, VOCABULARY)
   prompts = [filler.encode('one [MASK] two [MASK]'), filler.encode('so', gmask=True)]
-  made = filler.fill(prompts, max_tokens=7)
+  made = filler.fill(prompts, max_new_tokens=7)
   for prompt, spans in zip(prompts, made, strict=True):
     predicted, at = _teacher_forced(params, prompt, spans, config), 0
     for span in spans:
@@ -108,10 +109,10 @@ def test_greedy_decoding_of_chatglm_equals_teacher_forcing(name):
 def test_a_causal_model_goes_on_as_the_full_forward_does():
   config = OTHERS['chatglm2']
   params = small.params(config, 2)
-  filler = Filler(config, params, VOCABULARY)
+  filler = Filler(config, {'params': params}, VOCABULARY)
   prompts = [filler.encode(text) for text in ('a', 'a longer [MASK] text')]
   assert prompts[0] == [S.enc, 97] and S.mask not in prompts[1]  # a mask is text to it
-  for prompt, [span] in zip(prompts, filler.fill(prompts, max_tokens=7), strict=True):
+  for prompt, [span] in zip(prompts, filler.fill(prompts, max_new_tokens=7), strict=True):
     tokens, T = [*prompt, *span], config.max_positions
     t = jnp.arange(T)[None]  # padding follows, which no token sees
     row = jnp.asarray([*tokens, *[0] * (T - len(tokens))])[None]
@@ -125,23 +126,22 @@ def test_a_causal_model_goes_on_as_the_full_forward_does():
 
 
 def _read(config, params, tokens, lengths):
-  cache = decode.init_cache(config, len(lengths), 32)
   return decode.read_context(
-    models.build(config), params, cache, jnp.asarray(tokens), jnp.asarray(lengths)
+    models.build(config), {'params': params}, jnp.asarray(tokens), jnp.asarray(lengths)
   )
 
 
 def test_a_context_is_read_without_its_logits(params):
   read = lambda p: _read(CONFIG, p, np.ones((2, 8), int), [8, 5])
   cache, result = jax.eval_shape(read, params)
-  assert result is None and cache['k'].shape == (2, 2, 32, 4, 8)
+  assert result is None and cache['k'].shape == (2, 2, 8, 4, 8)
   assert '2,8,384]' not in str(jax.make_jaxpr(read)(params))
 
 
 def test_later_blanks_see_all_of_a_span_that_was_cut(filler, params):
-  """The last token of a span that `max_tokens` ends has been sampled and not read."""
+  """The last token of a span that `max_new_tokens` ends has been sampled and not read."""
   prompt = filler.encode('one [MASK] two [MASK] three')
-  spans, scores = (x[0] for x in filler.fill_scored([prompt], max_tokens=3))
+  spans, scores = (x[0] for x in filler.fill_scored([prompt], max_new_tokens=3))
   assert len(spans[0]) == 3 and spans[1]
   of_second = lambda first: [
     _log_probs(params, prompt, [first, spans[1]], 1.0)[len(first) + 1 + i, token]
@@ -155,7 +155,7 @@ def test_later_blanks_see_all_of_a_span_that_was_cut(filler, params):
 def test_log_probabilities_are_those_of_the_full_forward(filler, params):
   prompts = [filler.encode('one [MASK] two [MASK]'), filler.encode('so', gmask=True)]
   for sampling in (Sampling(), Sampling(temperature=0.7, top_k=5)):
-    spans, scores = filler.fill_scored(prompts, max_tokens=6, sampling=sampling, seed=1)
+    spans, scores = filler.fill_scored(prompts, max_new_tokens=6, sampling=sampling, seed=1)
     for prompt, made, found in zip(prompts, spans, scores, strict=True):
       log_probs = _log_probs(params, prompt, made, sampling.temperature or 1.0)
       at = 0
@@ -173,14 +173,16 @@ def test_decoding_over_a_mesh_equals_that_on_one_device(filler, params):
   """Three prompts on four devices that cut rows, two that cut heads; and cut weights."""
   texts = ('one [MASK] two [MASK] three', '[MASK]', 'a longer text with [sMASK]')
   prompts = [filler.encode(text) for text in texts]
-  expected = filler.fill_scored(prompts, max_tokens=5)
+  expected = filler.fill_scored(prompts, max_new_tokens=5)
   layout = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
   abstract = state.abstract_params(CONFIG, layout)
   with sharding.active(layout):
     placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, abstract)
-    cache = decode.init_cache(CONFIG, 4, 8)
+    cache = kv_cache.init(CONFIG, 4, 8)
     assert cache['k'].addressable_shards[0].data.shape == (2, 1, 8, 2, 8)
-    spans, scores = Filler(CONFIG, placed, VOCABULARY).fill_scored(prompts, max_tokens=5)
+    spans, scores = Filler(CONFIG, {'params': placed}, VOCABULARY).fill_scored(
+      prompts, max_new_tokens=5
+    )
   assert spans == expected[0]
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), scores, expected[1]
@@ -189,15 +191,15 @@ def test_decoding_over_a_mesh_equals_that_on_one_device(filler, params):
 
 def test_the_second_blank_is_conditioned_on_the_first(params):
   """A cache slot that is written over, or one too many, would show here."""
-  filler = Filler(CONFIG, params, VOCABULARY)
+  filler = Filler(CONFIG, {'params': params}, VOCABULARY)
   prompt = filler.encode('x [MASK] y [MASK] z')
   found = {
     tuple(
       map(
         tuple,
-        filler.fill([prompt], max_tokens=5, seed=seed, sampling=Sampling(temperature=2.0))[
-          0
-        ],
+        filler.fill(
+          [prompt], max_new_tokens=5, seed=seed, sampling=Sampling(temperature=2.0)
+        )[0],
       )
     )
     for seed in range(4)
@@ -208,16 +210,19 @@ def test_the_second_blank_is_conditioned_on_the_first(params):
 def test_sampling_is_a_function_of_the_seed(filler):
   prompt, hot = filler.encode('tell me [MASK]'), Sampling(temperature=1.0, top_p=0.9)
   once, again = (
-    filler.fill([prompt], sampling=hot, seed=1, max_tokens=9) for _ in range(2)
+    filler.fill([prompt], sampling=hot, seed=1, max_new_tokens=9) for _ in range(2)
   )
-  assert once == again != filler.fill([prompt], sampling=hot, seed=2, max_tokens=9)
+  assert once == again != filler.fill([prompt], sampling=hot, seed=2, max_new_tokens=9)
 
 
 def test_control_pieces_are_never_generated(filler):
   spans = filler.fill(
-    [filler.encode('free [MASK]')], max_tokens=60, sampling=Sampling(temperature=50.0)
+    [filler.encode('free [MASK]')],
+    max_new_tokens=60,
+    min_new_tokens=20,
+    sampling=Sampling(temperature=50.0),
   )[0]
-  assert spans[0] and max(spans[0]) < S.mask
+  assert len(spans[0]) >= 20 and max(spans[0]) < S.mask
 
 
 @pytest.mark.parametrize(
@@ -234,7 +239,7 @@ def test_control_pieces_are_never_generated(filler):
 def test_only_the_most_probable_are_sampled(sampling, allowed):
   logits = jnp.log(jnp.array([[0.1, 0.65, 0.25]]))
   keys = jax.random.split(jax.random.key(0), 200)
-  found = jax.vmap(lambda key: sample(logits, sampling, key))(keys)
+  found = sample(jnp.repeat(logits, 200, 0), sampling, keys)
   assert {*np.asarray(found).ravel().tolist()} == allowed
 
 
@@ -261,8 +266,8 @@ def test_prompts_without_a_blank_are_refused(filler, prompt, message):
 def test_too_long_prompts_and_spans_are_refused(filler):
   with pytest.raises(ValueError, match='at most 81 tokens'):
     filler.fill([filler.encode('x' * 90 + '[MASK]')])
-  with pytest.raises(ValueError, match='max_tokens'):
-    filler.fill([filler.encode('x [MASK]')], max_tokens=81)
+  with pytest.raises(ValueError, match='max_new_tokens'):
+    filler.fill([filler.encode('x [MASK]')], max_new_tokens=81)
   for bad in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1)):
     with pytest.raises(ValueError, match='must be'):
       Sampling(**bad)
@@ -284,7 +289,8 @@ def test_temperatures_beyond_float32_are_refused(temperature):
 
 def test_the_most_probable_is_taken_at_the_limits():
   logits = jnp.array([[0.0, 2.0, -jnp.inf, 1.0]] * 64)
-  draw = lambda **how: {*sample(logits, Sampling(**how), jax.random.key(0)).tolist()}
+  keys = jax.random.split(jax.random.key(0), 64)
+  draw = lambda **how: {*sample(logits, Sampling(**how), keys).tolist()}
   for top_p in (1.0, 0.9):
     assert draw(temperature=1e-30, top_p=top_p) == {1}
     assert draw(temperature=1e30, top_p=top_p) == {0, 1, 3}

@@ -85,6 +85,6 @@ def test_layouts_without_its_norms_are_refused(released, tmp_path):
 def test_it_generates(released):
   folder, *_ = released
   generate = ('generate', f'--checkpoint={folder}/checkpoint', '--prompt=the quick')
-  first, again = (in_process(*generate, '--max_tokens=8') for _ in range(2))
+  first, again = (in_process(*generate, '--max_new_tokens=8') for _ in range(2))
   assert first.returncode == 0, first.stderr
   assert first.stdout == again.stdout and first.stdout.strip()

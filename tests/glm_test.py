@@ -12,6 +12,7 @@ from foreign import arrays_of, imported
 from glm_jax import models, sharding
 from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference import decode
+from glm_jax.models import cache as kv_cache
 from glm_jax.models import layers, stack
 from glm_jax.models.compute import REMAT_POLICIES, ComputeConfig
 from glm_jax.training import losses, optimizer
@@ -129,11 +130,12 @@ def test_incremental_decoding_equals_the_original_and_the_full_forward(golden):
     x[:1] if not isinstance(x, Visibility) else x for x in _inputs(arrays)
   )
   part_a, T = int(arrays['in/sep'][0]), tokens.shape[1]
-  cache = decode.init_cache(config, 1, T)
-  read = jax.jit(lambda *args: decode.read_token(model, params, *args))
-  cache, logits = decode.read_context(
-    model, params, cache, tokens[:, :part_a], jnp.array([part_a]), head=layers.logits
+  variables = {'params': params}
+  read = jax.jit(lambda *args: decode.read_token(model, variables, *args))
+  context, logits = decode.read_context(
+    model, variables, tokens[:, :part_a], jnp.array([part_a]), head=layers.logits
   )
+  cache = decode.insert(kv_cache.init(config, 1, T), context, jnp.array([0]))
   steps = [logits[0]]
   for t in range(part_a, T):
     cache, logits = read(cache, tokens[:, t], positions[:, t], blocks[:, t], jnp.array([t]))

@@ -33,7 +33,7 @@ def _unpacked(name, folder):
 def test_its_checkpoint_generates_and_goes_back_to_the_same_tensors(tmp_path, capsys):
   checkpoint = _unpacked('checkpoint', tmp_path)
   prompt = 'the quick brown fox'
-  generate.main([f'--checkpoint={checkpoint}', f'--prompt={prompt}', '--max_tokens=12'])
+  generate.main([f'--checkpoint={checkpoint}', f'--prompt={prompt}', '--max_new_tokens=12'])
   assert capsys.readouterr().out == EXPECTED['continued']
   convert.main([str(checkpoint), str(tmp_path / 'exported'), '--to=chatglm2'])
   tensors, digest = load_file(tmp_path / 'exported' / 'model.safetensors'), hashlib.sha256()
@@ -45,7 +45,7 @@ def test_its_checkpoint_generates_and_goes_back_to_the_same_tensors(tmp_path, ca
 def test_its_run_fills_the_same_blanks(tmp_path, capsys):
   run = _unpacked('run', tmp_path)
   prompt = 'Document 5 says [MASK] words, and [MASK] more.'
-  generate.main([f'--checkpoint={run}', f'--prompt={prompt}', '--max_tokens=6'])
+  generate.main([f'--checkpoint={run}', f'--prompt={prompt}', '--max_new_tokens=6'])
   assert capsys.readouterr().out == EXPECTED['filled']
 
 

@@ -105,12 +105,12 @@ def exported(tmp_path_factory):
 
 def test_transformers_generates_the_same_greedy_tokens(exported):
   folder, vocabulary, config, params = exported
-  filler = Filler(config, params, vocabulary)
+  filler = Filler(config, {'params': params}, vocabulary)
   prompts = [filler.encode(text) for text in ('the quick brown', '语言模型', 'fox')]
   made = _transformers(folder / 'glm', prompts=prompts, new=24)
   assert made['stops'] == list(vocabulary.stops) and len(made['stops']) == 3
   for prompt, theirs in zip(prompts, made['generated'], strict=True):
-    [[ours]] = filler.fill([prompt], max_tokens=24)
+    [[ours]] = filler.fill([prompt], max_new_tokens=24)
     if theirs[-1] in vocabulary.stops:
       theirs = theirs[:-1]
     assert ours == theirs and len(ours) > 3
@@ -329,7 +329,7 @@ def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
   prompt = 'The quick brown'
   made = _transformers(tmp_path / 'exported', texts=[prompt], new=16)
   [theirs] = made['continued']
-  generate = ('generate', f'--prompt={prompt}', '--max_tokens=16')
+  generate = ('generate', f'--prompt={prompt}', '--max_new_tokens=16')
   ours = _run(*generate, f'--checkpoint={tmp_path}/run').rstrip('\n')
   assert ours == theirs.rstrip('\n') and len(ours) > len(prompt)
 

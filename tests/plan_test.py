@@ -13,6 +13,7 @@ from commands import ROOT, command, in_process, refused
 
 from glm_jax import models, sharding
 from glm_jax.inference import decode
+from glm_jax.models import cache as kv_cache
 from glm_jax.planning import hlo, prediction, suggest, table, topologies
 from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.sharding import MeshConfig
@@ -382,11 +383,16 @@ def test_reading_a_context_holds_no_logits_and_little_memory(monkeypatch):
     tree,
   )
   params = on_chip(state.abstract_params(config, layout))
-  read = functools.partial(decode.read_context, model, causal=True)
+  read = functools.partial(decode.read_context, model, causal=True, dtype='bfloat16')
   with sharding.active(layout):
-    cache = on_chip(jax.eval_shape(lambda: decode.init_cache(config, B, T, 'bfloat16')))
-    ids = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, T), (B,))]
-    compiled = jax.jit(read, donate_argnums=1).lower(params, cache, *on_chip(ids)).compile()
+    cache = on_chip(jax.eval_shape(lambda: kv_cache.init(config, B, T, 'bfloat16')))
+    ids = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, T), (B,), (B,))]
+
+    def fill(variables, cache, tokens, lengths, rows):
+      return decode.insert(cache, read(variables, tokens, lengths)[0], rows)
+
+    arguments = ({'params': params}, cache, *on_chip(ids))
+    compiled = jax.jit(fill, donate_argnums=1).lower(*arguments).compile()
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert f'{T},65024]' not in text.replace('65024,4096]', '')
   size = sum(2 * leaf.size for leaf in jax.tree.leaves((params, cache)))

@@ -13,8 +13,9 @@ from foreign import arrays_of, config_json, exported, imported
 from glm_jax import models
 from glm_jax.batch import Visibility
 from glm_jax.inference import decode
-from glm_jax.inference.sampling import Sampling
+from glm_jax.inference.engine import Engine, Request, Span
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, chatglm, chatglm2, layers
+from glm_jax.models import cache as kv_cache
 from glm_jax.training import losses
 
 
@@ -221,17 +222,17 @@ def _incremental(config, params, inputs, context):
   """Logits of a context read at once and of the rest token by token."""
   model, T = models.build(config), inputs[0].shape[1]
   tokens, positions, blocks, _ = inputs
-  cache = decode.init_cache(config, 1, T)
-  cache, logits = decode.read_context(
+  variables = {'params': params}
+  read_in, logits = decode.read_context(
     model,
-    params,
-    cache,
+    variables,
     tokens[:, :context],
     jnp.array([context]),
     causal=config.causal,
     head=layers.logits,
   )
-  read = jax.jit(lambda *args: decode.read_token(model, params, *args))
+  cache = decode.insert(kv_cache.init(config, 1, T), read_in, jnp.array([0]))
+  read = jax.jit(lambda *args: decode.read_token(model, variables, *args))
   steps = [logits[0]]
   for t in range(context, T):
     cache, logits = read(cache, tokens[:, t], positions[:, t], blocks[:, t], jnp.array([t]))
@@ -256,30 +257,15 @@ def test_incremental_decoding_equals_the_original(golden, name):
 @pytest.mark.parametrize('name', ['hf_glm', 'glm4_0414'])
 def test_greedy_tokens_are_those_of_transformers(golden, name):
   arrays, found, params = golden(name)
-  prompt, wanted = arrays['gen/prompt'][0], arrays['gen/ids'][0]
-  config, n = found.config, len(arrays['gen/prompt'][0])
-  model = models.build(config)
-  cache = decode.init_cache(config, 1, len(wanted))
-  tokens = jnp.asarray(prompt[None, :-1], jnp.int32)
-  cache, _ = decode.read_context(
-    model, params, cache, tokens, jnp.array([n - 1]), causal=True
+  prompt, wanted = arrays['gen/prompt'][0].tolist(), arrays['gen/ids'][0].tolist()
+  config, n = found.config, len(prompt)
+  engine = Engine(
+    config, {'params': params}, stops=[-1], allowed=np.ones(config.vocab_size, bool)
   )
-  _, made, count, *_ = decode.generate_span(
-    model,
-    params,
-    cache,
-    first_B=jnp.asarray(prompt[-1:], jnp.int32),
-    position_B=jnp.array([n - 1]),
-    stride_B=jnp.array([1]),
-    slot_B=jnp.array([n - 1]),
-    active_B=jnp.array([True]),
-    key=jax.random.key(0),
-    stop=(-1,),
-    allowed_V=jnp.ones(config.vocab_size, bool),
-    max_tokens=len(wanted) - n,
-    sampling=Sampling(),
-  )
-  assert made[0, : count[0]].tolist() == wanted[n:].tolist()
+  span = Span(first=prompt[-1], position=None, stride=1)
+  request = Request(number=0, context=prompt[:-1], spans=[span])
+  [answer] = engine.generate([request], most=len(wanted) - n)
+  assert answer.spans == [wanted[n:]]
 
 
 # Rotary positions at the released sizes.

@@ -126,7 +126,7 @@ def test_it_is_killed_goes_on_and_fills_as_one_that_is_here(bucket, reached, tmp
   assert summary['steps'] == 6 and summary['validation']['step'] == 6
   assert not [f for f in os.listdir(ROOT) if f.startswith('gs:')]
   # What is used of it.
-  prompt = ['--prompt=Document 5 says [MASK] words.', '--max_tokens=4']
+  prompt = ['--prompt=Document 5 says [MASK] words.', '--max_new_tokens=4']
   filled = [
     command('generate', f'--checkpoint={run}', *prompt, **environment)
     for run in (here, there)

@@ -20,3 +20,9 @@ def params(config, seed=0):
 def logits(config, params, *inputs, compute=models.ComputeConfig()):
   """[B, T, vocab_size] of tokens, both positions and their visibility."""
   return models.build(config, compute).apply({'params': params}, *inputs)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, variables, *inputs):
+  """The same, of a model with any collections."""
+  return models.build(config).apply(variables, *inputs)[0]

@@ -1,6 +1,7 @@
 """Where an answer ends, and what a finished one leaves behind, with scripted models."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from glm_jax.inference import decode, filling
 from glm_jax.inference.sampling import Sampling, sample
 from glm_jax.interop import hub
 from glm_jax.models import ChatGLM2Config, GLMConfig
+from glm_jax.models import cache as kv_cache
 from glm_jax.text import vocabulary as vocabularies
 from glm_jax.text.released import (
   ChatGLM2Vocabulary,
@@ -32,39 +34,61 @@ class Scripted:
   in `script[b]` for a causal one; the cache is [1, B, S, 1, 3]: token and two positions.
   """
 
+  config = types.SimpleNamespace(num_layers=1, num_kv_heads=1, head_size=3)
+
   def __init__(self, script, size=V):
     self.script, self.size = jnp.asarray(script), size
 
-  def apply(self, _, tokens, positions, blocks, seen, *, cache, cache_start, head=None):
+  def apply(
+    self, _, tokens, positions, blocks, seen, *, cache, cache_start=None, head=None
+  ):
     read = jnp.stack([tokens, positions, blocks], axis=-1)[:, :, None].astype(jnp.float32)
     write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
-    k = write(cache['k'][0], read, cache_start, 0)[None]
+    start = jnp.zeros(len(tokens), int) if cache_start is None else cache_start
+    k = write(cache['k'][0], read, start, 0)[None]
     step = jnp.clip(blocks - 1, 0, self.script.shape[1] - 1)
     answer = jnp.take_along_axis(self.script, step, axis=1)
     return 10.0 * jax.nn.one_hot(answer, self.size), {'k': k, 'v': cache['v'] + 0}
 
 
-def _generate(script, slots, active, *, stop, cache=None, first=S.sop, sampling=Sampling()):
+def _generate(script, slots, active, *, stops, cache=None):
   B = len(script)
-  cache = cache or {
-    'k': jnp.full((1, B, SLOTS, 1, 3), NOTHING),
-    'v': jnp.zeros((1, B, 1, 1, 1)),
-  }
-  return decode.generate_span(
+  cache = cache or _nothing(None, B, SLOTS)
+  full = lambda value, dtype=jnp.int32: jnp.full(B, value, dtype)
+  rows = decode.Rows(
+    token=full(S.sop),
+    position=jnp.arange(B) + 3,
+    stride=full(0),
+    block=full(1),
+    slot=jnp.asarray(slots),
+    count=full(0),
+    least=full(0),
+    limit=full(MOST),
+    seed=full(0, jnp.uint32),
+    done=~jnp.asarray(active),
+    tokens=jnp.zeros((B, MOST), jnp.int32),
+    log_probs=jnp.zeros((B, MOST + 1)),
+  )
+  cache, _, rows = decode.advance(
     Scripted(script),
     {},
     cache,
-    jnp.full(B, first),
-    jnp.arange(B) + 3,
-    jnp.zeros(B, jnp.int32),
-    jnp.asarray(slots),
-    jnp.asarray(active),
-    jax.random.key(0),
-    stop=stop,
+    None,
+    rows,
+    steps=MOST + 1,
+    eager=jnp.array(False),
+    stops=stops,
     allowed_V=jnp.ones(V, bool),
-    max_tokens=MOST,
-    sampling=sampling,
+    sampling=Sampling(),
   )
+  return cache, rows.tokens, rows.count, rows.slot
+
+
+def _nothing(config, rows, slots, dtype='float32'):
+  return {
+    'k': jnp.full((1, rows, slots, 1, 3), NOTHING),
+    'v': jnp.zeros((1, rows, slots, 1, 1)),
+  }
 
 
 STOPS = (300, 301, 302, 303)
@@ -82,21 +106,21 @@ def ragged():
   sizes = [n for n in range(MOST) for _ in STOPS] + [MOST, 0]
   slots = np.arange(len(script)) % 7 + 2
   active = np.arange(len(script)) < len(script) - 1
-  made = _generate(np.array(script), slots, active, stop=STOPS)
+  made = _generate(np.array(script), slots, active, stops=STOPS)
   return script, np.array(sizes), slots, active, jax.tree.map(np.asarray, made)
 
 
 def test_any_stop_ends_an_answer_and_is_no_part_of_it(ragged):
-  script, sizes, _, _, (_, tokens, count, *_) = ragged
+  script, sizes, _, _, (_, tokens, count, _) = ragged
   np.testing.assert_array_equal(count, sizes)
   for row, size in enumerate(sizes):
     assert tokens[row].tolist() == [*script[row][:size], *[0] * (MOST - size)]
 
 
 def test_a_row_takes_a_slot_for_each_token_that_it_reads_and_none_when_finished(ragged):
-  script, sizes, slots, active, (cache, _, _, behind, _) = ragged
+  script, sizes, slots, active, (cache, _, _, behind) = ragged
   for row, size in enumerate(sizes):
-    read = [S.sop, *script[row][:size]][:MOST] if active[row] else []
+    read = [S.sop, *script[row][:size]] if active[row] else []
     assert behind[row] == slots[row] + len(read)
     held = cache['k'][0, row, :, 0]
     own = held[slots[row] : behind[row]]
@@ -108,15 +132,15 @@ def test_a_row_takes_a_slot_for_each_token_that_it_reads_and_none_when_finished(
 
 def test_the_next_blank_follows_the_last_one_without_a_gap(ragged):
   """Whatever a finished row wrote meanwhile is written over, and none of it is seen."""
-  script, sizes, slots, active, (cache, _, _, behind, _) = ragged
+  script, sizes, slots, active, (cache, _, _, behind) = ragged
   again = [[90 + i for i in range(MOST)]] * len(script)
-  later, _, _, end, _ = _generate(
-    np.array(again), behind, ~np.zeros(len(script), bool), stop=STOPS, cache=cache
+  later, _, _, end = _generate(
+    np.array(again), behind, ~np.zeros(len(script), bool), stops=STOPS, cache=cache
   )
   for row, size in enumerate(sizes):
-    read = [S.sop, *script[row][:size]][:MOST] if active[row] else []
+    read = [S.sop, *script[row][:size]] if active[row] else []
     held = np.asarray(later['k'])[0, row, slots[row] : int(end[row]), 0, 0]
-    assert held.tolist() == [*read, S.sop, *again[row][: MOST - 1]]
+    assert held.tolist() == [*read, S.sop, *again[row][:MOST]]
 
 
 def _filler(monkeypatch, script, vocabulary=VOCABULARY, causal=False):
@@ -132,14 +156,7 @@ def _filler(monkeypatch, script, vocabulary=VOCABULARY, causal=False):
     )
   model = Scripted(script, config.vocab_size)
   monkeypatch.setattr(models, 'build', lambda config, compute: model)
-  monkeypatch.setattr(
-    decode,
-    'init_cache',
-    lambda config, rows, slots, dtype: {
-      'k': jnp.full((1, rows, slots, 1, 3), NOTHING),
-      'v': jnp.zeros((1, rows, 1, 1, 1)),
-    },
-  )
+  monkeypatch.setattr(kv_cache, 'init', _nothing)
   return filling.Filler(config, {}, vocabulary)
 
 
@@ -149,7 +166,7 @@ def test_every_stop_of_a_vocabulary_may_be_said_and_ends_a_blank(monkeypatch):
   script = [[97, 98, stop, 99, 100] for stop in stops]
   filler = _filler(monkeypatch, script)
   prompts = [filler.encode('a [MASK] b [MASK] c'), filler.encode('no [MASK]')]
-  made = filler.fill(prompts, max_tokens=5)
+  made = filler.fill(prompts, max_new_tokens=5)
   assert made == [[[97, 98], [97, 98]], [[97, 98]]]
 
 
@@ -166,9 +183,11 @@ def test_every_stop_of_a_chat_ends_an_answer(kind, model_file, monkeypatch, tmp_
   stops = vocabulary.stops
   assert len({*stops}) == {'chatglm2': 1, 'chatglm3': 3}[vocabulary.kind]
   script = [[20, 21, stop, 22] for stop in stops]
+  # As many rows as the batch has.
+  script += [script[-1]] * (len(script) == 3)
   filler = _filler(monkeypatch, script, vocabulary, causal=True)
   # The script is by block position, which counts from 1 behind a causal prompt, too.
-  made = filler.fill([filler.encode('the fox')] * len(stops), max_tokens=4)
+  made = filler.fill([filler.encode('the fox')] * len(stops), max_new_tokens=4)
   assert made == [[[20, 21]]] * len(stops)
   config = ChatGLM2Config(
     num_layers=1,
@@ -201,7 +220,7 @@ def test_tokens_rows_blanks_and_seeds_are_sampled_apart(monkeypatch):
     span + [-i - 1] * (24 - len(span))  # what is missing is like nothing
     for seed in (0, 1, 2)
     for i, row in enumerate(
-      filler.fill(prompts, max_tokens=24, sampling=sampling, seed=seed)
+      filler.fill(prompts, max_new_tokens=24, sampling=sampling, seed=seed)
     )
     for span in row
   ]
@@ -220,6 +239,7 @@ def test_tokens_rows_blanks_and_seeds_are_sampled_apart(monkeypatch):
 
 def test_samples_have_the_probabilities_of_the_logits():
   logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 4000))
+  keys = jax.random.split(jax.random.key(1), 4000)
   draw = jax.jit(sample, static_argnums=1)
   for sampling, wanted in (
     (Sampling(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
@@ -227,5 +247,5 @@ def test_samples_have_the_probabilities_of_the_logits():
     (Sampling(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
     (Sampling(temperature=1.0, top_p=0.75), [0.625, 0.375, 0, 0]),
   ):
-    found = np.bincount(draw(logits, sampling, jax.random.key(1)), minlength=4) / 4000
+    found = np.bincount(draw(logits, sampling, keys), minlength=4) / 4000
     np.testing.assert_allclose(found, wanted, atol=0.03)

@@ -102,7 +102,7 @@ def test_a_base_that_is_gone_or_has_changed_is_one_sentence(runs, text, tmp_path
   refused(in_process(*generate), 'which is gone')
   elsewhere.rename(base)
   assert snapshot(tmp_path / 'run') == before
-  done = in_process(*generate, '--max_tokens=3')
+  done = in_process(*generate, '--max_new_tokens=3')
   assert done.returncode == 0 and done.stdout.startswith('a'), done.stderr
 
 

@@ -1,103 +1,166 @@
-"""Reading a context and generating spans, with a key/value cache.
+"""What a device computes to read contexts and to generate: pure functions of a cache.
 
-The context (Part A) is read once, bidirectionally; then each blank is generated from
-`[sop]`, left to right, every span seeing the context and the spans before it, as in
-training; also the last token of one that was cut, which THUDM/GLM generate_samples.py does
-not show to later blanks. A causal model reads all but the last token of
-a text and generates from that one. Rows of a batch are compact: each has a length of its
-own in the cache, and nothing is padded in between.
+A context (Part A, or a causal text) is read once and attends to itself; then tokens are
+generated one after the other into the slots behind it, each seeing all slots before its own
+and itself. Rows are compact and independent: each has a length, positions, a limit and
+random numbers of its own, so that it does not matter which rows stand beside it, nor when
+it began.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from glm_jax import sharding
 from glm_jax.batch import Visibility
-from glm_jax.inference.sampling import Sampling, sample
-from glm_jax.models import layers
+from glm_jax.inference import sampling as sampling_lib
+from glm_jax.inference.sampling import Sampling
+from glm_jax.models import cache as kv_cache
+from glm_jax.models import layers, virtual
+from glm_jax.models.cache import Cache
 
-Cache = dict[str, jax.Array]
-"""{'k', 'v'}: [L, B, S, K, H] each."""
 
+class Rows(NamedTuple):
+  """Where each row of a batch stands in the span that it generates; all [B].
 
-def init_cache(config: Any, rows: int, slots: int, dtype: str = 'float32') -> Cache:
-  """An empty cache, spread over the mesh as activations are: rows, and heads.
-
-  Args:
-    config: of the model.
-    rows: B.
-    slots: S, tokens of context and spans together.
-    dtype: of keys and values.
+  Attributes:
+    token: int32, to be read next: `[sop]`, or the last of a causal context, at first.
+    position: int32, its first position.
+    stride: int32, by which that grows with each token: 0 in a span of blanks, 1 where
+      positions go on.
+    block: int32, its second position.
+    slot: int32, that it is read into: the first free one.
+    count: int32, tokens of the span so far.
+    least: int32, tokens before which no stop token is said.
+    limit: int32, most tokens of the span.
+    seed: uint32, from which the span's random numbers come.
+    done: bool, whether the span has ended, or the row has none.
+    tokens: int32 [B, most], of the span.
+    log_probs: float32 [B, most + 1], theirs and, behind them, that of the stop token: those
+      of the model among allowed tokens at the temperature of `Sampling` (1 if greedy).
   """
-  shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_size)
-  # Few heads, or few rows, are whole on every device.
-  axes = (None, 'act_batch', None, 'act_heads', None)
-  spread = [
-    sharding.axes_of(axis) if axis and size % sharding.axis_size(axis) == 0 else None
-    for axis, size in zip(axes, shape, strict=True)
-  ]
-  spec = PartitionSpec(*spread)
-  return {name: _zeros(shape, jnp.dtype(dtype), spec) for name in ('k', 'v')}
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.Array:
-  """Under jit, so that no device ever holds more than its part."""
-  zeros = jnp.zeros(shape, dtype)
-  return jax.lax.with_sharding_constraint(zeros, spec) if any(spec) else zeros
+  token: Any
+  position: Any
+  stride: Any
+  block: Any
+  slot: Any
+  count: Any
+  least: Any
+  limit: Any
+  seed: Any
+  done: Any
+  tokens: Any
+  log_probs: Any
 
 
 def read_context(
   model: Any,
-  params: Any,
-  cache: Cache,
-  tokens_BT: jax.Array,
-  lengths_B: jax.Array,
+  variables: Any,
+  tokens_RT: jax.Array,
+  lengths_R: jax.Array,
   *,
   causal: bool = False,
+  dtype: str = 'float32',
   head: layers.Head = lambda x_BTD, weight_VD: None,
 ) -> tuple[Cache, Any]:
-  """Reads a context into slots 0 .. length; returns the cache and what `head` makes.
+  """Reads contexts into caches of their own; returns them and what `head` makes.
+
+  A model with virtual tokens has these in the first slots, before the context.
 
   Args:
     model: a Flax module.
-    params: its parameters.
-    cache: empty.
-    tokens_BT: the contexts, padded at the end.
-    lengths_B: tokens of each context.
+    variables: its collections.
+    tokens_RT: the contexts, padded at the end.
+    lengths_R: tokens of each.
     causal: each token sees those before it; else all of its context (Part A).
-    head: see `layers.Head`; without one no logits [B, T, V] are computed.
+    dtype: of the cache.
+    head: see `layers.Head`; without one no logits [R, T, V] are computed.
   """
-  B, T = tokens_BT.shape
+  P = virtual.count(variables)
+  tokens = virtual.opened(tokens_RT, 0, P)
+  R, T = tokens.shape
   # Keys of padding are written, too, but into slots behind the row's context, which no
   # interval reaches before a generated token has overwritten them.
-  positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-  inside = positions < lengths_B[:, None]
-  positions = jnp.where(inside, positions, 0)
-  end = jnp.where(inside, positions + 1 if causal else lengths_B[:, None], 0)
+  slots = jnp.broadcast_to(jnp.arange(T), (R, T))
+  inside = slots < P + lengths_R[:, None]
+  end = jnp.where(inside, slots + 1 if causal else P + lengths_R[:, None], 0)
   result, cache = model.apply(
-    {'params': params},
-    tokens_BT,
-    positions,
-    jnp.zeros_like(positions),
+    variables,
+    tokens,
+    jnp.where(inside, slots - P, 0),
+    jnp.zeros_like(tokens),
     Visibility(jnp.zeros_like(end), end),
-    cache=cache,
-    cache_start=jnp.zeros_like(lengths_B),
+    cache=kv_cache.init(model.config, R, T, dtype),
     head=head,
   )
   return cache, result
 
 
+def insert(cache: Cache, contexts: Cache, rows_R: jax.Array) -> Cache:
+  """The cache of a batch, some of whose rows are now those contexts.
+
+  Args:
+    cache: [L, B, S, ...].
+    contexts: [L, R, T, ...], T at most S.
+    rows_R: int32, the row of each; B for one that is left out.
+  """
+  T = contexts['k'].shape[2]
+  put = lambda old, new: old.at[:, rows_R, :T].set(new, mode='drop')
+  return jax.tree.map(put, cache, contexts)
+
+
+def extend(
+  model: Any,
+  variables: Any,
+  cache: Cache,
+  tokens_RT: jax.Array,
+  lengths_R: jax.Array,
+  rows_R: jax.Array,
+  start_R: jax.Array,
+  head: layers.Head = lambda x_BTD, weight_VD: None,
+) -> tuple[Cache, Any]:
+  """Reads more of causal contexts, behind what their rows of the cache hold.
+
+  Args:
+    model: a Flax module of a causal family.
+    variables: its collections.
+    cache: of a batch.
+    tokens_RT: what follows, padded at the end.
+    lengths_R: tokens of each.
+    rows_R: int32, the rows; B for one that is left out.
+    start_R: first free slot of each.
+    head: see `read_context`.
+
+  Returns:
+    The cache and what `head` makes.
+  """
+  own = jax.tree.map(lambda x: x.at[:, rows_R].get(mode='clip'), cache)
+  t = jnp.arange(tokens_RT.shape[1])
+  slots = start_R[:, None] + t
+  inside = t < lengths_R[:, None]
+  positions = jnp.where(inside, slots - virtual.count(variables), 0)
+  end = jnp.where(inside, slots + 1, 0)
+  result, own = model.apply(
+    variables,
+    tokens_RT,
+    positions,
+    jnp.zeros_like(positions),
+    Visibility(jnp.zeros_like(end), end),
+    cache=own,
+    cache_start=start_R,
+    head=head,
+  )
+  put = lambda old, new: old.at[:, rows_R].set(new, mode='drop')
+  return jax.tree.map(put, cache, own), result
+
+
 def read_token(
   model: Any,
-  params: Any,
+  variables: Any,
   cache: Cache,
   token_B: jax.Array,
   position_B: jax.Array,
@@ -108,7 +171,7 @@ def read_token(
   # Slots are filled without gaps: a new token sees all before its own, and itself.
   end = slot_B[:, None] + 1
   logits_BTV, cache = model.apply(
-    {'params': params},
+    variables,
     token_B[:, None],
     position_B[:, None],
     block_B[:, None],
@@ -119,121 +182,90 @@ def read_token(
   return cache, logits_BTV[:, 0]
 
 
-def generate_span(
+def advance(
   model: Any,
-  params: Any,
+  variables: Any,
   cache: Cache,
-  first_B: jax.Array,
-  position_B: jax.Array,
-  stride_B: jax.Array,
-  slot_B: jax.Array,
-  active_B: jax.Array,
-  key: jax.Array,
+  had_BV: jax.Array | None,
+  rows: Rows,
   *,
-  stop: tuple[int, ...],
+  steps: Any,
+  eager: Any,
+  stops: tuple[int, ...],
   allowed_V: jax.Array,
-  max_tokens: int,
   sampling: Sampling,
-) -> tuple[Cache, jax.Array, jax.Array, jax.Array, jax.Array]:
-  """Generates one span a row, from its first token to a stop token or `max_tokens`.
+) -> tuple[Cache, jax.Array | None, Rows]:
+  """Generates up to `steps` tokens a row.
+
+  A row reads every token that it keeps, the last before its limit, too: what comes later
+  sees them all. (THUDM/GLM generate_samples.py does not show the last token of a span that
+  was cut to later blanks.)
 
   Args:
     model: a Flax module.
-    params: its parameters.
-    cache: context and spans so far.
-    first_B: token that opens the span: `[sop]`, or the last of a causal context.
-    position_B: its first position: where its mask stands in the context.
-    stride_B: by how much the position grows with each token: 0 for a span, 1 where
-      positions go on.
-    slot_B: first free slot of each row.
-    active_B: rows that take part; the others keep their slot.
-    key: consumed.
-    stop: ids that end it (not returned).
+    variables: its collections.
+    cache: of the rows.
+    had_BV: bool, tokens that each row has, for a repetition penalty; None without one.
+    rows: where they stand.
+    steps: int32, most tokens.
+    eager: bool, whether to return once a row has ended, so that its place can be taken.
+    stops: ids that end a span (not kept).
     allowed_V: bool, tokens that may be generated.
-    max_tokens: longest span.
-    sampling: how tokens are chosen.
-
-  Returns:
-    The cache, tokens [B, max_tokens], their number [B], the next free slot [B], and
-    log-probabilities [B, max_tokens] of the tokens, and of a stop token behind them:
-    those of the model among allowed tokens at the temperature of `sampling` (1 if greedy).
+    sampling: how they are chosen.
   """
-  B, temperature = position_B.shape[0], sampling.temperature or 1.0
+  temperature = sampling.temperature or 1.0
+  ended = rows.done.sum()
 
   def unfinished(carry):
-    step, _, _, _, done_B, *_ = carry
-    return (step < max_tokens) & ~done_B.all()
+    step, _, _, rows = carry
+    waited_for = eager & (rows.done.sum() > ended)
+    return (step < steps) & ~rows.done.all() & ~waited_for
 
-  # One token a row and iteration: reads the last one, samples the next. `count_B` is of
-  # tokens kept, `done_B` of rows that met a stop token or do not take part.
-  def advance(carry):
-    step, cache, tokens, token_B, done_B, count_B, slot_B, log_probs = carry
-    # Block positions begin at 1 inside a span; 0 is the context's.
-    block_B = jnp.full_like(position_B, step + 1)
+  def one(carry):
+    step, cache, had_BV, r = carry
+    # 1. The token is read; a row that has ended writes into a slot that is not its own yet,
+    # and moves no further.
     cache, logits_BV = read_token(
-      model, params, cache, token_B, position_B + step * stride_B, block_B, slot_B
+      model, variables, cache, r.token, r.position, r.block, r.slot
     )
-    # A finished row writes into a slot that is not its own yet, and moves no further.
-    slot_B = slot_B + ~done_B
-    logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
-    token_B = sample(logits_BV, sampling, jax.random.fold_in(key, step))
-    # Of the token that was chosen, a stop included; of a finished row nothing.
+    r = r._replace(
+      slot=r.slot + ~r.done,
+      position=r.position + jnp.where(r.done, 0, r.stride),
+      block=r.block + ~r.done,
+    )
+    # 2. One that is at its limit had nothing left but to be read.
+    done = r.done | (r.count >= r.limit)
+    # 3. The next token.
+    if had_BV is not None:
+      logits_BV = sampling_lib.penalize(logits_BV, had_BV, sampling.repetition_penalty)
+    ids = jnp.arange(len(allowed_V))
+    early = (r.count < r.least)[:, None] & jnp.isin(ids, jnp.array(stops))
+    logits_BV = jnp.where(allowed_V & ~early, logits_BV, -jnp.inf)
+    key_of = lambda seed, count: jax.random.fold_in(jax.random.key(seed), count)
+    token_B = sampling_lib.sample(logits_BV, sampling, jax.vmap(key_of)(r.seed, r.count))
     chosen_B = jnp.take_along_axis(
       jax.nn.log_softmax(logits_BV / temperature), token_B[:, None], axis=-1
     )[:, 0]
-    log_probs = log_probs.at[:, step].set(jnp.where(done_B, 0, chosen_B))
-    # Once done, always done: a finished row goes on sampling, but nothing is kept of it.
-    done_B |= jnp.isin(token_B, jnp.array(stop))
-    tokens = tokens.at[:, step].set(jnp.where(done_B, 0, token_B))
-    count_B += ~done_B
-    return step + 1, cache, tokens, token_B, done_B, count_B, slot_B, log_probs
+    # 4. A stop token ends the span, and is scored, but not kept.
+    stopped = jnp.isin(token_B, jnp.array(stops))
+    kept = ~done & ~stopped
+    B = jnp.arange(len(token_B))
+    put = lambda old, new, where: old.at[B, jnp.where(where, r.count, old.shape[1])].set(
+      new, mode='drop'
+    )
+    r = r._replace(
+      tokens=put(r.tokens, token_B, kept),
+      log_probs=put(r.log_probs, chosen_B, ~done),
+      token=jnp.where(kept, token_B, r.token),
+      count=r.count + kept,
+      done=done | stopped,
+    )
+    if had_BV is not None:
+      had_BV = had_BV.at[B, jnp.where(kept, token_B, len(allowed_V))].set(True, mode='drop')
+    return step + 1, cache, had_BV, r
 
-  start = (
-    jnp.int32(0),
-    cache,
-    jnp.zeros((B, max_tokens), jnp.int32),
-    first_B,
-    ~active_B,
-    jnp.zeros((B,), jnp.int32),
-    slot_B,
-    jnp.zeros((B, max_tokens), jnp.float32),
-  )
-  _, cache, tokens, _, _, count_B, slot_B, log_probs = jax.lax.while_loop(
-    unfinished, advance, start
-  )
+  start = (jnp.int32(0), cache, had_BV, rows)
+  _, cache, had_BV, rows = jax.lax.while_loop(unfinished, one, start)
   # Every process looks at what was generated, wherever its rows were.
-  made = (tokens, count_B, slot_B, log_probs)
-  return cache, *(nn.with_logical_constraint(x, (None,) * x.ndim) for x in made)
-
-
-def end_span(
-  model: Any,
-  params: Any,
-  cache: Cache,
-  token_B: jax.Array,
-  position_B: jax.Array,
-  block_B: jax.Array,
-  slot_B: jax.Array,
-  cut_B: jax.Array,
-) -> tuple[Cache, jax.Array]:
-  """Reads the last token of spans that `max_tokens` cut, for later blanks to see.
-
-  A span that a stop token ended has been read to its last token; one that was cut ends with
-  a token that was sampled and not read. Of other rows nothing is kept: what is written
-  lies behind their last slot.
-
-  Args:
-    model: a Flax module.
-    params: its parameters.
-    cache: context and spans so far.
-    token_B: last token of each span.
-    position_B: its first position.
-    block_B: its second.
-    slot_B: first free slot of each row.
-    cut_B: rows whose span was cut.
-
-  Returns:
-    The cache and the next free slot [B].
-  """
-  cache, _ = read_token(model, params, cache, token_B, position_B, block_B, slot_B)
-  return cache, slot_B + cut_B
+  whole = lambda x: nn.with_logical_constraint(x, (None,) * x.ndim)
+  return cache, had_BV, jax.tree.map(whole, rows)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from glm_jax import configs, models, sharding
-from glm_jax.inference import decode
+from glm_jax import configs, models
+from glm_jax.inference.engine import Answer, Engine, Request, Span
 from glm_jax.inference.sampling import Sampling
 from glm_jax.text.vocabulary import Vocabulary
 
-# Contexts are padded to a multiple of this, so that few shapes are compiled.
-_BUCKET = 64
 # What bytes that are no character are decoded to.
 _BROKEN = '\ufffd'
 
@@ -27,16 +22,21 @@ class Filler:
   def __init__(
     self,
     config: Any,
-    params: Any,
+    variables: Any,
     vocabulary: Vocabulary,
     compute: models.ComputeConfig = models.ComputeConfig(),
+    *,
+    rows: int = 8,
+    cache_dtype: str = '',
   ):
     """
     Args:
       config: of the model.
-      params: its parameters.
+      variables: its collections: {'params'}, and more (`glm_jax.models.products`).
       vocabulary: that it was trained with.
       compute: of it, the dtype is what counts here.
+      rows: see `Engine`.
+      cache_dtype: likewise.
     """
     # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
     # pieces, a span of GLM has none but a stop token.
@@ -44,19 +44,16 @@ class Filler:
     if not config.causal:
       allowed[list(vocabulary.names)] = False
       allowed[list(vocabulary.stops)] = True
-    self._config, self._params, self._vocabulary = config, params, vocabulary
-    self._dtype = compute.dtype
-    model = models.build(config, compute)
-    # Each gives back the cache that it was given, in the same memory.
-    jit = functools.partial(jax.jit, donate_argnums=1)
-    self._read = jit(functools.partial(decode.read_context, model, causal=config.causal))
-    self._generate = jit(
-      functools.partial(
-        decode.generate_span, model, stop=vocabulary.stops, allowed_V=jnp.asarray(allowed)
-      ),
-      static_argnames=('max_tokens', 'sampling'),
+    self._config, self._vocabulary = config, vocabulary
+    self.engine = Engine(
+      config,
+      variables,
+      stops=vocabulary.stops,
+      allowed=allowed,
+      compute=compute,
+      rows=rows,
+      cache_dtype=cache_dtype,
     )
-    self._end = jit(functools.partial(decode.end_span, model))
 
   def encode(self, prompt: str, gmask: bool = False) -> list[int]:
     """`[ENC] text <eos>`, with '[MASK]', '[sMASK]' and '[gMASK]' spelt out.
@@ -104,21 +101,12 @@ class Filler:
     # [gMASK] at the end is a text to be continued: nothing follows it, as with `gmask`.
     return ids if ids[-1] == s.gmask else [*ids, *v.suffix]
 
-  def fill(
-    self,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int = 64,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-  ) -> list[list[list[int]]]:
+  def fill(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
     """Generates every blank of every prompt, blanks left to right.
 
     Args:
       prompts: token ids with mask pieces, as `encode` gives them.
-      max_tokens: longest span.
-      sampling: how tokens are chosen.
-      seed: of sampling.
+      **how: of `answers`.
 
     Returns:
       For each prompt, the token ids of each of its blanks.
@@ -126,93 +114,77 @@ class Filler:
     Raises:
       UserError: a prompt or span longer than the model's positions.
     """
-    return self.fill_scored(prompts, max_tokens=max_tokens, sampling=sampling, seed=seed)[0]
+    return self.fill_scored(prompts, **how)[0]
 
   def fill_scored(
-    self,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int = 64,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
+    self, prompts: Sequence[Sequence[int]], **how: Any
   ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-    """As `fill`, and the log-probability of each token; see `decode.generate_span`.
+    """As `fill`, and the log-probability of each token; see `decode.Rows`.
 
     Behind those of a span that a stop token ended stands that of the stop token.
     """
-    asked = len(prompts)
-    # Every device has as many rows: the last prompt is answered more than once.
-    prompts = [*prompts, *[prompts[-1]] * (-asked % sharding.axis_size('act_batch'))]
-    s, c = self._vocabulary.specials, self._config
-    blanks = [self._blanks(p) for p in prompts]
-    # 1. The contexts, into a cache with room for every span.
-    # A causal model generates from the last token of its prompt.
-    contexts = [p[:-1] if c.causal else p for p in prompts]
-    lengths = np.array([len(p) for p in contexts], np.int32)
-    configs.check(
-      lengths.max() <= c.max_positions + 1,
-      f'a prompt must have at most {c.max_positions + 1} tokens',
-      f'{lengths.max()}',
-      'shorten it',
-    )
-    configs.check(
-      1 <= max_tokens <= c.max_positions,
-      f'--max_tokens must be in 1 .. {c.max_positions}',
-      str(max_tokens),
-      'generate less at a time',
-    )
-    rounds = max(map(len, blanks))
-    width = -(-max(int(lengths.max()), 1) // _BUCKET) * _BUCKET
-    tokens = np.full((len(prompts), width), s.pad, np.int32)
-    for row, context in enumerate(contexts):
-      tokens[row, : len(context)] = context
-    # One slot a span more than its tokens: [sop] is read, too.
-    slots = width + rounds * (max_tokens + 1)
-    cache = decode.init_cache(c, len(prompts), slots, self._dtype)
-    cache, _ = self._read(self._params, cache, tokens, lengths)
+    answers = sorted(self.answers(prompts, **how), key=lambda answer: answer.number)
+    return [a.spans for a in answers], [a.log_probs for a in answers]
 
-    # 2. The blanks: in each round the next one of every prompt that has one left.
-    spans: list[list[list[int]]] = [[] for _ in prompts]
-    scores: list[list[list[float]]] = [[] for _ in prompts]
-    slot = jnp.asarray(lengths)
-    for number in range(rounds):
-      active = np.array([number < len(b) for b in blanks])
-      position = np.array([b[number] if number < len(b) else 0 for b in blanks], np.int32)
-      first = np.array([p[-1] if c.causal else s.sop for p in prompts], np.int32)
-      # Without block positions, positions go on after a causal context and after [gMASK].
-      mask = np.array([p[i] for p, i in zip(prompts, position, strict=True)])
-      goes_on = (not c.two_positions) & ((mask == s.gmask) | c.causal)
-      # From the first free slot: slots and positions agree, unless a span came before.
-      position = np.where(goes_on, slot, position).astype(np.int32)
-      key = jax.random.fold_in(jax.random.key(seed), number)
-      cache, generated, count, slot, log_probs = self._generate(
-        self._params,
-        cache,
-        first,
-        position,
-        goes_on.astype(np.int32),
-        slot,
-        active,
-        key,
-        max_tokens=max_tokens,
-        sampling=sampling,
+  def answers(
+    self,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    min_new_tokens: int = 0,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    first: int = 0,
+    watch: Callable[[int, list[int]], bool] | None = None,
+  ) -> Iterator[Answer]:
+    """Answers, in the order in which they are done; `number` says whose they are.
+
+    Args:
+      prompts: token ids with mask pieces, as `encode` gives them.
+      max_new_tokens: longest span.
+      min_new_tokens: tokens of a span before it may end.
+      sampling: how tokens are chosen.
+      seed: of sampling; a prompt's random numbers come from it and its number.
+      first: the number of the first prompt.
+      watch: see `Engine.generate`.
+    """
+    requests = [self._request(first + i, prompt) for i, prompt in enumerate(prompts)]
+    configs.check(
+      0 <= min_new_tokens <= max_new_tokens,
+      f'--min_new_tokens must be in 0 .. {max_new_tokens}, that of --max_new_tokens',
+      str(min_new_tokens),
+      'ask for fewer',
+    )
+    return self.engine.generate(
+      requests,
+      most=max_new_tokens,
+      least=min_new_tokens,
+      sampling=sampling,
+      seed=seed,
+      watch=watch,
+    )
+
+  def _request(self, number: int, prompt: Sequence[int]) -> Request:
+    c, s = self._config, self._vocabulary.specials
+    if c.causal:
+      # It generates from the last token of its prompt.
+      spans = [Span(first=prompt[-1], position=None, stride=1)]
+      return Request(number=number, context=prompt[:-1], spans=spans)
+    spans = []
+    for position in self._blanks(prompt):
+      # Without block positions, positions go on after [gMASK].
+      goes_on = not c.two_positions and prompt[position] == s.gmask
+      spans.append(
+        Span(
+          first=s.sop,
+          position=None if goes_on else position,
+          stride=int(goes_on),
+        )
       )
-      generated, count, log_probs = jax.device_get((generated, count, log_probs))
-      for row in np.flatnonzero(active):
-        spans[row].append(generated[row, : count[row]].tolist())
-        scores[row].append(log_probs[row, : count[row] + 1].tolist())
-      cut = active & (count == max_tokens)
-      if number + 1 < rounds and cut.any():
-        position = position + max_tokens * goes_on.astype(np.int32)
-        block = np.full_like(position, max_tokens + 1)
-        last = generated[:, -1]
-        cache, slot = self._end(self._params, cache, last, position, block, slot, cut)
-    return spans[:asked], scores[:asked]
+    return Request(number=number, context=prompt, spans=spans)
 
   def _blanks(self, prompt: Sequence[int]) -> list[int]:
-    """Positions of the masks; of the last token for a causal model."""
-    if self._config.causal:
-      return [len(prompt) - 1]
+    """Positions of the masks."""
     s = self._vocabulary.specials
     return [i for i, t in enumerate(prompt) if t in (s.mask, s.gmask, s.smask)]
 

@@ -94,10 +94,12 @@ class GLM(nn.Module):
       tokens: [B, T] int32.
       positions: [B, T] int32, at most `max_positions`.
       block_positions: [B, T] int32, likewise.
-      visibility: intervals into the T tokens, or into the S slots of the cache.
+      visibility: intervals into the T tokens; with `cache_start`, into the S slots of the
+        cache.
       deterministic: no dropout; otherwise apply with `rngs={'dropout': key}`.
-      cache: {'k', 'v'}, each [L, B, S, K, H] (see `glm_jax.inference.decode`).
-      cache_start: [B] int32, the slot of each row's first new token.
+      cache: see `glm_jax.models.cache`.
+      cache_start: [B] int32, the slot of each row's first new token; None for contexts
+        that begin at slot 0 and attend to themselves.
       head: what is made of the last hidden state [B, T, D] and the head's weight [V, D].
 
     Returns:

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax import attention, sharding
 from glm_jax.batch import Visibility
+from glm_jax.models import cache as kv_cache
 from glm_jax.models.products import Einsum, Factor, einsum, gathered, partitioned, together
 
 Head = Callable[[jax.Array, jax.Array], Any]
@@ -172,11 +173,12 @@ class Attention(nn.Module):
 
     Args:
       x_BTD: input.
-      seen: what `attention.prepare` made of intervals into the T keys; with a cache,
-        intervals into its S slots.
+      seen: what `attention.prepare` made of intervals into the T keys; with `cache_start`,
+        intervals into the S slots of the cache.
       deterministic: no dropout.
-      cache: {'k', 'v'}, each [B, S, K, H].
-      cache_start: [B] int32, the slot of each row's first new key.
+      cache: of the layer, see `glm_jax.models.cache`.
+      cache_start: [B] int32, the slot of each row's first new key; None for a context that
+        begins at slot 0 and attends to itself.
       rotate: rotary positions, applied to queries and keys [B, T, heads, H].
       virtual_BT: int32, -P .. -1 for the virtual tokens, which open a document, and 0 or
         more for others; None without any.
@@ -214,14 +216,10 @@ class Attention(nn.Module):
       k_BSKH = self._learnt('k', k_BSKH, virtual_BT)
       v_BSKH = self._learnt('v', v_BSKH, virtual_BT)
     if cache is not None:
-      # Rows have contexts of different lengths, so each writes from a slot of its own.
-      # Stale keys behind it are outside of every interval.
-      write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
-      cache = {
-        'k': write(cache['k'], k_BSKH.astype(cache['k'].dtype), cache_start, 0),
-        'v': write(cache['v'], v_BSKH.astype(cache['v'].dtype), cache_start, 0),
-      }
-      k_BSKH, v_BSKH = cache['k'], cache['v']
+      cache = kv_cache.write(cache, k_BSKH, v_BSKH, cache_start)
+      # A context that begins at slot 0 attends to itself, by the kernel of training.
+      if cache_start is not None:
+        k_BSKH, v_BSKH = kv_cache.read(cache, self.dtype)
     drops = self.dropout > 0 and not deterministic
     out_BTNH = attention.attend(
       q_BTNH,

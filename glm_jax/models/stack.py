@@ -63,9 +63,9 @@ def stack(
     compute: how it is computed.
     deterministic: no dropout.
     x_BTD: input of the first.
-    cache: {'k', 'v'} with a leading axis L, or None.
-    visibility: intervals into the T keys, or into the cache.
-    cache_start: [B] int32, or None.
+    cache: see `glm_jax.models.cache`; or None.
+    visibility: intervals into the T keys; with `cache_start`, into the slots of the cache.
+    cache_start: [B] int32; None where rows attend to themselves.
     *by_token: trees of [B, T, ...], which every block is given alike.
 
   Returns:
@@ -77,7 +77,7 @@ def stack(
     x_BTD, visibility, by_token = jax.tree.map(
       sharding.spread, (x_BTD, visibility, by_token)
     )
-  if cache is None:
+  if cache_start is None:
     seen = attention.prepare(visibility, compute.attention, spread=spread)
   if compute.remat != 'none':
     # Without prevent_cse's barriers: inside a scan nothing is merged across the passes.

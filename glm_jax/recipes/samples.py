@@ -92,9 +92,9 @@ def fill(
   say(f'\nheld-out text, {kind} by the model:')
   # A token at a time is no length to be cut.
   with sharding.active(data.layout.replace(act_length=None)):
-    filler = Filler(config.model, params, data.vocabulary, config.compute)
+    filler = Filler(config.model, {'params': params}, data.vocabulary, config.compute)
     asked = [*_questions(config, filler, source)]
-    spans = filler.fill([prompt for prompt, _ in asked], max_tokens=16) if asked else []
+    spans = filler.fill([prompt for prompt, _ in asked], max_new_tokens=16) if asked else []
   filled = []
   for (prompt, was), made in zip(asked, spans, strict=True):
     filled.append({'filled': filler.text(prompt, made, ('[', ']')), 'was': was})

@@ -1,0 +1,332 @@
+"""Many prompts through a batch of a few rows: a row that has ended takes the next prompt.
+
+Continuous batching (Yu et al., Orca, OSDI 2022, section 3.2): the host gives contexts to
+free rows and looks after every few tokens; the device computes with a fixed set of shapes.
+What a prompt gets does not depend on what stands beside it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax import attention, configs, models, sharding
+from glm_jax.inference import decode
+from glm_jax.inference.decode import Rows
+from glm_jax.inference.sampling import Sampling
+from glm_jax.models import cache as kv_cache
+from glm_jax.models import virtual
+
+# Contexts are padded to this times a power of two, so that few shapes are compiled.
+_BUCKET = 64
+# Tokens between looks of the host, which costs a few microseconds each.
+_STEPS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Span:
+  """One span of a request.
+
+  Attributes:
+    first: the token that opens it: `[sop]`, or the last of a causal context.
+    position: the first position of that token; None to go on after what was read.
+    stride: by which positions grow.
+  """
+
+  first: int
+  position: int | None
+  stride: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """A context, and spans to be generated behind it, one after the other.
+
+  Attributes:
+    number: of the request, from which its random numbers come.
+    context: token ids that are read first.
+    spans: at least one.
+  """
+
+  number: int
+  context: Sequence[int]
+  spans: Sequence[Span]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Answer:
+  """What a request got.
+
+  Attributes:
+    number: of the request.
+    spans: token ids of each, without what ended it.
+    log_probs: of these tokens, and behind them that of the stop token, if there was one.
+    read: tokens of context that were read for it.
+  """
+
+  number: int
+  spans: list[list[int]] = dataclasses.field(default_factory=list)
+  log_probs: list[list[float]] = dataclasses.field(default_factory=list)
+  read: int = 0
+
+
+class Engine:
+  """Generates with one model, in a batch of a fixed number of rows."""
+
+  def __init__(
+    self,
+    config: Any,
+    variables: Any,
+    *,
+    stops: Sequence[int],
+    allowed: np.ndarray,
+    compute: models.ComputeConfig = models.ComputeConfig(),
+    rows: int = 8,
+    cache_dtype: str = '',
+    piece: int = 1024,
+  ):
+    """
+    Args:
+      config: of the model.
+      variables: its collections.
+      stops: ids that end a span.
+      allowed: [V] bool, tokens that may be generated.
+      compute: of the model.
+      rows: most prompts at a time; a multiple of the devices that share a batch.
+      cache_dtype: of `models.cache.DTYPES`; '' for that of `compute`.
+      piece: tokens of a causal context that are read at a time.
+    """
+    self.model = models.build(config, _with_kernel(config, compute))
+    self.config, self.variables, self.rows = config, variables, rows
+    self.virtual = virtual.count(variables)
+    self._stops, self._allowed = tuple(stops), jnp.asarray(allowed)
+    self._dtype, self._piece = cache_dtype or compute.dtype, piece
+    self._read = jax.jit(self._read_contexts, donate_argnums=1)
+    # Each gives back the cache that it was given, in the same memory.
+    self._extend = jax.jit(functools.partial(decode.extend, self.model), donate_argnums=1)
+    self._advance = jax.jit(
+      functools.partial(decode.advance, self.model, stops=self._stops),
+      donate_argnums=1,
+      static_argnames='sampling',
+    )
+
+  def _read_contexts(self, variables, cache, tokens_RT, lengths_R, rows_R):
+    contexts, _ = decode.read_context(
+      self.model,
+      variables,
+      tokens_RT,
+      lengths_R,
+      causal=self.config.causal,
+      dtype=self._dtype,
+    )
+    return decode.insert(cache, contexts, rows_R)
+
+  def generate(
+    self,
+    requests: Sequence[Request],
+    *,
+    most: int,
+    least: int = 0,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    watch: Callable[[int, list[int]], bool] | None = None,
+  ) -> Iterator[Answer]:
+    """Answers requests, in the order in which they are done.
+
+    Args:
+      requests: what is asked.
+      most: longest span.
+      least: tokens of a span before a stop token is allowed.
+      sampling: how tokens are chosen.
+      seed: of sampling.
+      watch: told of a request and of its unfinished span so far, every few tokens; says
+        whether the span is to end here.
+
+    Raises:
+      UserError: a context or a span that the model has no positions for.
+    """
+    if not requests:
+      return
+    self._check(requests, most)
+    B = self._batch(len(requests))
+    longest = max(self._slots(r, most) for r in requests)
+    cache = kv_cache.init(self.config, B, _bucket(longest), self._dtype)
+    penalized = sampling.repetition_penalty != 1
+    had = np.zeros((B, self.config.vocab_size), bool) if penalized else None
+    rows = _no_rows(B, most)
+    queue = collections.deque(requests)
+    asked: list[Request | None] = [None] * B
+    answers = [Answer(number=-1) for _ in range(B)]
+    while True:
+      # 1. Free rows take the next requests, whose contexts are read together.
+      free = [row for row in range(B) if asked[row] is None]
+      taken = [(row, queue.popleft()) for row in free[: len(queue)]]
+      for row, request in taken:
+        asked[row] = request
+        answers[row] = Answer(number=request.number, read=len(request.context))
+        rows.slot[row] = self.virtual + len(request.context)
+        if had is not None:
+          ids = [*request.context, request.spans[0].first]
+          had = _only(had, row, ids)
+      if taken:
+        cache = self._read_all(cache, taken)
+      # 2. Rows whose span has ended begin the next one of their request.
+      for row, request in enumerate(asked):
+        if request is not None and rows.done[row]:
+          span = request.spans[len(answers[row].spans)]
+          _begin(rows, row, span, rows.slot[row] - self.virtual, least, most)
+          numbers = [seed, request.number, len(answers[row].spans)]
+          rows.seed[row] = np.random.SeedSequence(numbers).generate_state(1)[0]
+      if all(request is None for request in asked):
+        return
+      # 3. A few tokens.
+      waiting = bool(queue) or any(r and len(r.spans) > 1 for r in asked)
+      cache, had, rows = self._advance(
+        self.variables,
+        cache,
+        had,
+        rows,
+        allowed_V=self._allowed,
+        steps=_STEPS if waiting or watch else most + 1,
+        eager=waiting,
+        sampling=sampling,
+      )
+      # Copies: what is on the host is written to.
+      rows = jax.tree.map(np.array, jax.device_get(rows))
+      # 4. What has ended is kept, and handed out with its request's last span.
+      for row, request in enumerate(asked):
+        if request is None:
+          continue
+        made = rows.tokens[row, : rows.count[row]].tolist()
+        if watch and not rows.done[row] and watch(request.number, made):
+          # Its last token has yet to be read.
+          rows.limit[row] = rows.count[row]
+        if rows.done[row]:
+          scores = rows.log_probs[row]
+          answers[row].spans.append(made)
+          answers[row].log_probs.append(scores[~np.isnan(scores)].tolist())
+          if len(answers[row].spans) == len(request.spans):
+            asked[row] = None
+            yield answers[row]
+
+  def _batch(self, requests: int) -> int:
+    """B: few shapes, and as many rows on every device."""
+    parts = sharding.axis_size('act_batch')
+    wanted = min(self.rows, 2 ** (max(requests, 1) - 1).bit_length())
+    return -(-wanted // parts) * parts
+
+  def _read_all(self, cache: Any, taken: list[tuple[int, Request]]) -> Any:
+    """The cache, with the contexts of these rows."""
+    B = cache['k'].shape[1]
+    # Two shapes: one row, or all. Where a batch is spread over devices, so are contexts.
+    whole = sharding.axis_size('act_batch') > 1
+    R = B if whole or len(taken) > 1 else 1
+    numbers = np.full(R, B, np.int32)
+    numbers[: len(taken)] = [row for row, _ in taken]
+    contexts = [request.context for _, request in taken]
+    first = max(map(len, contexts))
+    if self.config.causal:
+      first = min(first, self._piece)
+    tokens, lengths = _padded([c[:first] for c in contexts], R, _bucket(first))
+    room = cache['k'].shape[2] - self.virtual
+    cache = self._read(self.variables, cache, tokens[:, :room], lengths, numbers)
+    # The rest of long causal contexts, a piece after the other.
+    for start in range(first, max(map(len, contexts)), self._piece):
+      pieces = [c[start : start + self._piece] for c in contexts]
+      tokens, lengths = _padded(pieces, R, self._piece)
+      cache = self.read_on(cache, tokens, lengths, numbers, start)
+    return cache
+
+  def read_on(self, cache, tokens, lengths, numbers, start: int) -> Any:
+    """The cache after more tokens of causal rows, which hold `start` tokens of context."""
+    slots = np.full(len(numbers), self.virtual + start, np.int32)
+    # A piece may be wider than what is left of the cache, whose end it would be moved to.
+    room = cache['k'].shape[2] - self.virtual - start
+    tokens = tokens[:, :room]
+    return self._extend(self.variables, cache, tokens, lengths, numbers, slots)[0]
+
+  def _slots(self, request: Request, most: int) -> int:
+    """Slots that a request fills: every span's opening token is read, too."""
+    return self.virtual + len(request.context) + len(request.spans) * (most + 1)
+
+  def _check(self, requests: Sequence[Request], most: int) -> None:
+    largest = self.config.max_positions
+    longest = max(len(request.context) for request in requests)
+    configs.check(
+      longest <= largest + 1,
+      f'a prompt must have at most {largest + 1} tokens',
+      str(longest),
+      'shorten it',
+    )
+    configs.check(
+      1 <= most <= largest,
+      f'--max_new_tokens must be in 1 .. {largest}',
+      str(most),
+      'generate less at a time',
+    )
+
+
+def _with_kernel(config: Any, compute: models.ComputeConfig) -> models.ComputeConfig:
+  """With the kernel that reads contexts, if the device has one; nothing drops out here."""
+  if compute.attention != 'auto':
+    return compute
+  if getattr(config, 'attention_dropout', 0):
+    config = dataclasses.replace(config, attention_dropout=0.0)
+  backend, _ = attention.choose(config, compute, jax.devices()[0], _BUCKET)
+  # Of the others, which one is best depends on the length: 'auto' looks at that.
+  kernel = backend not in ('dense', 'chunked')
+  return dataclasses.replace(compute, attention=backend) if kernel else compute
+
+
+def _bucket(length: int) -> int:
+  """The least padded length.
+
+  Example:
+    >>> [_bucket(n) for n in (0, 64, 65, 200)]
+    [64, 64, 128, 256]
+  """
+  return _BUCKET * 2 ** max(0, -(-length // _BUCKET) - 1).bit_length()
+
+
+def _padded(contexts: Sequence[Sequence[int]], R: int, width: int) -> tuple[Any, Any]:
+  """Tokens [R, width] and lengths [R] of contexts."""
+  tokens, lengths = np.zeros((R, width), np.int32), np.zeros(R, np.int32)
+  for row, context in enumerate(contexts):
+    tokens[row, : len(context)] = context
+    lengths[row] = len(context)
+  return tokens, lengths
+
+
+def _no_rows(B: int, most: int) -> Rows:
+  zeros = lambda dtype=np.int32, *shape: np.zeros((B, *shape), dtype)
+  return Rows(
+    **{name: zeros() for name in Rows._fields[:8]},
+    seed=zeros(np.uint32),
+    done=np.ones(B, bool),
+    tokens=zeros(np.int32, most),
+    log_probs=zeros(np.float32, most + 1),
+  )
+
+
+def _begin(rows: Rows, row: int, span: Span, following: int, least: int, most: int) -> None:
+  """Sets a row to the beginning of a span; its slot is where the last one ended."""
+  rows.token[row] = span.first
+  rows.position[row] = following if span.position is None else span.position
+  rows.stride[row], rows.block[row], rows.count[row] = span.stride, 1, 0
+  rows.least[row], rows.limit[row], rows.done[row] = least, most, False
+  rows.log_probs[row] = np.nan
+
+
+def _only(had: Any, row: int, ids: Sequence[int]) -> np.ndarray:
+  """Which tokens a row has, when it begins anew."""
+  had = np.array(had)
+  had[row] = False
+  had[row, list(ids)] = True
+  return had

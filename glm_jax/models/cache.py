@@ -1,0 +1,90 @@
+"""The keys and values that later tokens attend to, as floats or as int8 with scales."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from glm_jax import sharding
+
+Cache = dict[str, jax.Array]
+"""{'k', 'v'}: [L, B, S, K, H] each, S slots a row; of int8 also {'k_scale', 'v_scale'}:
+[L, B, S, K], a scale for each key and head. A layer sees its part, without L."""
+
+DTYPES = ('float32', 'bfloat16', 'int8')
+
+
+def init(config: Any, rows: int, slots: int, dtype: str = 'float32') -> Cache:
+  """An empty cache, spread over the mesh as activations are: rows, and heads.
+
+  Args:
+    config: of the model.
+    rows: B.
+    slots: S.
+    dtype: of `DTYPES`.
+  """
+  shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_size)
+  # Few heads, or few rows, are whole on every device.
+  axes = (None, 'act_batch', None, 'act_heads', None)
+  spread = [
+    sharding.axes_of(axis) if axis and size % sharding.axis_size(axis) == 0 else None
+    for axis, size in zip(axes, shape, strict=True)
+  ]
+  make = lambda n, dtype: _zeros(shape[:n], jnp.dtype(dtype), PartitionSpec(*spread[:n]))
+  cache = {name: make(5, dtype) for name in ('k', 'v')}
+  if dtype == 'int8':
+    cache |= {f'{name}_scale': make(4, 'float32') for name in ('k', 'v')}
+  return cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.Array:
+  """Under jit, so that no device ever holds more than its part."""
+  zeros = jnp.zeros(shape, dtype)
+  return jax.lax.with_sharding_constraint(zeros, spec) if any(spec) else zeros
+
+
+def write(
+  cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array | None
+) -> Cache:
+  """The cache of a layer with new keys and values.
+
+  Args:
+    cache: of the layer.
+    k_BTKH: new keys.
+    v_BTKH: new values.
+    start_B: the slot of each row's first one; None where all begin at slot 0.
+  """
+  new = {}
+  for name, x_BTKH in (('k', k_BTKH), ('v', v_BTKH)):
+    if cache[name].dtype == jnp.int8:
+      x_BTKH = x_BTKH.astype(jnp.float32)
+      scale_BTK = jnp.abs(x_BTKH).max(-1) / 127
+      # A key of zeros has no scale.
+      scale_BTK = jnp.where(scale_BTK > 0, scale_BTK, 1)
+      new[f'{name}_scale'] = scale_BTK
+      x_BTKH = jnp.rint(x_BTKH / scale_BTK[..., None])
+    new[name] = x_BTKH.astype(cache[name].dtype)
+  if start_B is None:
+    update = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, 0, 1)
+    return {name: update(cache[name], x) for name, x in new.items()}
+  # Rows have contexts of different lengths, so each writes from a slot of its own. Stale
+  # keys behind it are outside of every interval.
+  update = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
+  return {name: update(cache[name], x, start_B, 0) for name, x in new.items()}
+
+
+def read(cache: Cache, dtype: Any) -> tuple[jax.Array, jax.Array]:
+  """Keys and values [B, S, K, H] of a layer, for attention in `dtype`."""
+
+  def values(name: str) -> jax.Array:
+    x_BSKH = cache[name]
+    if x_BSKH.dtype != jnp.int8:
+      return x_BSKH
+    return x_BSKH.astype(dtype) * cache[f'{name}_scale'][..., None].astype(dtype)
+
+  return values('k'), values('v')
