@@ -61,7 +61,9 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
   if spec.precompiled_charsmap:
     steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
   if spec.remove_extra_whitespaces:
-    steps += [normalizers.Strip(), normalizers.Replace(Regex(' {2,}'), ' ')]
+    # Spaces alone: `normalizers.Strip` would take line breaks at the ends, too.
+    steps.append(normalizers.Replace(Regex(r'\A +| +\z'), ''))
+    steps.append(normalizers.Replace(Regex(' {2,}'), ' '))
   if spec.add_dummy_prefix:
     steps.append(normalizers.Prepend('▁'))
   steps.append(normalizers.Replace(' ', '▁'))
