@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 
+import chat_test
 import numpy as np
 import pytest
 from commands import ROOT, command, in_process
@@ -18,6 +20,7 @@ from glm_jax.checkpoints import slices
 from glm_jax.inference.filling import Filler
 from glm_jax.interop import tokenizer_files
 from glm_jax.text import vocabulary as vocabularies
+from glm_jax.text.chat import template_for
 from glm_jax.text.released import ChatGLM3Vocabulary, GLM4Vocabulary
 
 pytestmark = pytest.mark.slow
@@ -119,23 +122,39 @@ def test_transformers_generates_the_same_greedy_tokens(exported):
 def test_the_exported_tokenizer_is_ours(exported):
   folder, vocabulary, *_ = exported
   texts = ['the quick brown fox', '语言 模型，\n学习\t文字', '  a  naïve “quote” 😀', '']
-  # ChatGLM3's rule (tokenization_chatglm.py build_chat_input): each message is its role,
-  # its metadata and a line break, and its content, each encoded on its own.
-  messages = [
-    {'role': 'user', 'content': 'the fox'},
-    {'role': 'assistant', 'content': '文字'},
-  ]
-  chat = [*vocabulary.prefix]
-  for message in messages:
-    chat.append(vocabulary.control[f'<|{message["role"]}|>'])
-    chat += vocabulary.encode('\n ' + message['content'])
-  chat.append(vocabulary.control['<|assistant|>'])
-  made = _transformers(folder / 'glm', texts=texts, messages=messages)
+  made = _transformers(folder / 'glm', texts=texts)
   ids = [vocabulary.encode(text) for text in texts]
   assert made['tokens'] == [[*vocabulary.prefix, *row] for row in ids]
   assert made['decoded'] == [vocabulary.decode(row) for row in ids]
-  assert made['chat'] == chat
   assert made['padding'] == ['left', 0, vocabulary.stops[0]]
+
+
+@pytest.mark.parametrize(
+  'family,name',
+  [
+    ('chatglm3', 'chatglm3'),
+    ('chatglm3', 'chatglm3 spaced'),
+    ('chatglm2', 'chatglm2 spaced'),
+    ('glm4', 'glm4 tiktoken'),
+    ('glm4-0414', 'glm4'),
+  ],
+)
+def test_transformers_reads_conversations_as_we_do(family, name, tmp_path):
+  template = template_for(chat_test.MAKERS[name](), family)
+  chat_test.export(tmp_path, template.vocabulary, family)
+  config = {'model_type': 'glm4' if family == 'glm4-0414' else 'glm'}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  rng, chats, ids = random.Random(4), [], []
+  glm4 = family.startswith('glm4')
+  words = chat_test.WORDS + ([] if glm4 else chat_test.MARKERS)
+  for number in range(40):
+    messages = chat_test.conversation(rng, template, words)
+    tools = chat_test.TOOLS[glm4:] if number % 2 and family != 'chatglm2' else ()
+    told = template.with_tools(messages, tools)
+    plain = [{k: v for k, v in vars(m).items() if v} for m in messages]
+    chats.append([plain, tools or None, True])
+    ids.append(template.encode(told, opening=True))
+  assert _transformers(tmp_path, chats=chats) == ids
 
 
 # As the tokenization_chatglm.py published with ChatGLM3-6B: the pieces of a sentencepiece

@@ -272,6 +272,16 @@ def test_the_fast_tokenizer_gives_the_same_ids(made, kind):
     assert tokenizer.token_to_id(f'<{name}>' if name in ('sop', 'eop') else name) == token
 
 
+def test_the_fast_tokenizer_keeps_line_breaks_at_the_ends():
+  """Where a vocabulary drops spaces there, it drops nothing else."""
+  model = _sentencepiece(bpe=True, normalization_rule_name='identity')
+  vocabulary = released.ChatGLM3Vocabulary(model)
+  tokenizer = fast.fast_tokenizer(vocabulary)
+  for text in ('\n', '  \nfox\n', ' fox \n\n  ', '\tfox\r\n', ' fox\n dog '):
+    ids = vocabulary.encode(text)
+    assert tokenizer.encode(text, add_special_tokens=False).ids == ids
+
+
 def test_vocabularies_are_seqio_vocabularies(made):
   """Where TensorFlow has no op, rows are tokenised beforehand, and a task says so."""
   import tensorflow as tf

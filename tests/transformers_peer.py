@@ -1,9 +1,10 @@
 """transformers on an export, in a process of its own: `transformers_peer.py FOLDER`.
 
 Its compiler and TensorFlow's do not bear each other in one process. Reads a request as
-JSON: {"ids": rows, "prompts": rows, "texts": strings, "messages": a chat, "new": tokens};
-prints what the model makes of it as JSON. With "names", only the tokenizer is read, with
-the code beside it: its class, its ids of the texts, and those of pieces by these names.
+JSON: {"ids": rows, "prompts": rows, "texts": strings, "new": tokens}; prints what the model
+makes of it as JSON. With "names", only the tokenizer is read, with the code beside it: its
+class, its ids of the texts, and those of pieces by these names. With "chats", too: its ids
+of [messages, tools or null, whether an answer is to follow].
 """
 
 import json
@@ -14,6 +15,14 @@ def main(folder, request):
   import torch
   from transformers import AutoModelForCausalLM, AutoTokenizer
 
+  if 'chats' in request:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [
+      tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=opening, return_dict=False
+      )
+      for messages, tools, opening in request['chats']
+    ]
   if 'names' in request:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return {
@@ -45,10 +54,6 @@ def main(folder, request):
       'decoded': [tokenizer.decode(row, skip_special_tokens=True) for row in ids],
       'padding': [tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.eos_token_id],
     }
-    if 'messages' in request:
-      made['chat'] = tokenizer.apply_chat_template(
-        request['messages'], add_generation_prompt=True, return_dict=False
-      )
     if 'new' in request:
       made['continued'] = [
         tokenizer.decode(

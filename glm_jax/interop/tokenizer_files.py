@@ -8,32 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
+from glm_jax.text import chat
+from glm_jax.text.chat_jinja import jinja
 from glm_jax.text.fast import fast_tokenizer
 from glm_jax.text.loading import KIND_KEY
 from glm_jax.text.vocabulary import Vocabulary
 
-# The prompts that the chat models were trained on (PROMPT.md of ChatGLM3; the
-# tokenization_chatglm.py of ChatGLM2, `build_prompt`).
-CHAT_TEMPLATES = {
-  'chatglm3': (
-    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{{ message.get('metadata', '') + '\\n ' + message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-  ),
-  'chatglm2': (
-    '[gMASK]<sop>{% set turn = namespace(n=0) %}{% for message in messages %}'
-    "{% if message['role'] == 'user' %}{% set turn.n = turn.n + 1 %}"
-    "{{ '[Round ' + turn.n|string + ']\\n\\n问：' + message['content'] + '\\n\\n答：' }}"
-    "{% else %}{{ message['content'] + '\\n\\n' }}{% endif %}{% endfor %}"
-  ),
-  'glm4': (
-    "[gMASK]<sop>{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{{ message.get('metadata', '') + '\\n' + message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-  ),
-}
-
 _END = '<|endoftext|>'
+
+# Kinds of vocabularies of models that chat and that transformers has a class for.
+_CHATS = ('chatglm2', 'chatglm3', 'glm4')
 
 # The published class that reads each kind of vocabulary, in the module beside it.
 CLASSES = {
@@ -75,6 +59,9 @@ def write(folder: Path, vocabulary: Vocabulary, config: Any, template: Any = Non
   # That of ChatGLM3 is for its own class, which puts a space before every text.
   if template and vocabulary.kind == 'glm4':
     description['chat_template'] = template
+  elif config is not None and vocabulary.kind in _CHATS:
+    family = 'glm4-0414' if config.sandwich_norms else ''
+    description['chat_template'] = jinja(chat.template_for(vocabulary, family), fast)
   write_vocabulary(folder, vocabulary, description)
 
 
@@ -100,7 +87,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _of_fast(vocabulary: Vocabulary, config: Any) -> dict[str, Any]:
-  description = {
+  return {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'clean_up_tokenization_spaces': False,
     'model_max_length': config.max_positions,
@@ -111,9 +98,6 @@ def _of_fast(vocabulary: Vocabulary, config: Any) -> dict[str, Any]:
     'pad_token': vocabulary.piece(vocabulary.specials.pad),
     'model_input_names': ['input_ids', 'attention_mask'],
   }
-  if vocabulary.kind in CHAT_TEMPLATES:
-    description['chat_template'] = CHAT_TEMPLATES[vocabulary.kind]
-  return description
 
 
 def _of_code(vocabulary: Vocabulary) -> dict[str, Any]:

@@ -19,6 +19,13 @@ from tokenizers import (
 from glm_jax.configs import UserError
 from glm_jax.text.vocabulary import MASKS, SentencePieceVocabulary, Vocabulary
 
+HOLD = '\ufdd0'
+"""Behind the first character of a control piece's name, it makes a text of the name.
+
+Names are looked for before a text is normalised, and this character is dropped then. It is
+one that Unicode keeps for a program's own use.
+"""
+
 
 def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
   """A tokenizer.json of the same ids; None where `files` has one already.
@@ -57,11 +64,13 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
   # space before a text, and the mark for every space.
   fast = Tokenizer(model)
   spec = proto.normalizer_spec
-  steps: list[Any] = []
+  steps: list[Any] = [normalizers.Replace(Regex(rf'(?<=[<\[]){HOLD}'), '')]
   if spec.precompiled_charsmap:
     steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
   if spec.remove_extra_whitespaces:
-    steps += [normalizers.Strip(), normalizers.Replace(Regex(' {2,}'), ' ')]
+    # Spaces alone: `normalizers.Strip` would take line breaks at the ends, too.
+    steps.append(normalizers.Replace(Regex(r'\A +| +\z'), ''))
+    steps.append(normalizers.Replace(Regex(' {2,}'), ' '))
   if spec.add_dummy_prefix:
     steps.append(normalizers.Prepend('▁'))
   steps.append(normalizers.Replace(' ', '▁'))

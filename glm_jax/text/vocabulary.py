@@ -68,6 +68,7 @@ class Vocabulary:
     takes_space_behind: and the space behind it.
     restarts: text behind a mask is encoded as if it began a text.
     decodes_whole: control pieces do not part a text when it is decoded.
+    adds_space: `encode` puts a space in front of a text.
   """
 
   kind: str
@@ -84,6 +85,7 @@ class Vocabulary:
   takes_space_behind = False
   restarts = True
   decodes_whole = False
+  adds_space = False
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, never a control piece."""
@@ -119,7 +121,7 @@ class Vocabulary:
       if before in MASKS and self.takes_space_behind:
         part = part.lstrip()
       goes_on = before in MASKS and not self.restarts
-      ids.extend(self._encode_inside(part) if goes_on else self.encode(part))
+      ids.extend(self.encode_inside(part) if goes_on else self.encode(part))
     return ids
 
   def decode(self, ids: Sequence[int], *, control: bool = False) -> str:
@@ -208,7 +210,7 @@ class Vocabulary:
     """The files that the program of a released model reads it from, by name."""
     return {}
 
-  def _encode_inside(self, text: str) -> list[int]:
+  def encode_inside(self, text: str) -> list[int]:
     """Of text that others precede, where that makes a difference."""
     return self.encode(text)
 
@@ -292,12 +294,13 @@ class SentencePieceVocabulary(Vocabulary):
       )
     self.model = model
     self._normalizer = proto.normalizer_spec
+    self.adds_space = self._normalizer.add_dummy_prefix
     # A text may hold the mark itself, which must not come back as a space: it goes as its
     # three bytes, where the model has pieces for bytes.
     pieces = [self._processor.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
     exact = all(self._processor.is_byte(piece) for piece in pieces)
     # Only a model that adds no space of its own can be cut at the mark below.
-    exact = exact and not self._normalizer.add_dummy_prefix
+    exact = exact and not self.adds_space
     self._bytes_of_space = pieces if exact else []
     # The kind counts, too: another one reads the same file with other control pieces.
     self.fingerprint = hashlib.sha256(model + self.kind.encode()).hexdigest()[:16]
@@ -315,9 +318,9 @@ class SentencePieceVocabulary(Vocabulary):
         ids[i] = np.array(joined, np.int32)
     return ids
 
-  def _encode_inside(self, text: str) -> list[int]:
+  def encode_inside(self, text: str) -> list[int]:
     spec = self._normalizer
-    if not (spec.add_dummy_prefix or spec.remove_extra_whitespaces):
+    if not (self.adds_space or spec.remove_extra_whitespaces):
       return self.encode(text)
     if spec.remove_extra_whitespaces:
       text = re.sub(' {2,}', ' ', text.rstrip(' '))
