@@ -205,6 +205,22 @@ def test_rows_and_columns_lie_where_their_parameters_do():
   assert attention['q']['bias'].shape == (2, 4, 16)
 
 
+@pytest.mark.parametrize('fields', [dict(algorithm='adafactor'), _SMALL])
+def test_a_part_that_is_trained_alone_has_moments_of_its_own(config, fields):
+  """Those of parameters from a checkpoint, which know no logical axes, as those planned."""
+  layout = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+  optimizer = make_optimizer(OptimizerConfig(**fields), 10)
+  pattern = 'layers/attention/.*|final_norm/scale'
+  planned = state.abstract_state(config, optimizer, layout, pattern=pattern)
+  params = jax.tree.map(
+    lambda a: jax.device_put(jnp.zeros(a.shape), a.sharding), planned['params']
+  )
+  begun = state.begin(params, optimizer, planned)
+  kinds = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), tree)
+  assert kinds(begun) == kinds(planned)
+  assert {*begun['params']} == {'layers', 'final_norm'}
+
+
 def _trained(config, batch, fields, mesh, current=None, steps=2):
   """The state after steps of training, and its `Layout` and optimizer."""
   layout = sharding.make_mesh(mesh, jax.devices()[: np.prod([*mesh.sizes.values()])])
