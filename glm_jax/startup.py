@@ -139,16 +139,16 @@ def use_cpu_devices(count: int) -> None:
 
 
 def find_devices() -> None:
-  """Starts JAX quietly: libtpu without a chip says so at length.
+  """Starts JAX quietly: libtpu without a chip says so at length. See `compiled`, too.
 
   Raises:
     UserError: see `accelerators.start`.
   """
-  from glm_jax import accelerators
+  from glm_jax import accelerators, compiled
 
   with silenced_stderr():
     warned = accelerators.start()
-  for line in warned:
+  for line in [*warned, *compiled.keep()]:
     print(f'warning: {line}', file=sys.stderr, flush=True)
 
 

@@ -192,15 +192,11 @@ def _trial(trial: Any, config: TuneConfig, fixed: list[str], imports: list[str])
   command += [f'--gin.{binding}' for binding in [*fixed, *chosen]]
   command += [f"--gin.MODEL_DIR='{folder}'"]
   log = folder.with_suffix('.log')
-  # Trials mostly differ in numbers, not in the program.
-  compiled = str(Path(config.study_dir).absolute() / 'compiled')
-  environment = {'JAX_COMPILATION_CACHE_DIR': compiled, **os.environ}
   with log.open('w', encoding='utf-8') as output:
     process = subprocess.Popen(
       command,
       stdout=output,
       stderr=output,
-      env=environment,
       preexec_fn=_die_with_parent,
     )
     try:

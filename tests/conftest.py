@@ -2,37 +2,20 @@
 
 import collections
 import fcntl
-import hashlib
-import importlib.metadata
 import itertools
 import os
-import pathlib
-import time
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 # Eight devices wait for each other in collectives: XLA's pool needs a thread for each.
 os.environ.setdefault('NPROC', '32')
 
-
-def _kept_folder():
-  """Outlives the tests: what XLA compiled, for this processor and by this version.
-
-  JAX's own key of an entry knows the program and the compiler's options, among them those
-  of `jax_disable_most_optimizations`, and not the processor's instructions.
-  """
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-  kinds = {line for line in lines if line.startswith(('model name', 'flags', 'Features'))}
-  processor = '\n'.join([*os.uname()[4:], *sorted(kinds)])
-  name = hashlib.sha256(processor.encode()).hexdigest()[:12]
-  cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  version = importlib.metadata.version('jaxlib')
-  return pathlib.Path(cache) / 'glm_jax' / 'tests' / f'{name}-{version}'
-
+from glm_jax import compiled
 
 # For the tests, and for the commands that they start: most train the same tiny models.
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_kept_folder()))
+# Not that of the user's runs.
+_KEPT = compiled.folder().parents[1] / 'tests' / compiled.folder().name
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_KEPT))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 
 import jax
@@ -50,11 +33,9 @@ from glm_jax.models import GLMConfig
 
 
 def pytest_sessionstart(session):
-  """Forgets what was compiled a month ago, most of it for code that is gone."""
+  """Forgets what was compiled long ago, most of it for code that is gone."""
   if not hasattr(session.config, 'workerinput'):
-    for path in _kept_folder().glob('*'):
-      if path.stat().st_mtime < time.time() - 30 * 24 * 3600:
-        path.unlink(missing_ok=True)
+    compiled.forget(_KEPT.parent, 2**30)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -389,6 +389,7 @@ def test_every_field_of_an_optimizer_changes_a_run():
     clip_norm=20.0,
   )
   others = dict(
+    algorithm='adafactor',
     learning_rate=0.2,
     schedule='cosine',
     warmup_steps=2,
@@ -399,6 +400,7 @@ def test_every_field_of_an_optimizer_changes_a_run():
     beta2=0.5,
     epsilon=0.1,
     first_moment_dtype='bfloat16',
+    second_moment_dtype='bfloat16',
     weight_decay=0.5,
     clip_norm=1.0,
   )

@@ -7,12 +7,13 @@ import types
 import pytest
 
 from glm_jax.checkpoints import folder
+from glm_jax.configs import UserError
 from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.training import start
 from glm_jax.training.optimizer import OptimizerConfig
 
 IDENTITY = {'seed': 0, 'recipe': 'Pretraining', 'model': {'num_layers': 2}}
-SETTINGS = {'optimizer': {'learning_rate': 1e-3}}
+SETTINGS = {'optimizer': {'learning_rate': 1e-3}, 'optimizer_holds': 'adamw'}
 
 
 def test_a_new_or_empty_folder_is_fine(tmp_path):
@@ -23,9 +24,8 @@ def test_a_new_or_empty_folder_is_fine(tmp_path):
 def test_the_same_run_is_recognised_and_changed_settings_are_said(tmp_path):
   folder.write(str(tmp_path), IDENTITY, SETTINGS, 'text', {})
   assert folder.check_same(str(tmp_path), IDENTITY, SETTINGS) == []
-  changed = folder.check_same(
-    str(tmp_path), IDENTITY, {'optimizer': {'learning_rate': 2e-3}}
-  )
+  faster = {**SETTINGS, 'optimizer': {'learning_rate': 2e-3}}
+  changed = folder.check_same(str(tmp_path), IDENTITY, faster)
   assert changed == ['optimizer.learning_rate was 0.001 and is now 0.002']
   with pytest.raises(ValueError, match='model.num_layers was 2 and is now 3'):
     folder.check_same(str(tmp_path), {**IDENTITY, 'model': {'num_layers': 3}}, SETTINGS)
@@ -56,9 +56,16 @@ def test_a_rate_that_follows_the_length_of_the_run_is_said(tmp_path):
   assert said == ['from here on, optimizer.decay_steps was 0 and is now 30']
   said = changes(settings(20), settings(20, schedule='constant'))
   assert len(said) == 1 and 'optimizer.schedule was' in said[0]
-  # A run that began before this was noted.
+  # A run that began before this was noted, and before there was a choice of optimizers.
   before = {'optimizer': settings(20)['optimizer']}
+  del before['optimizer']['algorithm'], before['optimizer']['second_moment_dtype']
   assert changes(before, settings(40)) == []
+  small = settings(40, second_moment_dtype='bfloat16')
+  assert changes(before, small) == [
+    "from here on, optimizer.second_moment_dtype was None and is now 'bfloat16'"
+  ]
+  with pytest.raises(UserError, match='holds a run with adamw, .* got adafactor;'):
+    changes(before, settings(40, algorithm='adafactor'))
 
 
 def test_every_configuration_is_recognised_after_json(tmp_path):
@@ -66,7 +73,7 @@ def test_every_configuration_is_recognised_after_json(tmp_path):
   of = lambda objectives: {'objectives': dataclasses.asdict(objectives), 'data': 'x'}
   steps = ObjectiveConfig(schedule=((0, 5, 1, 0, 0), (5, -1, 2, 1, 1)))
   wanted = folder.identity({'betas': (0.9,)}, 'x', data=of(steps), **fields)
-  settings = {'optimizer': dataclasses.asdict(OptimizerConfig())}
+  settings = {**SETTINGS, 'optimizer': dataclasses.asdict(OptimizerConfig())}
   folder.write(str(tmp_path), wanted, settings, 'text', {})
   assert folder.check_same(str(tmp_path), wanted, settings) == []
   other = folder.identity({'betas': (0.9,)}, 'x', data=of(ObjectiveConfig()), **fields)

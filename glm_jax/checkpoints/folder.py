@@ -13,6 +13,8 @@ from glm_jax import configs, storage
 from glm_jax.configs import UserError
 
 FILE = 'run.json'
+OPTIMIZER_HOLDS = 'optimizer_holds'
+"""The one of the settings that may not change: what checkpoints hold of the optimizer."""
 
 
 def identity(
@@ -89,7 +91,18 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
     '; '.join(differences),
     'set them back, or choose another MODEL_DIR',
   )
-  return _differences(stored['settings'], settings)
+  # Before there was a choice, it was this one.
+  before = {OPTIMIZER_HOLDS: 'adamw', **stored['settings']}
+  held, holds = before[OPTIMIZER_HOLDS], settings[OPTIMIZER_HOLDS]
+  configs.check(
+    held == holds,
+    f'MODEL_DIR {model_dir!r} holds a run with {held}, from whose checkpoints no other '
+    'optimizer can go on',
+    holds,
+    'set OptimizerConfig.algorithm (and beta1) back, or begin another MODEL_DIR with '
+    "TrainConfig.init_from, which takes the run's parameters alone",
+  )
+  return _differences(before, settings)
 
 
 def decided(model_dir: str) -> dict[str, Any]:

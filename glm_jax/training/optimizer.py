@@ -1,4 +1,4 @@
-"""AdamW as GLM was trained with, and its learning-rate schedules."""
+"""AdamW as GLM was trained with, Adafactor for less memory, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import optax
 
 from glm_jax import configs
 from glm_jax.configs import POSITIVE, at_least, one_of, within
+from glm_jax.training import moments
 
+ALGORITHMS = ('adamw', 'adafactor')
 SCHEDULES = ('cosine', 'linear', 'rsqrt', 'wsd', 'constant')
 # Those that reach their floor at a step.
 ENDING = ('cosine', 'linear', 'wsd')
@@ -20,25 +22,34 @@ ENDING = ('cosine', 'linear', 'wsd')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW with global clipping.
+  """AdamW or Adafactor, with global clipping.
+
+  Beside four bytes a parameter, and its gradient while a step lasts, a device holds 8 bytes
+  of moments with AdamW, 6 or 4 with one or both of them in bfloat16; 4 or 2 with Adafactor,
+  and next to none with `beta1 = 0`.
 
   Attributes:
+    algorithm: 'adamw', or 'adafactor': its second moment is a row and a column of each
+      matrix (`moments.scale_by_factored_moment`). Learning rate and decay are those of
+      AdamW: the rate is not relative to a parameter's size, as T5's is.
     learning_rate: the peak.
     schedule: after the warm-up, one of `SCHEDULES`; see `schedule`.
     warmup_steps: of linear growth from 0.
     decay_steps: step at which the decay ends, warm-up included; 0 for the run's last.
     final_ratio: the floor, as a share of the peak.
     wsd_decay_share: share of `decay_steps` that 'wsd' spends decaying, at the end.
-    beta1: decay of the first moment.
-    beta2: decay of the second.
+    beta1: decay of the first moment. Adafactor has none at 0.
+    beta2: decay of the second; of Adafactor's, which begins with less, the largest.
     epsilon: added to the root of the second moment.
-    first_moment_dtype: 'bfloat16' saves two bytes a parameter. The second moment stays
-      float32: with beta2 near 1 its steps are smaller than bfloat16 resolves.
+    first_moment_dtype: 'bfloat16' saves two bytes a parameter.
+    second_moment_dtype: likewise, of AdamW. With beta2 near 1 its steps are smaller than
+      bfloat16 resolves, so that it is rounded at random (`moments.rounded`).
     weight_decay: decoupled; on all but biases and layer norms, hence on every
       embedding table (THUDM/GLM glm_get_params_for_weight_decay_optimization).
     clip_norm: largest global norm of a gradient.
   """
 
+  algorithm: Annotated[str, one_of(*ALGORITHMS)] = 'adamw'
   learning_rate: Annotated[float, POSITIVE] = 4e-4
   schedule: Annotated[str, one_of(*SCHEDULES)] = 'cosine'
   warmup_steps: Annotated[int, at_least(0)] = 0
@@ -51,11 +62,36 @@ class OptimizerConfig:
   beta2: Annotated[float, within('[0, 1)')] = 0.98
   epsilon: Annotated[float, POSITIVE] = 1e-6
   first_moment_dtype: Annotated[str, one_of('float32', 'bfloat16')] = 'float32'
+  second_moment_dtype: Annotated[str, one_of('float32', 'bfloat16')] = 'float32'
   weight_decay: Annotated[float, at_least(0)] = 0.1
   clip_norm: Annotated[float, POSITIVE] = 1.0
 
   def __post_init__(self):
     configs.check_fields(self)
+    factored = self.algorithm == 'adafactor'
+    configs.check(
+      not factored or self.second_moment_dtype == 'float32',
+      "Adafactor's second moment, a row and a column of each matrix, must be float32",
+      f'second_moment_dtype={self.second_moment_dtype!r}',
+      "leave it out, or set algorithm='adamw'",
+    )
+    configs.check(
+      not factored or self.beta1 > 0 or self.first_moment_dtype == 'float32',
+      'first_moment_dtype must be of a first moment, which Adafactor lacks at beta1=0',
+      f'first_moment_dtype={self.first_moment_dtype!r}',
+      'leave it out, or raise beta1',
+    )
+
+
+def holds(config: OptimizerConfig) -> str:
+  """What its state consists of, which a resumed run keeps.
+
+  Example:
+    >>> holds(OptimizerConfig()), holds(OptimizerConfig(algorithm='adafactor', beta1=0.0))
+    ('adamw', 'adafactor without a first moment')
+  """
+  lacks = config.algorithm == 'adafactor' and not config.beta1
+  return config.algorithm + (' without a first moment' if lacks else '')
 
 
 def ends(config: OptimizerConfig, train_steps: int) -> tuple[int, int]:
@@ -152,25 +188,36 @@ def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.A
 
 def decays(params: Any) -> Any:
   """True for each parameter that weight decay applies to."""
-
-  # Paths also hold the keys of Flax's boxes, which are no dictionary keys.
-  def decayed(path: Any, _: Any) -> bool:
-    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    return names[-1] not in ('bias', 'scale')
-
-  return jax.tree_util.tree_map_with_path(decayed, params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: moments.is_weight(path), params)
 
 
 def make_optimizer(
   config: OptimizerConfig, train_steps: int
 ) -> optax.GradientTransformation:
-  """Clipping, Adam, decoupled decay, learning rate: in this order."""
-  # Decay comes after Adam's division, hence decoupled, and before the rate that scales it.
+  """Clipping, moments, decoupled decay, learning rate: in this order."""
+  # Decay comes after the division by moments, hence decoupled, and before the rate that
+  # scales it.
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
-    optax.scale_by_adam(
-      config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype
-    ),
+    *(_adafactor if config.algorithm == 'adafactor' else _adam)(config),
     optax.add_decayed_weights(config.weight_decay, mask=decays),
     optax.scale_by_learning_rate(schedule(config, train_steps)),
   )
+
+
+def _adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+  adam = optax.scale_by_adam(
+    config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype
+  )
+  return [moments.rounded(adam) if config.second_moment_dtype == 'bfloat16' else adam]
+
+
+def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+  scale = moments.scale_by_factored_moment(config.beta2, config.epsilon)
+  if not config.beta1:
+    return [scale]
+  # Not corrected for its start at 0: the first updates would be as large as their bound.
+  mean = optax.ema(
+    config.beta1, debias=False, accumulator_dtype=jnp.dtype(config.first_moment_dtype)
+  )
+  return [scale, mean]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from glm_jax import checkpoints, configs, sharding
+from glm_jax.checkpoints.folder import OPTIMIZER_HOLDS
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
@@ -52,7 +53,10 @@ def resolve(
 
 def settings(config: TrainConfig) -> dict[str, Any]:
   """What a resumed run may change, but not without a word (`folder.check_same`)."""
-  result = {'optimizer': dataclasses.asdict(config.optimizer)}
+  result = {
+    'optimizer': dataclasses.asdict(config.optimizer),
+    OPTIMIZER_HOLDS: optimizer.holds(config.optimizer),
+  }
   if config.optimizer.schedule in optimizer.ENDING:
     # Without decay_steps they follow TRAIN_STEPS, and no field of the optimizer shows it.
     warmup_ends, decay_ends = optimizer.ends(config.optimizer, config.train_steps)
@@ -63,8 +67,13 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 def in_words(changes: Sequence[str]) -> Iterator[str]:
   """Lines for settings that `folder.check_same` has found changed."""
   own = ('optimizer.schedule', 'optimizer.warmup_steps', 'optimizer.decay_steps')
+  defaults = dataclasses.asdict(optimizer.OptimizerConfig())
   explained = any(change.startswith(own) for change in changes)
   for change in changes:
+    field, _, now = change.removeprefix('optimizer.').partition(' was None and is now ')
+    if now and now == repr(defaults.get(field)):
+      # The run began before there was that field, and was as if it had had its default.
+      continue
     if change.startswith('schedule'):
       # A field says it already; or the run began before this was noted.
       if explained or ' was None ' in change:

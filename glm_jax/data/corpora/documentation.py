@@ -7,6 +7,7 @@ packages, near-duplicates removed, split into training and validation by package
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -91,9 +92,12 @@ def prepared(cache_dir: Path) -> Documentation:
   return builder
 
 
+@functools.cache
 def _environment() -> str:
   """Tells one Python and its packages from another."""
-  packages = {f'{d.name} {d.version}' for d in importlib.metadata.distributions()}
+  # Each look at `metadata` parses a file, of hundreds, and `name` and `version` are such.
+  about = (d.metadata for d in importlib.metadata.distributions())
+  packages = {f'{of["Name"]} {of["Version"]}' for of in about}
   text = '\n'.join([sys.version, *sorted(packages)])
   return hashlib.sha256(text.encode('utf-8')).hexdigest()[:16]
 
