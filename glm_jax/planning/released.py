@@ -71,7 +71,7 @@ def bindings(model: Any, devices: int) -> list[str]:
 def assumed(config: Any) -> str:
   """What a plan of a released model assumes, for a person."""
   text = 'assumed, as in gin_configs/runs/continue.gin (--gin.NAME=value changes it): '
-  text += 'TASK_FEATURE_LENGTHS, BATCH_SIZE, ComputeConfig.dtype and .remat as above, AdamW'
+  text += 'TASK_FEATURE_LENGTHS, BATCH_SIZE, ComputeConfig.dtype and .remat as above'
   if config.trained:
     text += f'; what is not trained is stored in {STORED} (convert --dtype={STORED})'
   return text

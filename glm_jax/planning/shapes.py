@@ -24,6 +24,8 @@ from glm_jax.training.step import cast
 # Of all that the forward pass of a layer makes, about half exists at a time while the
 # backward pass works on it, with what it makes itself.
 _AT_WORK = 0.5
+# The kernels of a TPU take heads that fill its lanes, and narrower ones are stored so, too.
+_LANES = 128
 
 
 class Rows(NamedTuple):
@@ -72,17 +74,20 @@ def memory(
   # The gradient of the table is summed in float32, when the layers are done.
   table = 4 * math.prod(_local(params['words']['weight'])) if 'words' in params else 0
   needed = rows(config, built.attention[0])
-  activations = at_work(needed, count, tensor, gradients, table) - gradients
-  if layout.count('embed') > 1:
-    size = np.dtype(dtype).itemsize
-    activations += gathered(config.model, size, tensor)
+  whole = gathered(config, tensor) if layout.count('embed') > 1 else (0.0, 0.0)
+  activations = at_work(needed, count, tensor, gradients, table, whole) - gradients
   result = {k: int(v) for k, v in exact.items() if v}
   result['activations'] = int(activations)
   return {**result, 'peak': sum(result.values())}
 
 
 def at_work(
-  needed: Rows, count: float, tensor: int, gradients: float, table: float = 0.0
+  needed: Rows,
+  count: float,
+  tensor: int,
+  gradients: float,
+  table: float = 0.0,
+  whole: tuple[float, float] = (0.0, 0.0),
 ) -> float:
   """Bytes of a device beside state and copies when memory is fullest, gradients included.
 
@@ -92,25 +97,28 @@ def at_work(
     tensor: devices that heads, MLP and vocabulary are cut over.
     gradients: bytes.
     table: bytes of the gradient of the embedding, which layers do not see.
+    whole: see `gathered`.
   """
   # Either the loss is at work, and no layer has a gradient yet, or the layers are.
-  at_loss = count * needed.logits / tensor
-  at_layers = gradients + max(count * needed.work / tensor, table)
+  at_loss = count * needed.logits / tensor + whole[0]
+  at_layers = gradients + max(count * needed.work / tensor + whole[1], table)
   return count * (needed.saved + needed.saved_cut / tensor) + max(at_loss, at_layers)
 
 
-def gathered(model: Any, size: int, tensor: int) -> float:
+def gathered(config: TrainConfig, tensor: int) -> tuple[float, float]:
   """Bytes of weights that `MeshConfig.fsdp` spreads, and that are here whole for a while.
 
   Args:
-    model: its configuration.
-    size: bytes of a number.
+    config: of the run.
     tensor: devices that heads, MLP and vocabulary are cut over.
+
+  Returns:
+    The head, for the loss; a layer and the next, which is on its way.
   """
-  table = model.hidden_size * model.vocab_size
-  layer = (flops.matmul_weights(model) - table) / model.num_layers
-  # Two layers at a time, the embedding and the head.
-  return 2 * size * (layer + table) / tensor
+  model, size = config.model, np.dtype(config.compute.dtype).itemsize
+  head = model.hidden_size * model.vocab_size
+  layer = (flops.matmul_weights(model) - head) / model.num_layers
+  return size * head / tensor, 2 * size * layer / tensor
 
 
 def rows(config: TrainConfig, backend: str) -> Rows:
@@ -158,11 +166,14 @@ def _kept(config: TrainConfig, backend: str, remat: str) -> tuple[float, float]:
     return jax.tree.leaves(jax.eval_shape(backward, *parts, batch))
 
   # The difference between two rows and one leaves out weights.
+  H = model.head_size
   whole, cut = 0.0, 0.0
   for one, two in zip(kept(1), kept(2), strict=True):
     if one.shape[-1:] == (model.vocab_size,):  # `Rows.logits`
       continue
     size = (two.size - one.size) * one.dtype.itemsize
+    if backend in ('tpu_splash', 'tpu_tokamax') and one.shape[-1:] == (H,):
+      size *= math.ceil(H / _LANES) * _LANES / H
     if one.shape[-1:] == (model.hidden_size,):
       whole += size
     else:

@@ -176,8 +176,8 @@ def _needs(config: TrainConfig, device: Any) -> Callable[[Candidate], float]:
     # In float32: weights and two moments. As computed with: weights and gradients.
     state, gradients = (12 + size) * weights / parts, size * weights / parts
     count = c.rows / c.sequence
-    at_work = shapes.at_work(rows(c.remat), count, c.tensor, gradients)
-    return state + at_work + (shapes.gathered(m, size, c.tensor) if c.fsdp > 1 else 0.0)
+    whole = shapes.gathered(config, c.tensor) if c.fsdp > 1 else (0.0, 0.0)
+    return state + shapes.at_work(rows(c.remat), count, c.tensor, gradients, 0.0, whole)
 
   return needs
 
@@ -198,6 +198,8 @@ def _seconds_a_token(c: Candidate, config: TrainConfig, chip: Chip) -> float:
   # A gather over many devices has more, smaller parts.
   spread = 1 + 0.1 * max(0, c.fsdp // 16 - 1)
   seconds = compute + 0.5 * spread * moved / chip.ici_bandwidth
+  # Once a step, however many tokens it has, weights and moments are read and written.
+  seconds += 2 * 12 * weights / (c.fsdp * c.tensor) / chip.hbm_bandwidth / tokens
   # A token that several devices share is as slow as on each of them, and occupies all.
   return seconds * c.tensor * c.sequence
 
