@@ -217,12 +217,13 @@ def predict(
     memory |= dict(zip(('peak', 'limit'), needed, strict=True))
   else:
     stats = compiled.memory_analysis()
+    peak, temporaries = stats.peak_memory_in_bytes, stats.temp_size_in_bytes
+    if peak < temporaries:  # a CPU's compiler leaves them out
+      peak = stats.argument_size_in_bytes + temporaries
     memory |= {
       'arguments': stats.argument_size_in_bytes,
-      'temporaries': stats.temp_size_in_bytes,
-      # 0 from backends that report no peak.
-      'peak': stats.peak_memory_in_bytes
-      or stats.argument_size_in_bytes + stats.temp_size_in_bytes,
+      'temporaries': temporaries,
+      'peak': peak,
     }
     if chip:
       step = hlo.read(compiled.as_text())

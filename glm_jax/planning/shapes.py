@@ -21,9 +21,10 @@ from glm_jax.training import program, state, trained
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.step import cast
 
-# Of all that the forward pass of a layer makes, about half exists at a time while the
-# backward pass works on it, with what it makes itself.
-_AT_WORK = 0.5
+# Of all that the forward pass of a layer keeps, about half exists at a time while the
+# backward pass works on it, with what it makes itself; of dense attention's scores, whose
+# gradients are as large, as much as all of it.
+_AT_WORK, _AT_WORK_DENSE = 0.5, 1.0
 # The kernels of a TPU take heads that fill its lanes, and narrower ones are stored so, too.
 _LANES = 128
 
@@ -133,9 +134,9 @@ def rows(config: TrainConfig, backend: str) -> Rows:
   layer = sum(_kept(config, backend, 'none')) / model.num_layers
   # In float32, and once more, rounded, as their gradient.
   size = 4 + np.dtype(config.compute.dtype).itemsize
-  share = config.recipe.logits_share
-  logits = size * config.recipe.length * model.vocab_size * share
-  return Rows(saved, saved_cut, _AT_WORK * layer, logits)
+  logits = size * config.recipe.length * model.vocab_size * config.recipe.logits_share
+  share = _AT_WORK_DENSE if backend == 'dense' else _AT_WORK
+  return Rows(saved, saved_cut, share * layer, logits)
 
 
 def _kept(config: TrainConfig, backend: str, remat: str) -> tuple[float, float]:
