@@ -130,8 +130,11 @@ def rows(config: TrainConfig, backend: str) -> Rows:
     backend: of attention.
   """
   model = config.model
-  saved, saved_cut = _kept(config, backend, config.compute.remat)
-  layer = sum(_kept(config, backend, 'none')) / model.num_layers
+  everything = _kept(config, backend, 'none')
+  saved, saved_cut = everything
+  if config.compute.remat != 'none':
+    saved, saved_cut = _kept(config, backend, config.compute.remat)
+  layer = sum(everything) / model.num_layers
   # In float32, and once more, rounded, as their gradient.
   size = 4 + np.dtype(config.compute.dtype).itemsize
   logits = size * config.recipe.length * model.vocab_size * config.recipe.logits_share
