@@ -71,7 +71,7 @@ class Prediction:
   @property
   def compiled(self) -> bool:
     """Whether its memory is the compiler's word."""
-    return bool(self.fingerprint)
+    return 'activations' not in self.memory
 
   @property
   def chips(self) -> float:
