@@ -97,11 +97,11 @@ def test_activations_follow_rows_and_remat(config):
     run = _run(config, compute=models.ComputeConfig(remat=remat), **changes)
     return prediction.from_shapes(run, layout).memory['activations']
 
-  assert activations('full') < activations('attention_qkv') < activations('projections')
-  assert activations('projections') < activations('none')
-  assert activations(batch_size=64) > 3 * activations(batch_size=16)
+  least = activations('full')
+  assert least < activations('projections') < activations('none')
+  assert activations(batch_size=64) > 3 * least
   # One micro-batch at a time; what their gradients are summed in is no activation.
-  assert activations(batch_size=64, microbatches=4) == activations(batch_size=16)
+  assert activations(batch_size=64, microbatches=4) == least
 
 
 # Compiled by XLA for one H100 (8 in the last): GiB at the peak, `plan --compile`.
