@@ -109,7 +109,7 @@ def parser(command: str, description: str, example: str) -> argparse.ArgumentPar
   )
 
 
-def add_gin_flags(flags: argparse.ArgumentParser) -> None:
+def add_gin_flags(flags: argparse.ArgumentParser, *, required: bool = True) -> None:
   """--gin_file, --gin_search_paths, --gin.NAME=value and --import, as in T5X."""
   group = flags.add_argument_group('configuration')
   group.add_argument(
@@ -117,7 +117,7 @@ def add_gin_flags(flags: argparse.ArgumentParser) -> None:
     action='append',
     default=[],
     metavar='FILE',
-    required=True,
+    required=required,
     help='gin file; may be repeated, later ones win',
   )
   group.add_argument(

@@ -178,7 +178,7 @@ def test_suggestions_keep_the_fastest_that_fits(config, monkeypatch):
   """Candidates are compiled from the most promising on; too large ones are passed over."""
   tried = []
 
-  def predict(changed, layout):
+  def predict(changed, layout, *_):
     tried.append((changed.mesh.fsdp, changed.compute.remat, changed.batch_size))
     fits = len(tried) > 1
     seconds = dataclasses.replace(_ESTIMATE, tensorcore_seconds=float(len(tried)))

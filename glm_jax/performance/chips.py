@@ -20,10 +20,13 @@ class Chip:
     device_kinds: what `jax.Device.device_kind` says.
     peak_flops: dense bfloat16 FLOP/s.
     hbm_bytes: memory a program may take; on TPU the compiler's own limit, which its
-      refusal of a program that is too large names ("exceeds available HBM (31.25G)").
+      refusal of a program that is too large names ("exceeds available HBM (31.25G)"); on
+      GPU the data sheet's GB of 10**9 bytes, some 5 % below what a driver reports, of
+      which CUDA's context takes its part.
     hbm_bandwidth: bytes/s.
     ici_bandwidth: bytes/s received along one torus axis, links of both directions
-      together (public chip pages, not measured); on GPU the NVLink of one device.
+      together (public chip pages, not measured); on GPU the NVLink of one device, or its
+      PCIe.
     clock_hz: of a TensorCore, peak / (MXU FLOPs a cycle); None where the compiler
       estimates no cycles.
     devices_per_chip: JAX devices on one chip.
@@ -114,19 +117,29 @@ CHIPS: dict[str, Chip] = {
     hbm_bandwidth=4800e9,
     ici_bandwidth=450e9,
   ),
-  'a100': Chip(
-    device_kinds=('NVIDIA A100-SXM4-80GB',),
+  'a100-80': Chip(
+    # The PCIe cards compute as fast; their memory has 1,935 GB/s.
+    device_kinds=('NVIDIA A100-SXM4-80GB', 'NVIDIA A100 80GB PCIe'),
     peak_flops=312e12,
     hbm_bytes=80 * 10**9,
     hbm_bandwidth=2039e9,
     ici_bandwidth=300e9,
   ),
-  'a100-40gb': Chip(
-    device_kinds=('NVIDIA A100-SXM4-40GB',),
+  'a100-40': Chip(
+    device_kinds=('NVIDIA A100-SXM4-40GB', 'NVIDIA A100-PCIE-40GB'),
     peak_flops=312e12,
     hbm_bytes=40 * 10**9,
     hbm_bandwidth=1555e9,
     ici_bandwidth=300e9,
+  ),
+  'rtx4090': Chip(
+    device_kinds=('NVIDIA GeForce RTX 4090',),
+    # With sums in float32, as ours are: half of what it does with sums in float16.
+    peak_flops=165.2e12,
+    hbm_bytes=24 * 10**9,
+    hbm_bandwidth=1008e9,
+    # It has no NVLink: PCIe 4.0 x16.
+    ici_bandwidth=32e9,
   ),
 }
 

@@ -1,4 +1,4 @@
-"""Compiles a run's step for devices one need not have, and says what it will need."""
+"""What a run's step will need on devices one need not have: compiled, or from shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glm_jax import configs, sharding
 from glm_jax.batch import Visibility
 from glm_jax.performance import flags, flops
 from glm_jax.performance.chips import Chip, of_device_kind
-from glm_jax.planning import estimate, hlo
+from glm_jax.planning import estimate, hlo, shapes
 from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
 
@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What a compiled step needs and, on a TPU, how long it is predicted to take.
+  """What a step needs and, on a TPU, how long it is predicted to take.
 
   Attributes:
     parameters: how many the model has.
@@ -34,14 +34,16 @@ class Prediction:
     attention: the backend, and why.
     rows: how many the global batch has.
     tokens: how many the global batch has.
-    memory: bytes of a device by kind: arguments, temporaries, peak, limit.
+    memory: bytes of a device by kind: arguments, temporaries, peak, limit; from shapes, the
+      kinds of `shapes.memory`, and limit.
     fits: whether the compiler accepted it, and its peak is within the limit.
     model_flops: FLOPs of a step on all devices, as `flops.training` counts them.
     compile_seconds: time for tracing, lowering and compiling.
-    fingerprint: hash of the lowered step.
-    estimate: the step's time; None if it does not fit, or for a CPU.
+    fingerprint: hash of the lowered step; '' from shapes, where nothing is compiled.
+    estimate: the step's time; None if it does not fit, for a CPU, or from shapes.
     efficiency: what attention kernels are assumed to reach; None without one.
     visited: pairs in visited blocks over visible pairs; None without a kernel.
+    card: what is known of the devices, if it is not what `device_kind` says.
   """
 
   parameters: int
@@ -60,10 +62,16 @@ class Prediction:
   estimate: estimate.Estimate | None
   efficiency: float | None
   visited: float | None
+  card: Chip | None = None
 
   @property
   def chip(self) -> Chip | None:
-    return of_device_kind(self.device_kind)
+    return self.card or of_device_kind(self.device_kind)
+
+  @property
+  def compiled(self) -> bool:
+    """Whether its memory is the compiler's word."""
+    return 'activations' not in self.memory
 
   @property
   def chips(self) -> float:
@@ -83,9 +91,20 @@ class Prediction:
       return None
     return self.tokens / self.estimate.step_seconds / self.chips
 
+  @property
+  def least_seconds(self) -> float | None:
+    """From shapes: no step is faster on the chip."""
+    if self.compiled or self.chip is None:
+      return None
+    state = self.memory['parameters'] + self.memory['optimizer']
+    compute = self.model_flops / self.devices / self.chip.peak_flops
+    return max(compute, 2 * state / self.chip.hbm_bandwidth)
+
   def to_dict(self) -> dict[str, Any]:
     """As JSON."""
     extra = {'mfu': self.mfu, 'tokens_per_second_per_chip': self.tokens_per_second}
+    if not self.compiled:
+      extra['least_seconds'] = self.least_seconds
     if self.estimate:
       extra['step_seconds'] = self.estimate.step_seconds
       if self.chip and self.chip.calibration:
@@ -94,37 +113,101 @@ class Prediction:
     return {**dataclasses.asdict(self), **extra}
 
 
-def lower(config: TrainConfig, layout: sharding.Layout) -> tuple[program.Program, Any]:
+def lower(
+  config: TrainConfig, layout: sharding.Layout, stored: str = 'float32'
+) -> tuple[program.Program, Any]:
   """The step that `train` would run on these devices, lowered.
 
   Args:
     config: a run's, with its model resolved.
     layout: the mesh of the devices.
+    stored: dtype of the parameters that are not trained.
   """
-  built = program.build(config, layout)
+  built = _build(config, layout, stored)
   # The GPU kernels ask which GPU they are traced for.
   with sharding.active(layout), jax.default_device(layout.devices.flat[0]):
     return built, built.train_step.lower(built.state, built.frozen, built.batch)
 
 
-def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
+def _build(config: TrainConfig, layout: sharding.Layout, stored: str) -> program.Program:
+  built = program.build(config, layout)
+  as_stored = lambda a: jax.ShapeDtypeStruct(a.shape, stored, sharding=a.sharding)
+  return built._replace(frozen=jax.tree.map(as_stored, built.frozen))
+
+
+def from_shapes(
+  config: TrainConfig,
+  layout: sharding.Layout,
+  card: Chip | None = None,
+  stored: str = 'float32',
+) -> Prediction:
+  """The same as `predict` in seconds: nothing is compiled, and the peak is an estimate.
+
+  The devices need only be described.
+  """
+  began = time.perf_counter()
+  built = _build(config, layout, stored)
+  chip = card or of_device_kind(layout.device_kind)
+  limit = chip.hbm_bytes if chip else 0
+  memory = {'limit': limit, **shapes.memory(config, built, layout)}
+  return Prediction(
+    **_facts(config, layout, built),
+    memory=memory,
+    fits=not limit or memory['peak'] <= limit,
+    compile_seconds=time.perf_counter() - began,
+    fingerprint='',
+    estimate=None,
+    efficiency=None,
+    visited=None,
+    card=card,
+  )
+
+
+def _facts(
+  config: TrainConfig, layout: sharding.Layout, built: program.Program
+) -> dict[str, Any]:
+  """The fields of a `Prediction` that need no compiler."""
+  rows = config.recipe.visibility(config)
+  tokens, model_flops = (
+    config.batch_size * of_a_row for of_a_row in config.recipe.work(config, rows)
+  )
+  count = state.count(built.state['params'])
+  return {
+    'parameters': count + state.count(built.frozen),
+    'trained': count,
+    'devices': layout.size,
+    'device_kind': layout.device_kind,
+    'mesh': layout.shape,
+    'attention': built.attention,
+    'rows': config.batch_size,
+    'tokens': int(tokens),
+    'model_flops': model_flops,
+  }
+
+
+def predict(
+  config: TrainConfig,
+  layout: sharding.Layout,
+  card: Chip | None = None,
+  stored: str = 'float32',
+) -> Prediction:
   """Compiles the step that `train` would run on these devices.
 
   Args:
     config: a run's, with its model resolved.
     layout: the mesh of the devices.
+    card: what is known of the devices, if it is not what their kind says.
+    stored: dtype of the parameters that are not trained.
 
   Raises:
     UserError: the configuration does not fit the mesh or the chip's kernels.
   """
   began = time.perf_counter()
-  built, lowered = lower(config, layout)
+  built, lowered = lower(config, layout, stored)
+  facts = _facts(config, layout, built)
   rows = config.recipe.visibility(config)
-  tokens, model_flops = (
-    config.batch_size * of_a_row for of_a_row in config.recipe.work(config, rows)
-  )
   kind = layout.device_kind
-  chip = of_device_kind(kind)
+  chip = card or of_device_kind(kind)
   # A step that is too large is a result, too: the compiler says by how much.
   needed, compiled = _compile(lowered)
   seconds = time.perf_counter() - began
@@ -134,12 +217,13 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
     memory |= dict(zip(('peak', 'limit'), needed, strict=True))
   else:
     stats = compiled.memory_analysis()
+    peak, temporaries = stats.peak_memory_in_bytes, stats.temp_size_in_bytes
+    if peak < temporaries:  # a CPU's compiler leaves them out
+      peak = stats.argument_size_in_bytes + temporaries
     memory |= {
       'arguments': stats.argument_size_in_bytes,
-      'temporaries': stats.temp_size_in_bytes,
-      # 0 from backends that report no peak.
-      'peak': stats.peak_memory_in_bytes
-      or stats.argument_size_in_bytes + stats.temp_size_in_bytes,
+      'temporaries': temporaries,
+      'peak': peak,
     }
     if chip:
       step = hlo.read(compiled.as_text())
@@ -147,26 +231,18 @@ def predict(config: TrainConfig, layout: sharding.Layout) -> Prediction:
       if chip.clock_hz:
         step_time = estimate.estimate(step, chip, attention)
       else:
-        step_time = estimate.roofline(step, chip, model_flops / layout.size)
-  count = state.count(built.state['params'])
+        step_time = estimate.roofline(step, chip, facts['model_flops'] / layout.size)
   return Prediction(
-    parameters=count + state.count(built.frozen),
-    trained=count,
-    devices=layout.size,
-    device_kind=kind,
-    mesh=layout.shape,
-    attention=built.attention,
-    rows=config.batch_size,
-    tokens=int(tokens),
+    **facts,
     memory=memory,
     # XLA refuses what does not fit into a TPU; for a GPU it compiles anything.
     fits=compiled is not None and (not limit or memory['peak'] <= limit),
-    model_flops=model_flops,
     compile_seconds=seconds,
     fingerprint=fingerprint(lowered, kind),
     estimate=step_time,
     efficiency=attention.efficiency if attention else None,
     visited=flops.visited(rows) / flops.pairs(rows) if attention else None,
+    card=card,
   )
 
 
@@ -220,10 +296,11 @@ def fingerprint(lowered: Any, device_kind: str) -> str:
 def check_fits(prediction: Prediction) -> None:
   """Raises UserError if the step does not fit, by how much."""
   peak, limit = prediction.memory['peak'], prediction.memory['limit']
+  about = '' if prediction.compiled else '~'
   configs.check(
     prediction.fits,
     f'the step must fit into {limit / GIB:.2f} GiB a device',
-    f'{peak / GIB:.2f} GiB, {(peak - limit) / GIB:.2f} too many',
+    f'{about}{peak / GIB:.2f} GiB, {about}{(peak - limit) / GIB:.2f} too many',
     'see what fits with --suggest: fewer rows, more remat or fsdp, or '
-    'LossConfig.vocab_chunks=8',
+    'LossConfig.vocab_chunks=8; of a released model, train a part with TrainConfig.trained',
   )

@@ -7,15 +7,18 @@ best of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from glm_jax import configs, sharding
+import numpy as np
+
+from glm_jax import attention, configs, sharding
 from glm_jax.configs import UserError
 from glm_jax.performance import flops
 from glm_jax.performance.chips import Chip, of_device_kind
-from glm_jax.planning import prediction
+from glm_jax.planning import prediction, shapes
 from glm_jax.planning.prediction import GIB, Prediction
 from glm_jax.training.config import TrainConfig
 
@@ -35,7 +38,12 @@ class Candidate(NamedTuple):
 
 
 def best(
-  config: TrainConfig, devices: list[Any], trials: int, say: Callable[..., None]
+  config: TrainConfig,
+  devices: list[Any],
+  trials: int,
+  say: Callable[..., None],
+  card: Chip | None = None,
+  stored: str = 'float32',
 ) -> tuple[Prediction, Any]:
   """Compiles the most promising candidates.
 
@@ -44,6 +52,8 @@ def best(
     devices: those of the topology.
     trials: how many to compile.
     say: prints a line for each.
+    card: what is known of the devices, if it is not what their kind says.
+    stored: dtype of the parameters that are not trained.
 
   Returns:
     The prediction with the most tokens a second, and its configuration.
@@ -51,7 +61,7 @@ def best(
   Raises:
     UserError: no candidate fits.
   """
-  chip = of_device_kind(devices[0].device_kind)
+  chip = card or of_device_kind(devices[0].device_kind)
   configs.check(
     chip is not None,
     '--suggest must know the memory and speed of the chip',
@@ -60,8 +70,9 @@ def best(
   )
   configs.check(trials >= 1, '--trials must be 1 or more', str(trials), 'give 1 or more')
   # The rough model only orders: the compiler is asked about the most promising ones.
+  needs = _needs(config, devices[0])
   ranked = sorted(
-    (c for c in _candidates(config, len(devices)) if _bytes(c, config) < chip.hbm_bytes),
+    (c for c in _candidates(config, len(devices)) if needs(c) < chip.hbm_bytes),
     key=lambda c: _seconds_a_token(c, config, chip),
   )
   fitting: list[tuple[Prediction, Any]] = []
@@ -83,7 +94,7 @@ def best(
       # What does not divide is no candidate, and costs no trial.
       continue
     tried += 1
-    result = prediction.predict(changed, layout)
+    result = prediction.predict(changed, layout, card, stored)
     say(f'{tried:>3}/{trials}  {_words(candidate)}: {_outcome(result)}', flush=True)
     if result.fits:
       fitting.append((result, changed))
@@ -147,34 +158,28 @@ _RECOMPUTED = {
 }
 
 
-def _bytes(c: Candidate, config: TrainConfig) -> float:
-  """Roughly, of a device: float32 state, bfloat16 weights, what is saved of each layer."""
+def _needs(config: TrainConfig, device: Any) -> Callable[[Candidate], float]:
+  """Roughly, the bytes of a device that a candidate needs; see `shapes`."""
   m = config.model
+  backend, _ = attention.choose(m, config.compute, device, config.recipe.length)
   # Embedding and head count apart: they are not gathered layer by layer.
-  layer_weights = flops.matmul_weights(m) - m.hidden_size * m.vocab_size
-  weights = layer_weights + 2 * m.hidden_size * m.vocab_size
-  # Weights, gradients and two moments, 4 bytes each.
-  state = 16 * weights / (c.fsdp * c.tensor)
-  tokens = c.rows * config.recipe.length / c.sequence
-  heads = m.num_heads * m.head_size / c.tensor
-  inner = m.inner_size / c.tensor
-  # Activations of a layer that are kept for the backward pass, numbers a token: its input,
-  # and what the policy adds to that.
-  saved = m.hidden_size
-  if c.remat != 'full':
-    saved += heads
-  if c.remat in ('attention_qkv', 'projections'):
-    saved += heads + 2 * m.num_kv_heads * m.head_size
-  if c.remat == 'projections':
-    saved += m.hidden_size + (2 if m.gated else 1) * inner
-  # 6 bytes: in float32, and once more in bfloat16.
-  logits = 6 * m.vocab_size / c.tensor * config.recipe.logits_share
-  # bfloat16 weights of two layers at a time, of the embedding and of the head.
-  gathered = 4 * layer_weights / m.num_layers / c.tensor + 4 * m.hidden_size * (
-    m.vocab_size / c.tensor
-  )
-  # Either the loss or the MLP of one layer is at work: the larger one counts.
-  return state + tokens * (2 * m.num_layers * saved + max(logits, 10 * inner)) + gathered
+  weights = flops.matmul_weights(m) + m.hidden_size * m.vocab_size
+  size = np.dtype(config.compute.dtype).itemsize
+
+  @functools.cache
+  def rows(remat: str) -> shapes.Rows:
+    compute = dataclasses.replace(config.compute, remat=remat)
+    return shapes.rows(dataclasses.replace(config, compute=compute), backend)
+
+  def needs(c: Candidate) -> float:
+    parts = c.fsdp * c.tensor
+    # In float32: weights and two moments. As computed with: weights and gradients.
+    state, gradients = (12 + size) * weights / parts, size * weights / parts
+    count = c.rows / c.sequence
+    whole = shapes.gathered(config, c.tensor) if c.fsdp > 1 else (0.0, 0.0)
+    return state + shapes.at_work(rows(c.remat), count, c.tensor, gradients, 0.0, whole)
+
+  return needs
 
 
 def _seconds_a_token(c: Candidate, config: TrainConfig, chip: Chip) -> float:
@@ -193,6 +198,8 @@ def _seconds_a_token(c: Candidate, config: TrainConfig, chip: Chip) -> float:
   # A gather over many devices has more, smaller parts.
   spread = 1 + 0.1 * max(0, c.fsdp // 16 - 1)
   seconds = compute + 0.5 * spread * moved / chip.ici_bandwidth
+  # Once a step, however many tokens it has, weights and moments are read and written.
+  seconds += 2 * 12 * weights / (c.fsdp * c.tensor) / chip.hbm_bandwidth / tokens
   # A token that several devices share is as slow as on each of them, and occupies all.
   return seconds * c.tensor * c.sequence
 

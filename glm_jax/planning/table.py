@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glm_jax.performance.chips import calibrations
+from glm_jax.performance.chips import CHIPS, calibrations
 from glm_jax.planning.prediction import GIB, Prediction
 from glm_jax.training.config import TrainConfig
 
@@ -25,7 +25,7 @@ def render(result: Prediction, config: TrainConfig, where: str) -> str:
     *_memory(result),
     ('model FLOPs', _flops(result, config)),
     *_time(result),
-    ('compiled in', f'{result.compile_seconds:.0f} s; fingerprint {result.fingerprint}'),
+    _effort(result),
   ]
   width = max(len(name) for name, _ in rows)
   return '\n'.join(f'{name:<{width}}  {value}' for name, value in rows)
@@ -45,7 +45,70 @@ def _batch(result: Prediction, config: TrainConfig) -> str:
   return text
 
 
+def _effort(result: Prediction) -> tuple[str, str]:
+  seconds = f'{result.compile_seconds:.0f} s'
+  if result.compiled:
+    return 'compiled in', f'{seconds}; fingerprint {result.fingerprint}'
+  return (
+    'from shapes in',
+    f'{seconds}; what has a ~ is an estimate, --compile tells exactly',
+  )
+
+
+_BOUND = 'the FLOPs at their peak, or the state read and written'
+
+# The kinds of `shapes.memory`, for a person.
+_EXACT = {
+  'parameters': 'parameters',
+  'frozen': 'parameters not trained',
+  'optimizer': 'optimizer',
+  'copies': 'copies to compute with',
+  'gradients': 'gradients',
+}
+
+
+def _from_shapes(result: Prediction) -> list[tuple[str, str]]:
+  m = {kind: size / GIB for kind, size in result.memory.items()}
+  exact = [f'{words} {m[kind]:.2f}' for kind, words in _EXACT.items() if kind in m]
+  text = f'~{m["peak"]:.2f} GiB'
+  if m['limit']:
+    over = m['peak'] - m['limit']
+    fits = f'headroom ~{-over / m["limit"]:.0%}'
+    if not result.fits:
+      fits = f'does not fit, ~{over:.2f} too many'
+    text = f'~{m["peak"]:.2f} of {m["limit"]:.2f} GiB, {fits}'
+  rows = [
+    ('HBM a device', text),
+    ('of which', ', '.join(exact) + f'; activations ~{m["activations"]:.2f}'),
+  ]
+  if result.devices == 1:
+    cards = [
+      k for k, c in CHIPS.items() if not c.clock_hz and c.hbm_bytes >= m['peak'] * GIB
+    ]
+    rows.append(
+      ('GPUs that hold it', ', '.join(cards) or 'none of one: spread it, with fsdp')
+    )
+  return rows
+
+
+def _of_jax(result: Prediction) -> list[tuple[str, str]]:
+  """What keeps a step that fits from running all the same."""
+  m, chip = result.memory, result.chip
+  if not chip or chip.clock_hz or not result.fits or m['peak'] <= _JAX_TAKES * m['limit']:
+    return []
+  text = (
+    f'JAX takes {_JAX_TAKES:.0%} of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for more'
+  )
+  return [('to run it', text)]
+
+
+# Unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+_JAX_TAKES = 0.75
+
+
 def _memory(result: Prediction) -> list[tuple[str, str]]:
+  if not result.compiled:
+    return [*_from_shapes(result), *_of_jax(result)]
   m = result.memory
   if not result.fits:
     over = (m['peak'] - m['limit']) / GIB
@@ -62,7 +125,7 @@ def _memory(result: Prediction) -> list[tuple[str, str]]:
     text += f' of {m["limit"] / GIB:.2f} GiB, headroom {1 - m["peak"] / m["limit"]:.0%}'
   else:
     text += ' GiB'
-  return [('HBM a device', text)]
+  return [('HBM a device', text), *_of_jax(result)]
 
 
 def _flops(result: Prediction, config: TrainConfig) -> str:
@@ -73,6 +136,8 @@ def _flops(result: Prediction, config: TrainConfig) -> str:
 
 def _time(result: Prediction) -> list[tuple[str, str]]:
   e, chip = result.estimate, result.chip
+  if chip and not result.compiled:
+    return [('step', f'~{result.least_seconds:.3f} s or more: {_BOUND}')]
   if e is None or chip is None:
     return []
   kind = 'step, predicted' if chip.clock_hz else 'step, roofline'

@@ -55,7 +55,7 @@ def make_train_step(
     key = jax.random.fold_in(key, state['step'])
     # Differentiated with respect to the cast weights, so that gradients, and what devices
     # exchange of them, have their dtype.
-    weights, others = _cast(state['params'], dtype), _cast(frozen, dtype)
+    weights, others = cast(state['params'], dtype), cast(frozen, dtype)
     sums = counts(batch)
     if microbatches == 1:
       (_, metrics), gradients = differentiate(weights, others, batch, key, sums)
@@ -89,14 +89,14 @@ def make_eval_step(
   return eval_step
 
 
-def _cast(params, dtype):
+def cast(params: Any, dtype: str) -> Any:
   """Weight matrices in `dtype`; biases and norms, which are small, as they are."""
 
-  def cast(path: Any, leaf: jax.Array) -> jax.Array:
+  def cast_leaf(path: Any, leaf: jax.Array) -> jax.Array:
     name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else ''
     return leaf.astype(dtype) if name == 'weight' else leaf
 
-  return jax.tree_util.tree_map_with_path(cast, params)
+  return jax.tree_util.tree_map_with_path(cast_leaf, params)
 
 
 def _accumulate(differentiate, batch, key, sums, parts):
