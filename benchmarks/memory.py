@@ -26,7 +26,14 @@ MODELS = {
 # What is trained, and how -> bindings.
 WAYS: dict[str, tuple[str, ...]] = {
   'all, AdamW': (),
-  'all, first moment in bfloat16': ("OptimizerConfig.first_moment_dtype='bfloat16'",),
+  'all, both moments in bfloat16': (
+    "OptimizerConfig.first_moment_dtype='bfloat16'",
+    "OptimizerConfig.second_moment_dtype='bfloat16'",
+  ),
+  'all, Adafactor without momentum': (
+    "OptimizerConfig.algorithm='adafactor'",
+    'OptimizerConfig.beta1=0.0',
+  ),
   'attention': ("TrainConfig.trained='layers/attention/.*'",),
   'norms': ("TrainConfig.trained='.*norm/.*'",),
 }
