@@ -15,11 +15,22 @@ The way through, one room a step:
   performance  chips, FLOPs, compiler flags
   planning     what only `plan` needs: compiled programs read, predictions
 
+In Python, `model = glm_jax.load(PATH)` (library) has `config`, `vocabulary`, `params`,
+`variables` and
+
+  generate, answers   blanks filled or texts continued: all of them, or as they are done
+  fill                the most probable fillings of a text
+  score               log-probabilities of candidates for a blank
+  loss                the training loss of texts
+  rows, logits        texts as the model reads them; what it says at each token
+
 Commands: `python -m glm_jax.train`, `.preview`, `.generate`, `.convert`, `.make_shards`,
 `.tune`, `.plan`; each has `--help`.
 """
 
+import importlib
 import sys
+from typing import Any
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
   raise SystemExit(
@@ -28,3 +39,22 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
   )
 
 __version__ = '0.1.0'
+
+# What is loaded when it is asked for, and where it is: JAX takes a second to import.
+_LAZY = {
+  'load': 'glm_jax.library',
+  'LanguageModel': 'glm_jax.library',
+  'MeshConfig': 'glm_jax.sharding',
+  'UserError': 'glm_jax.configs',
+}
+__all__ = [*_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _LAZY:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_LAZY})

@@ -1,74 +1,209 @@
-"""Fills blanks or continues a text with a trained checkpoint."""
+"""Fills blanks or continues texts with a trained checkpoint.
+
+Prompts come from a flag, from a file, through a pipe, or from whoever sits at the
+terminal. Everything is checked before weights are read, and before anything is written.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from glm_jax import cli, configs, startup
+from glm_jax.configs import UserError
+
+_SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+_GENERATION = ('samples', 'gmask', 'max_new_tokens', 'min_new_tokens', 'seed')
 
 
 def main(argv: Sequence[str]) -> None:
-  """The command: load, fill, print."""
+  """The command: check, load, and answer wherever the prompts are."""
   flags = _flags().parse_args(argv)
 
   # JAX only after the flags are known to be good.
   import jax
 
-  from glm_jax import checkpoints, sharding
-  from glm_jax.inference.filling import Filler
-  from glm_jax.inference.sampling import Sampling
-  from glm_jax.models import ComputeConfig
-  from glm_jax.models import config as model_config
-  from glm_jax.training import start, state
+  from glm_jax import library, opening, sharding
+  from glm_jax.inference import prompt_files
+  from glm_jax.inference import prompts as prompt_lib
+  from glm_jax.inference.generation import Generation
+  from glm_jax.models.cache import DTYPES
+
+  how = {name: getattr(flags, name) for name in (*_SAMPLING, *_GENERATION)}
+  how['stop_strings'] = tuple(flags.stop_strings)
+  Generation.of(**how)
+  configs.check_value('--batch_size', flags.batch_size, configs.at_least(1))
+  if flags.cache_dtype:
+    configs.check_value('--cache_dtype', flags.cache_dtype, configs.one_of(*DTYPES))
+  configs.check_value('--checkpoint', flags.checkpoint, configs.READABLE)
+  output = _output(flags)
+
+  # The prompts: None for whoever sits at the terminal.
+  prompts = None
+  if flags.input is not None:
+    configs.check_value('--input', flags.input, configs.LOCAL)
+    prompts = prompt_files.read(Path(flags.input))
+  elif flags.prompt is not None:
+    prompts = [prompt_files.Prompt(flags.prompt, '--prompt', {})]
+  elif not sys.stdin.isatty():
+    prompts = prompt_files.parse(sys.stdin.buffer.read(), 'stdin')
 
   startup.find_devices()
-  configs.check_value('--checkpoint', flags.checkpoint, configs.READABLE)
-  # JAX takes 32 bits of a seed, and would drop the others.
-  configs.check_value('--seed', flags.seed, configs.SEED)
-  sampling = Sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
-  folder = checkpoints.find(flags.checkpoint)
-  meta = checkpoints.read_meta(folder)
-  config = model_config.from_dict(meta['model'])
-  vocabulary = start.vocabulary_of(folder, meta)
-  # One device: a prompt is a batch of one row.
-  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
-  # Weights stay as they are stored: each is cast where it is used.
-  params = checkpoints.read_params(
-    folder, state.abstract_params(config, mesh), as_stored=True, some=True
-  )
+  source = opening.find(flags.checkpoint)
+  for prompt in prompts or ():
+    try:
+      prompt_lib.encode(source.config, source.vocabulary, prompt.text, flags.gmask)
+    except UserError as error:
+      # A flag needs no other place.
+      if prompt.place == '--prompt':
+        raise
+      raise UserError(f'{prompt.place}: {error}') from error
+  answers = None
+  if output is not None:
+    answers = prompt_files.Answers(output, _identity(source, prompts, how, flags))
 
-  with sharding.active(mesh):
-    compute = ComputeConfig(dtype=flags.dtype)
-    filler = Filler(config, {'params': params}, vocabulary, compute)
-    prompt = filler.encode(flags.prompt, flags.gmask)
-    spans = filler.fill(
-      [prompt], max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed
-    )[0]
-  print(filler.text(prompt, spans))
+  # One device: a prompt is a row of a batch that one device has room for.
+  layout = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
+  model = library.LanguageModel(
+    source,
+    layout,
+    dtype=flags.dtype,
+    batch_size=flags.batch_size,
+    cache_dtype=flags.cache_dtype,
+  )
+  if prompts is None:
+    _converse(model, how)
+  elif answers is not None:
+    _to_file(model, prompts, how, answers, output)
+  else:
+    texts = [prompt.text for prompt in prompts]
+    if flags.input is not None:
+      for answer in model.answers(texts, **how):
+        line = prompt_files.record(prompts[answer.number].fields, answer)
+        print(line, end='', flush=True)
+    else:
+      for answer in model.generate(texts, **how):
+        print(answer.text)
+
+
+def _output(flags: argparse.Namespace) -> Path | None:
+  """The file for answers, if there is to be one."""
+  configs.check(
+    flags.prompt is None or flags.input is None,
+    'prompts must come from one place',
+    '--prompt and --input',
+    'leave one out',
+  )
+  if flags.output is None:
+    return None
+  configs.check(
+    flags.input is not None and flags.output.lower().endswith('.jsonl'),
+    '--output must end in .jsonl, and is for the prompts of --input',
+    repr(flags.output),
+    'give both',
+  )
+  return cli.output_file('--output', flags.output)
+
+
+def _identity(
+  source: Any, prompts: Any, how: dict[str, Any], flags: argparse.Namespace
+) -> dict[str, Any]:
+  """What answers depend on; not the number of rows that are worked on at a time."""
+  fields = json.dumps([prompt.fields for prompt in prompts])
+  return {
+    'checkpoint': source.fingerprint(),
+    'prompts': hashlib.sha256(fields.encode()).hexdigest()[:16],
+    **how,
+    'stop_strings': list(how['stop_strings']),
+    'dtype': flags.dtype,
+    'cache_dtype': flags.cache_dtype,
+  }
+
+
+def _to_file(
+  model: Any, prompts: Any, how: dict[str, Any], answers: Any, output: Path
+) -> None:
+  """Writes the answers that are not there yet."""
+  from tqdm import tqdm
+
+  from glm_jax.inference import prompt_files
+
+  texts = [prompt.text for prompt in prompts]
+  total, before = len(texts) * how['samples'], len(answers.done)
+  # Asked first: what it refuses is refused before anything is written.
+  made = model.answers(texts, skip=answers.done, **how)
+  with answers:
+    for answer in tqdm(
+      made, 'answers', total, leave=False, disable=None, initial=before, unit=''
+    ):
+      answers.add(prompt_files.record(prompts[answer.number].fields, answer))
+    answers.finish()
+  there = f' ({before} were there)' if before else ''
+  print(f'{total} answers to {len(texts)} prompts{there}: {output}')
+
+
+def _converse(model: Any, how: dict[str, Any]) -> None:
+  """Answers prompts as they are typed, until there are no more."""
+  print('a prompt a line; Ctrl-D ends')
+  while True:
+    try:
+      prompt = input('> ')
+    except EOFError:
+      print()
+      return
+    if not prompt.strip():
+      continue
+    try:
+      for answer in model.generate([prompt], **how):
+        print(answer.text)
+    except UserError as error:
+      print(f'error: {configs.one_line(error)}', file=sys.stderr)
 
 
 def _flags() -> argparse.ArgumentParser:
   flags = cli.parser(
     'generate',
-    'Fills the blanks of a text, or continues it, with a checkpoint.',
+    'Fills the blanks of texts, or continues them, with a checkpoint. Without --prompt and '
+    '--input,\nprompts are read from the terminal or from a pipe, one a line.',
     "python -m glm_jax.generate --checkpoint=runs/quickstart --prompt='Return the [MASK] "
-    "of a list.'",
+    "of a list.'\n"
+    '  python -m glm_jax.generate --checkpoint=runs/quickstart --input=prompts.txt '
+    '--output=answers.jsonl',
   )
   flags.add_argument(
     '--checkpoint',
     required=True,
     metavar='DIR',
-    help='a MODEL_DIR (its newest checkpoint) or one checkpoint folder',
+    help='a MODEL_DIR (its newest checkpoint), one checkpoint folder, or a released model',
   )
   flags.add_argument(
     '--prompt',
-    required=True,
     metavar='TEXT',
     help='text with [MASK] (a few words), [sMASK] (a sentence) or [gMASK] (the rest)',
   )
+  flags.add_argument(
+    '--input',
+    metavar='FILE',
+    help='a .txt with a prompt a line, or a .jsonl with {"prompt": TEXT}, whose other '
+    'fields are kept',
+  )
+  flags.add_argument(
+    '--output',
+    metavar='FILE',
+    help='a .jsonl for the answers to --input; the same command again goes on with it '
+    '(by default they are printed)',
+  )
   flags.add_argument('--gmask', action='store_true', help='continue the text instead')
+  flags.add_argument('--samples', type=int, default=1, help='answers a prompt (1)')
   flags.add_argument('--max_new_tokens', type=int, default=64, help='longest span (64)')
+  flags.add_argument(
+    '--min_new_tokens', type=int, default=0, help='tokens before a span may end (0)'
+  )
   flags.add_argument(
     '--temperature', type=float, default=0.0, help='0 takes the most probable token (0)'
   )
@@ -79,12 +214,39 @@ def _flags() -> argparse.ArgumentParser:
     default=1.0,
     help='sample among the most probable that reach this share (1)',
   )
+  flags.add_argument(
+    '--min_p',
+    type=float,
+    default=0.0,
+    help='sample among those at least this share as probable as the most probable (0)',
+  )
+  flags.add_argument(
+    '--repetition_penalty',
+    type=float,
+    default=1.0,
+    help='above 1: makes tokens less probable that were there before (1)',
+  )
+  flags.add_argument(
+    '--stop_strings',
+    nargs='+',
+    default=[],
+    metavar='TEXT',
+    help='texts that end a span, and are left out of it',
+  )
   flags.add_argument('--seed', type=int, default=0, help='of sampling (0)')
+  flags.add_argument(
+    '--batch_size', type=int, default=8, help='prompts that are worked on at a time (8)'
+  )
   flags.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16'),
     default='float32',
     help='of activations (float32)',
+  )
+  flags.add_argument(
+    '--cache_dtype',
+    default='',
+    help='of keys and values: float32, bfloat16 or int8 (as --dtype)',
   )
   return flags
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ class Engine:
     self.model = models.build(config, _with_kernel(config, compute))
     self.config, self.variables, self.rows = config, variables, rows
     self.virtual = virtual.count(variables)
-    self._stops, self._allowed = tuple(stops), jnp.asarray(allowed)
+    self._stops, self.allowed = tuple(stops), jnp.asarray(allowed)
     self._dtype, self._piece = cache_dtype or compute.dtype, piece
     self._read = jax.jit(self._read_contexts, donate_argnums=1)
     # Each gives back the cache that it was given, in the same memory.
@@ -137,6 +138,7 @@ class Engine:
     sampling: Sampling = Sampling(),
     seed: int = 0,
     watch: Callable[[int, list[int]], bool] | None = None,
+    cut: Callable[[int, list[int]], int] | None = None,
   ) -> Iterator[Answer]:
     """Answers requests, in the order in which they are done.
 
@@ -148,13 +150,15 @@ class Engine:
       seed: of sampling.
       watch: told of a request and of its unfinished span so far, every few tokens; says
         whether the span is to end here.
+      cut: told of the same, and of finished spans; says how many of its tokens the span
+        keeps. One that loses some has ended, and later spans see what it keeps.
 
     Raises:
       UserError: a context or a span that the model has no positions for.
     """
+    self.check(requests, most)
     if not requests:
       return
-    self._check(requests, most)
     B = self._batch(len(requests))
     longest = max(self._slots(r, most) for r in requests)
     cache = kv_cache.init(self.config, B, _bucket(longest), self._dtype)
@@ -193,8 +197,8 @@ class Engine:
         cache,
         had,
         rows,
-        allowed_V=self._allowed,
-        steps=_STEPS if waiting or watch else most + 1,
+        allowed_V=self.allowed,
+        steps=_STEPS if waiting or watch or cut else most + 1,
         eager=waiting,
         sampling=sampling,
       )
@@ -205,6 +209,12 @@ class Engine:
         if request is None:
           continue
         made = rows.tokens[row, : rows.count[row]].tolist()
+        if cut and (kept := cut(request.number, made)) < len(made):
+          made = made[:kept]
+          _shorten(rows, row, kept)
+          if had is not None:
+            said = [*itertools.chain(*answers[row].spans), *made]
+            had = _only(had, row, [*request.context, request.spans[0].first, *said])
         if watch and not rows.done[row] and watch(request.number, made):
           # Its last token has yet to be read.
           rows.limit[row] = rows.count[row]
@@ -256,21 +266,26 @@ class Engine:
     """Slots that a request fills: every span's opening token is read, too."""
     return self.virtual + len(request.context) + len(request.spans) * (most + 1)
 
-  def _check(self, requests: Sequence[Request], most: int) -> None:
+  def check(self, requests: Sequence[Request], most: int) -> None:
+    """Raises UserError for what `generate` does."""
+    if not requests:
+      return
+    check_context(self.config, max(len(request.context) for request in requests))
     largest = self.config.max_positions
-    longest = max(len(request.context) for request in requests)
-    configs.check(
-      longest <= largest + 1,
-      f'a prompt must have at most {largest + 1} tokens',
-      str(longest),
-      'shorten it',
-    )
     configs.check(
       1 <= most <= largest,
       f'--max_new_tokens must be in 1 .. {largest}',
       str(most),
       'generate less at a time',
     )
+
+
+def check_context(config: Any, tokens: int) -> None:
+  """Raises UserError for a context that the model has no positions for."""
+  most = config.max_positions + 1
+  configs.check(
+    tokens <= most, f'a prompt must have at most {most} tokens', str(tokens), 'shorten it'
+  )
 
 
 def _with_kernel(config: Any, compute: models.ComputeConfig) -> models.ComputeConfig:
@@ -322,6 +337,21 @@ def _begin(rows: Rows, row: int, span: Span, following: int, least: int, most: i
   rows.stride[row], rows.block[row], rows.count[row] = span.stride, 1, 0
   rows.least[row], rows.limit[row], rows.done[row] = least, most, False
   rows.log_probs[row] = np.nan
+
+
+def _shorten(rows: Rows, row: int, kept: int) -> None:
+  """Takes the last tokens off a span, which ends there.
+
+  What the cache holds of them lies behind the row's slot, and is written over.
+  """
+  lost = rows.count[row] - kept
+  rows.slot[row] -= lost
+  rows.position[row] -= lost * rows.stride[row]
+  rows.block[row] -= lost
+  rows.log_probs[row, kept:] = np.nan
+  rows.count[row] = rows.limit[row] = kept
+  # Of a span that has not ended, the last token is yet to be read.
+  rows.token[row] = rows.tokens[row, kept - 1]
 
 
 def _only(had: Any, row: int, ids: Sequence[int]) -> np.ndarray:

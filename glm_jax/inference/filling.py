@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from glm_jax import configs, models
-from glm_jax.inference.engine import Answer, Engine, Request, Span
+from glm_jax.inference import prompts as prompt_lib
+from glm_jax.inference.engine import Answer, Engine
 from glm_jax.inference.sampling import Sampling
 from glm_jax.text.vocabulary import Vocabulary
 
@@ -56,50 +57,8 @@ class Filler:
     )
 
   def encode(self, prompt: str, gmask: bool = False) -> list[int]:
-    """`[ENC] text <eos>`, with '[MASK]', '[sMASK]' and '[gMASK]' spelt out.
-
-    Space around a mask is the vocabulary's (see `Vocabulary.encode_marked`). With `gmask`,
-    the text is to be continued: `[gMASK]` follows it and there is no <eos>. What stands
-    around the text is the vocabulary's `prefix` and `suffix`. A causal model always
-    continues, and a mask is text to it.
-
-    Raises:
-      UserError: nothing to fill, an empty text, or one that is not UTF-8.
-    """
-    # An argument that is not UTF-8 reaches Python with its bytes as lone surrogates.
-    configs.check(
-      not any('\ud800' <= c <= '\udfff' for c in prompt),
-      'the prompt must be UTF-8 text',
-      repr(prompt),
-      'save or type it as UTF-8',
-    )
-    v, s = self._vocabulary, self._vocabulary.specials
-    masks = {'[MASK]': s.mask, '[sMASK]': s.smask, '[gMASK]': s.gmask}
-    known = [] if self._config.causal else [n for n, t in masks.items() if t is not None]
-    goes_on = gmask and not self._config.causal
-    configs.check(
-      not goes_on or s.gmask is not None,
-      'the vocabulary must have [gMASK] to continue a text',
-      v.kind,
-      'mark a blank with [MASK]',
-    )
-    ids = v.encode_marked(prompt, known) if known else v.encode(prompt)
-    configs.check(bool(ids), 'the prompt must hold some text', repr(prompt), 'give a text')
-    if goes_on:
-      # Encoded with its mask: the space before one is not always the text's.
-      ids = v.encode_marked(prompt + '[gMASK]', known)
-    blanks = [token for token in ids if token in [masks[name] for name in known]]
-    ids = [*v.prefix, *ids]
-    if goes_on or self._config.causal:
-      return ids
-    configs.check(
-      bool(blanks),
-      'the prompt must hold a blank: [MASK], [sMASK] or [gMASK]',
-      repr(prompt),
-      'mark one, or continue the text with --gmask',
-    )
-    # [gMASK] at the end is a text to be continued: nothing follows it, as with `gmask`.
-    return ids if ids[-1] == s.gmask else [*ids, *v.suffix]
+    """See `prompts.encode`."""
+    return prompt_lib.encode(self._config, self._vocabulary, prompt, gmask)
 
   def fill(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
     """Generates every blank of every prompt, blanks left to right.
@@ -134,7 +93,8 @@ class Filler:
     min_new_tokens: int = 0,
     sampling: Sampling = Sampling(),
     seed: int = 0,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
     watch: Callable[[int, list[int]], bool] | None = None,
   ) -> Iterator[Answer]:
     """Answers, in the order in which they are done; `number` says whose they are.
@@ -145,16 +105,31 @@ class Filler:
       min_new_tokens: tokens of a span before it may end.
       sampling: how tokens are chosen.
       seed: of sampling; a prompt's random numbers come from it and its number.
-      first: the number of the first prompt.
+      numbers: of the prompts; None counts them.
+      stop_strings: texts that end a span, too: its last token is the one that spells the
+        first of them to its end. They are looked for every few tokens.
       watch: see `Engine.generate`.
     """
-    requests = [self._request(first + i, prompt) for i, prompt in enumerate(prompts)]
+    c, v = self._config, self._vocabulary
+    numbers = range(len(prompts)) if numbers is None else numbers
+    requests = [
+      prompt_lib.request(c, v, *pair) for pair in zip(numbers, prompts, strict=True)
+    ]
     configs.check(
       0 <= min_new_tokens <= max_new_tokens,
       f'--min_new_tokens must be in 0 .. {max_new_tokens}, that of --max_new_tokens',
       str(min_new_tokens),
       'ask for fewer',
     )
+    # At once, and not when the first answer is asked for.
+    self.engine.check(requests, max_new_tokens)
+
+    def cut(number: int, made: list[int]) -> int:
+      if not self._holds(made, stop_strings):
+        return len(made)
+      counts = range(1, len(made) + 1)
+      return next(n for n in counts if self._holds(made[:n], stop_strings))
+
     return self.engine.generate(
       requests,
       most=max_new_tokens,
@@ -162,31 +137,12 @@ class Filler:
       sampling=sampling,
       seed=seed,
       watch=watch,
+      cut=cut if stop_strings else None,
     )
 
-  def _request(self, number: int, prompt: Sequence[int]) -> Request:
-    c, s = self._config, self._vocabulary.specials
-    if c.causal:
-      # It generates from the last token of its prompt.
-      spans = [Span(first=prompt[-1], position=None, stride=1)]
-      return Request(number=number, context=prompt[:-1], spans=spans)
-    spans = []
-    for position in self._blanks(prompt):
-      # Without block positions, positions go on after [gMASK].
-      goes_on = not c.two_positions and prompt[position] == s.gmask
-      spans.append(
-        Span(
-          first=s.sop,
-          position=None if goes_on else position,
-          stride=int(goes_on),
-        )
-      )
-    return Request(number=number, context=prompt, spans=spans)
-
-  def _blanks(self, prompt: Sequence[int]) -> list[int]:
-    """Positions of the masks."""
-    s = self._vocabulary.specials
-    return [i for i, t in enumerate(prompt) if t in (s.mask, s.gmask, s.smask)]
+  def _holds(self, ids: Sequence[int], texts: Sequence[str]) -> bool:
+    decoded = self._vocabulary.decode(ids)
+    return any(text in decoded for text in texts)
 
   def text(
     self,
@@ -194,25 +150,36 @@ class Filler:
     spans: Sequence[Sequence[int]],
     mark: tuple[str, str] = ('', ''),
   ) -> str:
-    """A prompt with its blanks filled, each between two marks.
+    """A prompt with its blanks filled, each between two marks; see `parts`."""
+    parts = self.parts(prompt, spans)
+    parts[1::2] = [mark[0] + span + mark[1] for span in parts[1::2]]
+    return ''.join(parts)
 
-    It is what the vocabulary decodes the prompt to, with spans in the place of their masks.
-    Of a span that ends within a character, the bytes of that are left out.
+  def parts(
+    self,
+    prompt: Sequence[int],
+    spans: Sequence[Sequence[int]],
+    stop_strings: Sequence[str] = (),
+  ) -> list[str]:
+    """Text, the first span, text, and so on: what a prompt with its spans is decoded to.
+
+    Of a span that ends within a character, the bytes of that are left out; of one that
+    holds a stop string, this and what is behind it.
     """
     if self._config.causal:
-      parts = [prompt, *spans]
+      ids = [prompt, *spans]
     else:
-      parts, rest = [[]], list(spans)
-      blanks = set(self._blanks(prompt))
+      ids, rest = [[]], list(spans)
+      blanks = set(prompt_lib.blanks(self._vocabulary, prompt))
       for position, token in enumerate(prompt):
         if position in blanks and rest:
-          parts += [rest.pop(0), []]
+          ids += [rest.pop(0), []]
         else:
-          parts[-1].append(token)
-    texts = self._vocabulary.decode_parts(parts)
-    # Spans are every other part.
-    for i in range(1, len(parts), 2):
-      cut = self._vocabulary.ends_within_character(parts[i])
-      text = texts[i].rstrip(_BROKEN) if cut else texts[i]
-      texts[i] = mark[0] + text + mark[1]
-    return ''.join(texts)
+          ids[-1].append(token)
+    texts = self._vocabulary.decode_parts(ids)
+    for i in range(1, len(ids), 2):
+      if self._vocabulary.ends_within_character(ids[i]):
+        texts[i] = texts[i].rstrip(_BROKEN)
+      found = [texts[i].find(stop) for stop in stop_strings if stop in texts[i]]
+      texts[i] = texts[i][: min(found, default=None)]
+    return texts

@@ -1,0 +1,69 @@
+"""How answers are generated: what a user may ask for, and checks of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+from glm_jax import configs
+from glm_jax.configs import SEED, at_least
+from glm_jax.inference.sampling import Sampling
+
+_OF_SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+  """What is asked for; where transformers' GenerationConfig has a field, its name.
+
+  Attributes:
+    samples: answers a prompt, each with random numbers of its own.
+    gmask: continue texts, with a model that fills blanks.
+    max_new_tokens: longest span.
+    min_new_tokens: tokens of a span before it may end.
+    stop_strings: texts that end a span, and are left out of it.
+    seed: of sampling: an answer depends on it, its prompt's number and its own.
+    sampling: how tokens are chosen.
+  """
+
+  samples: Annotated[int, at_least(1)] = 1
+  gmask: bool = False
+  max_new_tokens: Annotated[int, at_least(1)] = 64
+  min_new_tokens: Annotated[int, at_least(0)] = 0
+  stop_strings: tuple[str, ...] = ()
+  # JAX takes 32 bits of a seed, and would drop the others.
+  seed: Annotated[int, SEED] = 0
+  sampling: Sampling = Sampling()
+
+  def __post_init__(self):
+    configs.check_fields(self)
+    configs.check(
+      self.min_new_tokens <= self.max_new_tokens,
+      f'min_new_tokens must be in 0 .. {self.max_new_tokens}, that of max_new_tokens',
+      str(self.min_new_tokens),
+      'ask for fewer',
+    )
+    configs.check(
+      all(self.stop_strings),
+      'each of stop_strings must hold some text',
+      repr(self.stop_strings),
+      'leave out the empty one',
+    )
+    configs.check(
+      self.samples == 1 or self.sampling.temperature > 0,
+      'several samples must have a temperature above 0',
+      f'samples={self.samples} and temperature={self.sampling.temperature}',
+      'set one, such as 1',
+    )
+
+  @classmethod
+  def of(cls, **fields: Any) -> Generation:
+    """From its fields and those of `Sampling`, side by side.
+
+    Example:
+      >>> Generation.of(seed=3, top_k=5).sampling.top_k
+      5
+    """
+    sampling = {name: fields.pop(name) for name in _OF_SAMPLING if name in fields}
+    fields['stop_strings'] = tuple(fields.get('stop_strings', ()))
+    return cls(**fields, sampling=Sampling(**sampling))

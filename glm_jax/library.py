@@ -1,0 +1,362 @@
+"""A trained model in Python: loaded from where it is, asked in batches, numpy out.
+
+What a command does with a checkpoint can be done here; nothing is written. TensorFlow is
+imported by the losses of GLM's objectives alone, which are made as in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm_jax import accelerators, configs, models, opening, sharding
+from glm_jax.batch import Batch
+from glm_jax.configs import at_least
+from glm_jax.inference import prompts as prompt_lib
+from glm_jax.inference import scoring
+from glm_jax.inference.engine import Answer
+from glm_jax.inference.filling import Filler
+from glm_jax.inference.forward import Forward, Loss, Scores
+from glm_jax.inference.generation import Generation
+from glm_jax.models.cache import DTYPES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+  """A prompt with its blanks filled, or a text that goes on.
+
+  Attributes:
+    number: of the prompt, from 0.
+    sample: of the prompt's answers, from 0.
+    prompt: the text that was given.
+    text: the whole, as the vocabulary decodes it.
+    spans: what was generated, a text a blank.
+    tokens: its token ids.
+    log_probs: of each token; behind them that of the end, unless a span was cut short.
+  """
+
+  number: int
+  sample: int
+  prompt: str
+  text: str
+  spans: list[str]
+  tokens: list[np.ndarray]
+  log_probs: list[np.ndarray]
+
+  @property
+  def log_prob(self) -> float:
+    """Of all that was generated, in nats, at the temperature that it was sampled at."""
+    return float(sum(scores.sum() for scores in self.log_probs))
+
+
+def load(
+  path: Any,
+  *,
+  mesh: sharding.MeshConfig | sharding.Layout | None = None,
+  dtype: str = 'float32',
+  batch_size: int = 8,
+  cache_dtype: str = '',
+) -> LanguageModel:
+  """A model from a run, a checkpoint, or the folder of a released model.
+
+  Args:
+    path: a MODEL_DIR (its newest checkpoint), a checkpoint, or a folder as it was
+      published, which is read as it is.
+    mesh: to spread it over; None for one device.
+    dtype: of activations; weights stay as they are stored.
+    batch_size: rows that are worked on at a time.
+    cache_dtype: of keys and values, of `glm_jax.models.cache.DTYPES`; '' for `dtype`.
+
+  Raises:
+    UserError: no such model, a damaged one, or one without its vocabulary.
+  """
+  for line in accelerators.start():
+    warnings.warn(line, stacklevel=2)
+  if not isinstance(mesh, sharding.Layout):
+    # Without a mesh, one device: a prompt is a batch of one row.
+    devices = jax.local_devices()[:1] if mesh is None else None
+    mesh = sharding.make_mesh(mesh or sharding.MeshConfig(), devices)
+  return LanguageModel(
+    opening.find(str(path)),
+    mesh,
+    dtype=dtype,
+    batch_size=batch_size,
+    cache_dtype=cache_dtype,
+  )
+
+
+class LanguageModel:
+  """What `load` returns.
+
+  Attributes:
+    config: of the model.
+    vocabulary: that it was trained with: `encode`, `decode`.
+    variables: its Flax collections: 'params', and 'scales' of one that is quantised.
+    layout: the mesh that they are on.
+  """
+
+  def __init__(
+    self,
+    source: opening.Stored,
+    layout: sharding.Layout,
+    *,
+    dtype: str = 'float32',
+    batch_size: int = 8,
+    cache_dtype: str = '',
+  ):
+    """See `load`."""
+    configs.check_value('batch_size', batch_size, at_least(1))
+    configs.check_value('cache_dtype', cache_dtype, configs.one_of('', *DTYPES))
+    compute = models.ComputeConfig(dtype=dtype)
+    self.config, self.vocabulary, self.layout = source.config, source.vocabulary, layout
+    self.variables = source.read(layout)
+    self._forward = Forward(self.config, self.variables, compute, layout, batch_size)
+    self._filler = Filler(
+      self.config,
+      self.variables,
+      self.vocabulary,
+      compute,
+      rows=batch_size,
+      cache_dtype=cache_dtype,
+    )
+
+  @property
+  def params(self) -> Any:
+    """The parameters, a tree of arrays with layers stacked first."""
+    return self.variables['params']
+
+  def rows(
+    self, texts: str | Sequence[str], answers: Sequence[Sequence[str]] | None = None
+  ) -> Batch:
+    """Texts as the model reads them, numpy arrays [B, T] (see `glm_jax.batch.Batch`).
+
+    Of a model that fills blanks, a text is the context, and `answers` stand behind it in
+    the order of its blanks; without them, the first blank is opened, so that what is said
+    there is its first token. A causal model reads the text and what goes on with it.
+
+    Args:
+      texts: with or without blanks.
+      answers: of each text, a text a blank.
+    """
+    made = []
+    for i, text in enumerate(_listed(texts)):
+      given = None if answers is None else answers[i]
+      ids = prompt_lib.encode(self.config, self.vocabulary, text, bare=given is None)
+      made.append(self._row(text, ids, given))
+    objective = 'causal' if self.config.causal else 'blank'
+    return scoring.batch(made, objective, self.vocabulary.specials.pad)
+
+  def _row(self, text: str, ids: Sequence[int], answers: Sequence[str] | None):
+    request = prompt_lib.request(self.config, self.vocabulary, 0, ids)
+    spans = [[]]
+    if answers is not None:
+      spans = prompt_lib.encode_answers(self.config, self.vocabulary, text, answers)
+    row = scoring.lay_out(self.config, self.vocabulary, request, spans)
+    prompt_lib.check_context(self.config, len(row.tokens) * self.config.causal)
+    return row
+
+  def logits(
+    self, texts: str | Sequence[str] | Batch, answers: Sequence[Sequence[str]] | None = None
+  ) -> np.ndarray:
+    """[B, T, V] float32: what is said at each token of `rows(texts, answers)`.
+
+    Args:
+      texts: a batch, too: then of just these rows, as in training.
+      answers: see `rows`.
+    """
+    if isinstance(texts, Batch):
+      return self._forward.logits(texts)
+    return self._forward.logits_in_parts(self.rows(texts, answers))
+
+  def loss(self, texts: str | Sequence[str], objective: str = '', seed: int = 0) -> Loss:
+    """The training loss of texts, each a document that fits one row; without dropout.
+
+    Args:
+      texts: plain text.
+      objective: 'blank', 'document' or 'sentence', with the masks that a run with the
+        default `ObjectiveConfig` draws (TensorFlow is imported for it); 'causal'.
+      seed: of the masks.
+
+    Raises:
+      UserError: another model's objective, a text that is too long, or nothing to predict.
+    """
+    c, v = self.config, self.vocabulary
+    known = ('causal',) if c.causal else ('blank', 'document', 'sentence')
+    objective = objective or known[0]
+    configs.check_value('objective', objective, configs.one_of(*known))
+    configs.check_value('seed', seed, configs.SEED)
+    texts = _listed(texts)
+    if c.causal:
+      rows = scoring.batch(
+        [scoring.document(c, v, text) for text in texts], 'causal', v.specials.pad
+      )
+    else:
+      from glm_jax import startup
+
+      startup.import_tensorflow()
+      from glm_jax.data.examples import texts as examples
+
+      ids = [[*prompt_lib.encode(c, v, text, bare=True)] for text in texts]
+      rows = examples.batch(ids, v, objective, seed, block_positions=c.two_positions)
+    counts = rows.loss_weights.sum(1)
+    configs.check(
+      counts.sum() > 0,
+      'texts must hold something to predict',
+      f'{len(texts)} too short for {objective!r}',
+      'give longer ones',
+    )
+    # All tokens compete here, as in training.
+    every = np.ones(c.vocab_size, bool)
+    log_probs, _ = self._forward.targets(rows, every, v.stops)
+    return Loss(-(log_probs * rows.loss_weights).sum(1), counts)
+
+  def score(self, prompt: str, candidates: Sequence[str]) -> Scores:
+    """Log-probabilities of candidates as what fills the prompt's blank, or goes on with it.
+
+    They are the model's among the tokens that it may generate, as in `generate`. A
+    candidate has the space that its blank has swallowed; behind the prompt of a causal
+    model it stands as it is, with the space that it begins with.
+    """
+    configs.check(
+      bool(candidates) and not isinstance(candidates, str),
+      'candidates must be a list of one or more texts',
+      repr(candidates),
+      'give some',
+    )
+    rows = self.rows([prompt] * len(candidates), [[text] for text in candidates])
+    allowed, stops = self._filler.engine.allowed, self.vocabulary.stops
+    targets, ends = self._forward.targets(rows, allowed, stops)
+    scored = [np.flatnonzero(weights) for weights in rows.loss_weights]
+    tokens = [row[at[:-1]] for row, at in zip(targets, scored, strict=True)]
+    return Scores(
+      np.array([scores.sum() for scores in tokens], np.float32),
+      tokens,
+      np.array([row[at[-1]] for row, at in zip(ends, scored, strict=True)]),
+    )
+
+  def generate(self, prompts: str | Sequence[str], **how: Any) -> list[Completion]:
+    """Fills the blanks of prompts, or goes on with them; `samples` answers a prompt.
+
+    Args:
+      prompts: texts, or one.
+      **how: of `answers`.
+    """
+    key = lambda answer: (answer.number, answer.sample)
+    return sorted(self.answers(prompts, **how), key=key)
+
+  def answers(
+    self,
+    prompts: str | Sequence[str],
+    *,
+    skip: Container[tuple[int, int]] = (),
+    **how: Any,
+  ) -> Iterator[Completion]:
+    """As `generate`, in the order in which they are done: a free row takes the next prompt.
+
+    Args:
+      prompts: texts with [MASK] (a few words), [sMASK] (a sentence) or [gMASK] (the rest);
+        any text, for a causal model.
+      skip: (number, sample) of answers that are not wanted.
+      **how: of `glm_jax.inference.generation.Generation` and of `sampling.Sampling` beside
+        it: max_new_tokens, samples, temperature (0 takes the most probable token), ...
+
+    Raises:
+      UserError: a prompt that cannot be filled, or settings out of their range.
+    """
+    asked = Generation.of(**how)
+    prompts, samples = _listed(prompts), asked.samples
+    encoded = [self._filler.encode(prompt, asked.gmask) for prompt in prompts]
+    wanted = [
+      (number, sample)
+      for number in range(len(prompts))
+      for sample in range(samples)
+      if (number, sample) not in skip
+    ]
+    answers = self._filler.answers(
+      [encoded[number] for number, _ in wanted],
+      numbers=[number * samples + sample for number, sample in wanted],
+      max_new_tokens=asked.max_new_tokens,
+      min_new_tokens=asked.min_new_tokens,
+      sampling=asked.sampling,
+      seed=asked.seed,
+      stop_strings=asked.stop_strings,
+    )
+    return (
+      self._completion(prompts, encoded, samples, answer, asked.stop_strings)
+      for answer in self._inside(answers)
+    )
+
+  def fill(
+    self,
+    text: str,
+    top: int = 5,
+    *,
+    max_new_tokens: int = 64,
+    drawn: int = 32,
+    seed: int = 0,
+  ) -> list[Completion]:
+    """The most probable fillings of a text that are found, best first.
+
+    They are the `top` most probable, by the model's own probabilities and all blanks taken
+    together, of the different ones among the greedy filling and `drawn` that are drawn.
+    There may be fewer.
+
+    Args:
+      text: with one or more blanks; a causal model goes on with it.
+      top: most fillings.
+      max_new_tokens: longest span.
+      drawn: how many are drawn.
+      seed: of these.
+    """
+    configs.check_value('top', top, at_least(1))
+    configs.check_value('drawn', drawn, at_least(1))
+    how = {'max_new_tokens': max_new_tokens, 'seed': seed}
+    found = self.generate([text], **how)
+    # At temperature 1, log-probabilities are the model's.
+    found += self.generate([text], samples=drawn, temperature=1.0, **how)
+    found.sort(key=lambda answer: answer.log_prob)
+    # Of token sequences with one text, the most probable is kept: the last.
+    different = {tuple(answer.spans): answer for answer in found}
+    return sorted(different.values(), key=lambda a: a.log_prob, reverse=True)[:top]
+
+  def _completion(
+    self, prompts: Any, encoded: Any, samples: int, answer: Answer, stop_strings: Any
+  ) -> Completion:
+    number, sample = divmod(answer.number, samples)
+    parts = self._filler.parts(encoded[number], answer.spans, stop_strings)
+    return Completion(
+      number=number,
+      sample=sample,
+      prompt=prompts[number],
+      text=''.join(parts),
+      spans=parts[1::2],
+      tokens=[np.array(ids, np.int32) for ids in answer.spans],
+      log_probs=[np.array(scores, np.float32) for scores in answer.log_probs],
+    )
+
+  def _inside(self, answers: Iterator[Answer]) -> Iterator[Answer]:
+    """The same, each computed on the mesh, which whoever takes them does not see."""
+    # A token at a time is no length to be cut.
+    layout = self.layout.replace(act_length=None)
+    while True:
+      with sharding.active(layout):
+        answer = next(answers, None)
+      if answer is None:
+        return
+      yield answer
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+  """A list of texts; one is a list of one.
+
+  Raises:
+    UserError: none.
+  """
+  texts = [texts] if isinstance(texts, str) else [*texts]
+  configs.check(bool(texts), 'texts must be one or more', '[]', 'give some')
+  return texts
