@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from glm_jax.configs import UserError
 from glm_jax.data.examples import render
+from glm_jax.inference import prompts
 from glm_jax.inference.filling import Filler
 from glm_jax.models import ChatGLM2Config, GLMConfig
 from glm_jax.text import fast, released
@@ -99,6 +100,26 @@ def test_blanks_filled_with_their_own_spans_give_the_text_back(vocabulary):
     marked = filler.text(prompt, parts[1::2], ('⟦', '⟧'))
     assert re.sub('[⟦⟧]', '', marked) == whole
     assert len(re.findall('⟦[^⟦⟧]*⟧', marked)) == len(parts) // 2
+
+
+def test_an_answer_in_its_blank_is_the_text(vocabulary):
+  """The space that the mask has swallowed is the answer's."""
+  if vocabulary.prefix and vocabulary.specials.gmask in vocabulary.prefix:
+    pytest.skip('its models are causal')
+  config = GLMConfig(
+    num_layers=1,
+    hidden_size=8,
+    num_heads=1,
+    max_positions=64,
+    vocab_size=vocabulary.size,
+  )
+  filler = Filler(config, {}, vocabulary)
+  for text in ('the quick brown fox', 'a lazy dog.', 'the quick dog. jumps'):
+    for word in re.finditer(r'\S+', text):
+      prompt = text[: word.start()] + '[MASK]' + text[word.end() :]
+      spans = prompts.encode_answers(config, vocabulary, prompt, [word[0]])
+      filled = filler.text(filler.encode(prompt), spans)
+      assert filled == vocabulary.decode(vocabulary.encode(text)), (prompt, spans)
 
 
 def test_a_span_brings_its_own_space():

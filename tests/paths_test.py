@@ -18,6 +18,10 @@ LOCAL = {
     ['--gin_file={}'],
   ],
   'convert': [['{}', 'there'], ['.', '{}'], ['.', 'there', '--vocabulary=bytes:{}']],
+  'generate': [
+    ['--checkpoint=a', '--input={}'],
+    ['--checkpoint=a', '--input=a.txt', '--output={}.jsonl'],
+  ],
   'plan': [[QUICKSTART, '--platform=cpu', '--json={}']],
   'preview': [[QUICKSTART, '--output={}', '--examples=1']],
   'tune': [['--gin_file=gin_configs/tune_quickstart.gin', *gin("STUDY_DIR='{}'")]],

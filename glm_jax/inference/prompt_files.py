@@ -94,8 +94,9 @@ def record(fields: Mapping[str, Any], answer: Any) -> str:
     fields: of the prompt.
     answer: a `glm_jax.library.Completion`.
   """
-  values = [getattr(answer, name) for name in _OURS]
-  made = {**fields, **dict(zip(_OURS, values, strict=True))}
+  made = {**fields, **{name: getattr(answer, name) for name in _OURS}}
+  # More digits are those of the batch that it happened to be in.
+  made['log_prob'] = round(made['log_prob'], 4)
   return json.dumps(made, ensure_ascii=False) + '\n'
 
 

@@ -48,7 +48,7 @@ def lay_out(
   end = s.eos if config.causal else s.eop
   tokens, targets = [*request.context], [s.pad] * n
   if config.causal:
-    targets = [*tokens[1:], request.spans[0].first]
+    targets = [*tokens, request.spans[0].first][1:]
   scored, positions, blocks = [False] * n, [*range(n)], [0] * n
   for span, ids in zip(request.spans, spans, strict=False):
     first = len(tokens) if span.position is None else span.position

@@ -282,6 +282,9 @@ class IceVocabulary(SentencePieceVocabulary):
     ids = super().encode_batch([self._spell(text) for text in texts])
     return [self.images + row for row in ids]
 
+  def _encode_inside(self, text: str) -> list[int]:
+    return [self.images + t for t in super()._encode_inside(self._spell(text))]
+
   def _spell(self, text: str) -> str:
     """Line breaks, tabs and runs of spaces as pieces (tokenization_chatglm.py)."""
     text = text.replace('\n', '<n>').replace('\t', '<|tab|>')

@@ -322,7 +322,10 @@ class SentencePieceVocabulary(Vocabulary):
     spec = self._normalizer
     if not (self.adds_space or spec.remove_extra_whitespaces):
       return self.encode(text)
-    if spec.remove_extra_whitespaces:
+    return self._encode_inside(text)
+
+  def _encode_inside(self, text: str) -> list[int]:
+    if self._normalizer.remove_extra_whitespaces:
       text = re.sub(' {2,}', ' ', text.rstrip(' '))
     return self._inside.encode(text)
 
