@@ -228,10 +228,10 @@ def _flags() -> argparse.ArgumentParser:
   )
   flags.add_argument(
     '--stop_strings',
-    nargs='+',
+    action='append',
     default=[],
     metavar='TEXT',
-    help='texts that end a span, and are left out of it',
+    help='a text that ends a span, and is left out of it; may be repeated',
   )
   flags.add_argument('--seed', type=int, default=0, help='of sampling (0)')
   flags.add_argument(

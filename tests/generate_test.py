@@ -143,7 +143,9 @@ def test_whoever_sits_at_the_terminal_is_asked(generate, monkeypatch):
 def test_a_stop_string_ends_what_is_printed(generate):
   whole = _ok(generate('--prompt=tell [gMASK]', '--min_new_tokens=20'))
   stop = whole[8:10]
-  cut = _ok(generate('--prompt=tell [gMASK]', '--stop_strings', stop, 'never said'))
+  cut = _ok(
+    generate('--prompt=tell [gMASK]', '--stop_strings=never said', f'--stop_strings={stop}')
+  )
   assert cut == whole[: whole.index(stop, 4)] + '\n'
 
 
