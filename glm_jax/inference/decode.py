@@ -2,7 +2,7 @@
 
 A context (Part A, or a causal text) is read once and attends to itself; then tokens are
 generated one after the other into the slots behind it, each seeing all slots before its own
-and itself. Rows are compact and independent: each has a length, positions, a limit and
+and itself. RowStates are compact and independent: each has a length, positions, a limit and
 random numbers of its own, so that it does not matter which rows stand beside it, nor when
 it began.
 """
@@ -23,7 +23,7 @@ from glm_jax.models import layers, virtual
 from glm_jax.models.cache import Cache
 
 
-class Rows(NamedTuple):
+class RowStates(NamedTuple):
   """Where each row of a batch stands in the span that it generates; all [B].
 
   Attributes:
@@ -187,14 +187,14 @@ def advance(
   variables: Any,
   cache: Cache,
   had_BV: jax.Array | None,
-  rows: Rows,
+  rows: RowStates,
   *,
   steps: Any,
   eager: Any,
   stops: tuple[int, ...],
   allowed_V: jax.Array,
   sampling: Sampling,
-) -> tuple[Cache, jax.Array | None, Rows]:
+) -> tuple[Cache, jax.Array | None, RowStates]:
   """Generates up to `steps` tokens a row.
 
   A row reads every token that it keeps, the last before its limit, too: what comes later

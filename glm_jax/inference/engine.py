@@ -19,7 +19,7 @@ import numpy as np
 
 from glm_jax import attention, configs, models, sharding
 from glm_jax.inference import decode
-from glm_jax.inference.decode import Rows
+from glm_jax.inference.decode import RowStates
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
 from glm_jax.models import virtual
@@ -177,7 +177,7 @@ class Engine:
           had = _only(had, row, ids)
       if taken:
         cache = self.read(cache, taken)
-      # 2. Rows whose span has ended begin the next one of their request.
+      # 2. RowStates whose span has ended begin the next one of their request.
       for row, request in enumerate(asked):
         if request is not None and rows.done[row]:
           span = request.spans[len(answers[row].spans)]
@@ -209,8 +209,15 @@ class Engine:
             yield answers[row]
 
   def advance(
-    self, cache: Any, had: Any, rows: Rows, *, steps: int, eager: bool, sampling: Sampling
-  ) -> tuple[Any, Any, Rows]:
+    self,
+    cache: Any,
+    had: Any,
+    rows: RowStates,
+    *,
+    steps: int,
+    eager: bool,
+    sampling: Sampling,
+  ) -> tuple[Any, Any, RowStates]:
     """See `decode.advance`; the rows that come back are numpy, to be written to."""
     cache, had, rows = self._advance(
       self.variables,
@@ -312,10 +319,10 @@ def padded(contexts: Sequence[Sequence[int]], R: int, width: int) -> tuple[Any, 
   return tokens, lengths
 
 
-def no_rows(B: int, most: int) -> Rows:
+def no_rows(B: int, most: int) -> RowStates:
   zeros = lambda dtype=np.int32, *shape: np.zeros((B, *shape), dtype)
-  return Rows(
-    **{name: zeros() for name in Rows._fields[:8]},
+  return RowStates(
+    **{name: zeros() for name in RowStates._fields[:8]},
     seed=zeros(np.uint32),
     done=np.ones(B, bool),
     tokens=zeros(np.int32, most),
@@ -323,7 +330,9 @@ def no_rows(B: int, most: int) -> Rows:
   )
 
 
-def begin(rows: Rows, row: int, span: Span, following: int, least: int, most: int) -> None:
+def begin(
+  rows: RowStates, row: int, span: Span, following: int, least: int, most: int
+) -> None:
   """Sets a row to the beginning of a span; its slot is where the last one ended."""
   rows.token[row] = span.first
   rows.position[row] = following if span.position is None else span.position

@@ -38,7 +38,7 @@ class Filler:
       rows: see `Engine`.
       cache_dtype: likewise.
     """
-    # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
+    # RowStates of the table behind the vocabulary's pieces are never trained on. Of the special
     # pieces, a span of GLM has none but a stop token.
     allowed = np.arange(config.vocab_size) < vocabulary.size
     if not config.causal:
@@ -119,7 +119,7 @@ class Filler:
   def fill_scored(
     self, prompts: Sequence[Sequence[int]], **how: Any
   ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-    """As `fill`, and the log-probability of each token; see `decode.Rows`.
+    """As `fill`, and the log-probability of each token; see `decode.RowStates`.
 
     Behind those of a span that a stop token ended stands that of the stop token.
     """
