@@ -2,7 +2,7 @@
 
 A context (Part A, or a causal text) is read once and attends to itself; then tokens are
 generated one after the other into the slots behind it, each seeing all slots before its own
-and itself. RowStates are compact and independent: each has a length, positions, a limit and
+and itself. Rows are compact and independent: each has a length, positions, a limit and
 random numbers of its own, so that it does not matter which rows stand beside it, nor when
 it began.
 """

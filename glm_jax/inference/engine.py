@@ -177,7 +177,7 @@ class Engine:
           had = _only(had, row, ids)
       if taken:
         cache = self.read(cache, taken)
-      # 2. RowStates whose span has ended begin the next one of their request.
+      # 2. Rows whose span has ended begin the next one of their request.
       for row, request in enumerate(asked):
         if request is not None and rows.done[row]:
           span = request.spans[len(answers[row].spans)]

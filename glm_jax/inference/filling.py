@@ -38,7 +38,7 @@ class Filler:
       rows: see `Engine`.
       cache_dtype: likewise.
     """
-    # RowStates of the table behind the vocabulary's pieces are never trained on. Of the special
+    # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
     # pieces, a span of GLM has none but a stop token.
     allowed = np.arange(config.vocab_size) < vocabulary.size
     if not config.causal:
