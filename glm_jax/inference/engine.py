@@ -53,11 +53,13 @@ class Request:
     number: of the request, from which its random numbers come.
     context: token ids that are read first.
     spans: at least one.
+    most: longest span; None for that of the call.
   """
 
   number: int
   context: Sequence[int]
   spans: Sequence[Span]
+  most: int | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -181,7 +183,8 @@ class Engine:
       for row, request in enumerate(asked):
         if request is not None and rows.done[row]:
           span = request.spans[len(answers[row].spans)]
-          begin(rows, row, span, rows.slot[row] - self.virtual, least, most)
+          limit = most if request.most is None else min(request.most, most)
+          begin(rows, row, span, rows.slot[row] - self.virtual, min(least, limit), limit)
           numbers = [seed, request.number, len(answers[row].spans)]
           rows.seed[row] = np.random.SeedSequence(numbers).generate_state(1)[0]
       if all(request is None for request in asked):
