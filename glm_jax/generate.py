@@ -16,6 +16,7 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from glm_jax import checkpoints, sharding
+  from glm_jax.checkpoints import variables
   from glm_jax.inference.filling import Filler
   from glm_jax.inference.sampling import Sampling
   from glm_jax.models import ComputeConfig
@@ -34,12 +35,16 @@ def main(argv: Sequence[str]) -> None:
   # One device: a prompt is a batch of one row.
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   # Weights stay as they are stored: each is cast where it is used.
-  params = checkpoints.read_params(
-    folder, state.abstract_params(config, mesh), as_stored=True, some=True
+  read = variables.read(folder, state.abstract_params(config, mesh))
+  configs.check(
+    'scales' not in read,
+    'generate reads plain weights',
+    f'{flags.checkpoint!r}, which is quantised',
+    f'python -m glm_jax.convert {folder} DST --to=checkpoint --dequantize',
   )
 
   with sharding.active(mesh):
-    filler = Filler(config, params, vocabulary, ComputeConfig(dtype=flags.dtype))
+    filler = Filler(config, read['params'], vocabulary, ComputeConfig(dtype=flags.dtype))
     prompt = filler.encode(flags.prompt, flags.gmask)
     spans = filler.fill(
       [prompt], max_tokens=flags.max_tokens, sampling=sampling, seed=flags.seed
