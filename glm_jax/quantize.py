@@ -118,8 +118,8 @@ def quantize(flags: argparse.Namespace) -> None:
   ) as (partial, progress):
     slices.write(partial, made.specs, made.read, content, progress)
   print(
-    f'{flags.bits} bits: {slices.count(made.specs):,} parameters, {before / 1e9:.2f} GB '
-    f'before and at most {after / 1e9:.2f} GB now, in {dst} '
+    f'{flags.bits} bits: {slices.count(made.specs):,} parameters, {before / 1e6:,.1f} MB '
+    f'before and at most {after / 1e6:,.1f} MB now, in {dst} '
     f'({time.perf_counter() - began:.0f} s)'
   )
 

@@ -134,7 +134,8 @@ def test_flags_that_cannot_be_read(module, tmp_path):
     if action.type in (int, float):
       cases.append(([f'{flag}=many'], f'invalid {action.type.__name__} value'))
     if action.choices:
-      cases.append(([f'{flag}=nothing'], 'invalid choice'))
+      wrong = 0 if action.type is int else 'nothing'
+      cases.append(([f'{flag}={wrong}'], 'invalid choice'))
     for arguments, word in cases:
       _refused(tmp_path, module, *NEEDED[module], *arguments, words=[word])
 
