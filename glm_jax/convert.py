@@ -241,6 +241,13 @@ def _check_integers(model: Model, target: str) -> None:
     f'--to={target}' + (f', and groups of {group}' if group else ''),
     '--dequantize gives plain weights',
   )
+  sizes = {name: getattr(model.config, name) for name in ('hidden_size', 'inner_size')}
+  configs.check(
+    model.quantized['bits'] == 8 or not any(size % 2 for size in sizes.values()),
+    f'the format {target!r} packs two columns of a weight into a byte',
+    f'a model of {sizes}',
+    'quantise it with --bits=8, or --dequantize',
+  )
 
 
 def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> None:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
   read = variables.read(folder, state.abstract_params(config, mesh))
   configs.check(
     'scales' not in read,
-    'generate reads plain weights',
+    '--checkpoint must hold plain weights',
     f'{flags.checkpoint!r}, which is quantised',
     f'python -m glm_jax.convert {folder} DST --to=checkpoint --dequantize',
   )

@@ -1,5 +1,6 @@
 """ChatGLM's own integers, both ways; those of other programs are refused by name."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -184,6 +185,8 @@ def test_integers_go_to_formats_that_have_them(tmp_path):
   source = stored.checkpoint(tmp_path / 'source', config)
   for name, more in (('whole', ()), ('groups', ('--group=8',))):
     stored.quantize(source, tmp_path / name, '--bits=4', *more)
+  odd = stored.checkpoint(tmp_path / 'odd-plain', dataclasses.replace(config, mlp_size=47))
+  stored.quantize(odd, tmp_path / 'odd', '--bits=4')
   of_glm = GLMConfig(
     num_layers=1, hidden_size=32, num_heads=4, vocab_size=384, max_positions=64
   )
@@ -192,6 +195,7 @@ def test_integers_go_to_formats_that_have_them(tmp_path):
   for arguments, words in (
     (('whole',), ('--to=glm', '--dequantize')),  # its default
     (('groups', '--to=chatglm2'), ('groups of 8', '--dequantize')),
+    (('odd', '--to=chatglm2'), ('two columns', "'inner_size': 47", '--bits=8')),
     (('glm', '--to=megatron'), ('--to=megatron', '--dequantize')),
     (('source', '--dequantize'), ('which has plain ones',)),
   ):

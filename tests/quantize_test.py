@@ -77,6 +77,14 @@ def test_collections_are_born_on_the_shardings_of_their_weights(plain, tmp_path)
   np.testing.assert_allclose(got, one, atol=2e-6 * np.abs(one).max())
 
 
+def test_groups_must_divide_over_the_devices_that_their_inputs_are_on():
+  layout = sharding.make_mesh(sharding.MeshConfig(tensor=4, data=2))
+  params = state.abstract_params(CONFIG, layout)
+  with pytest.raises(ValueError, match=r'layers/attention/out .* tensor.* 2 groups over 4'):
+    variables.abstract(params, {'bits': 4, 'group': 16})
+  variables.abstract(params, {'bits': 4, 'group': 8})
+
+
 def test_integers_are_small_on_disk_and_computed_once(tmp_path, monkeypatch):
   config = GLMConfig(
     num_layers=2, hidden_size=256, num_heads=4, vocab_size=384, max_positions=8
@@ -185,5 +193,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(plain, tmp_path, monk
 def test_training_does_not_begin_with_integers(plain, tmp_path):
   stored.quantize(plain, tmp_path / 'out', '--bits=4')
   folder = checkpoints.find(str(tmp_path / 'out'))
-  with pytest.raises(ValueError, match=r'no integers, got .*--to=checkpoint --dequantize'):
+  with pytest.raises(
+    ValueError, match=r'plain weights, got .*--to=checkpoint --dequantize'
+  ):
     checkpoints.read_params(folder, state.abstract_params(CONFIG))

@@ -247,10 +247,10 @@ def read_params(
   # Integers that were cast without their scales would be other weights.
   configs.check(
     as_stored or not meta.get('quantized'),
-    'training begins with weights that are no integers',
+    'training must begin with plain weights',
     f'{folder}, which is quantised',
-    f'give the checkpoint that it was made from, or one of python -m glm_jax.convert '
-    f'{folder} DST --to=checkpoint --dequantize',
+    'give the checkpoint that it was made from, or make them plain: python -m '
+    f'glm_jax.convert {folder} DST --to=checkpoint --dequantize',
   )
   whole = base.of(folder, meta)
   flat = traverse_util.flatten_dict(abstract)

@@ -7,6 +7,7 @@ description says `quantized`: {'bits', 'group'}.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,10 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
+from glm_jax import configs
 from glm_jax.checkpoints.manager import read_meta, read_params
 from glm_jax.models import quantized as integers
+from glm_jax.sharding.mesh import as_tuple
 
 
 def abstract(params: Any, quantized: Mapping[str, int] | None) -> dict[str, Any]:
@@ -29,6 +32,9 @@ def abstract(params: Any, quantized: Mapping[str, int] | None) -> dict[str, Any]
 
   Returns:
     {'params'}, or {'params', 'scales'}.
+
+  Raises:
+    UserError: the groups do not divide over the devices that hold their inputs.
   """
   if not quantized:
     return {'params': params}
@@ -39,8 +45,9 @@ def abstract(params: Any, quantized: Mapping[str, int] | None) -> dict[str, Any]
       leaf.shape, integers.DTYPES[quantized['bits']], sharding=leaf.sharding
     )
     shape = (leaf.shape[0], *integers.scales_shape(leaf.shape[1:], inputs, group))
+    groups = shape[1] if group else 0
     scales[path] = jax.ShapeDtypeStruct(
-      shape, jnp.float32, sharding=_of_scales(leaf, path, inputs, bool(group))
+      shape, jnp.float32, sharding=_of_scales(leaf, path, inputs, groups)
     )
   nested = traverse_util.unflatten_dict
   return {'params': nested(flat), 'scales': nested(scales)}
@@ -83,12 +90,21 @@ def read(folder: epath.Path, params: Any) -> dict[str, Any]:
 
 
 def _of_scales(
-  leaf: Any, path: tuple[str, ...], inputs: int, grouped: bool
+  leaf: Any, path: tuple[str, ...], inputs: int, groups: int
 ) -> NamedSharding | None:
   """Outputs as the weight has them; groups as the first of its inputs."""
   if leaf.sharding is None:
     return None
   axes = (*leaf.sharding.spec, *[None] * len(leaf.shape))[: len(leaf.shape)]
-  groups = [None if integers.reads_the_width(path) else axes[1]] if grouped else []
-  spec = PartitionSpec(axes[0], *groups, *axes[1 + inputs :])
-  return NamedSharding(leaf.sharding.mesh, spec)
+  mesh = leaf.sharding.mesh
+  along = None if integers.reads_the_width(path) else axes[1]
+  parts = math.prod(mesh.shape[axis] for axis in as_tuple(along))
+  configs.check(
+    groups % parts == 0,
+    f'the groups of {"/".join(path[:-1])} must divide by the mesh axis {along}',
+    f'{groups} groups over {parts} devices',
+    'change the mesh, or quantise with a smaller --group',
+  )
+  return NamedSharding(
+    mesh, PartitionSpec(axes[0], *[along] * bool(groups), *axes[1 + inputs :])
+  )

@@ -153,10 +153,11 @@ class Unpacked:
     """A tensor; the latest one is kept, as that of the files is."""
     if self._tensors.specs[name].dtype != np.int8:
       return self._tensors.read(name)
-    if self._last is None or self._last[0] != name:
-      self._last = None
-      self._last = (name, self._integers(name))
-    return self._last[1]
+    # Several threads write an export: what one returns is what it has read itself.
+    last = self._last
+    if last is None or last[0] != name:
+      last = self._last = (name, self._integers(name))
+    return last[1]
 
   def _integers(self, name: str) -> np.ndarray:
     packed = self._tensors.read(name)

@@ -150,9 +150,8 @@ def of_tree(params: Any, bits: int, group: int = 0) -> dict[str, Any]:
 
   flat = dict(traverse_util.flatten_dict(params))
   scales = {}
-  for path, leaf in flat.items():
-    if inputs := inputs_of(path):
-      pairs = [quantize(np.asarray(layer), inputs, bits, group) for layer in leaf]
-      flat[path], scales[path] = (np.stack(part) for part in zip(*pairs, strict=True))
+  for path, inputs in products(flat):
+    pairs = [quantize(np.asarray(layer), inputs, bits, group) for layer in flat[path]]
+    flat[path], scales[path] = (np.stack(part) for part in zip(*pairs, strict=True))
   nested = traverse_util.unflatten_dict
   return {'params': nested(flat), 'scales': nested(scales)}
