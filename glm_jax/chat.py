@@ -107,6 +107,7 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from glm_jax import checkpoints, sharding
+  from glm_jax.checkpoints import variables
   from glm_jax.inference.chatting import Chat
   from glm_jax.inference.filling import Filler
   from glm_jax.inference.sampling import Sampling
@@ -135,12 +136,10 @@ def main(argv: Sequence[str]) -> None:
     family = 'glm4-0414'
   template = templates.template_for(vocabulary, family)
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
-  params = checkpoints.read_params(
-    folder, state.abstract_params(config, mesh), as_stored=True, some=True
-  )
+  read = variables.read(folder, state.abstract_params(config, mesh))
   with sharding.active(mesh):
     compute = ComputeConfig(dtype=flags.dtype)
-    filler = Filler(config, {'params': params}, vocabulary, compute, rows=1)
+    filler = Filler(config, read, vocabulary, compute, rows=1)
     chat = Chat(
       Session(filler.engine, flags.window),
       template,

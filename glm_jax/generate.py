@@ -16,6 +16,7 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from glm_jax import checkpoints, sharding
+  from glm_jax.checkpoints import variables
   from glm_jax.inference.filling import Filler
   from glm_jax.inference.sampling import Sampling
   from glm_jax.models import ComputeConfig
@@ -34,13 +35,11 @@ def main(argv: Sequence[str]) -> None:
   # One device: a prompt is a batch of one row.
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
   # Weights stay as they are stored: each is cast where it is used.
-  params = checkpoints.read_params(
-    folder, state.abstract_params(config, mesh), as_stored=True, some=True
-  )
+  read = variables.read(folder, state.abstract_params(config, mesh))
 
   with sharding.active(mesh):
     compute = ComputeConfig(dtype=flags.dtype)
-    filler = Filler(config, {'params': params}, vocabulary, compute)
+    filler = Filler(config, read, vocabulary, compute)
     prompt = filler.encode(flags.prompt, flags.gmask)
     spans = filler.fill(
       [prompt], max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed

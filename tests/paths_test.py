@@ -18,6 +18,7 @@ LOCAL = {
     ['--gin_file={}'],
   ],
   'convert': [['{}', 'there'], ['.', '{}'], ['.', 'there', '--vocabulary=bytes:{}']],
+  'quantize': [['{}', 'there', '--bits=8'], ['.', '{}', '--bits=8']],
   'plan': [[QUICKSTART, '--platform=cpu', '--json={}']],
   'preview': [[QUICKSTART, '--output={}', '--examples=1']],
   'tune': [['--gin_file=gin_configs/tune_quickstart.gin', *gin("STUDY_DIR='{}'")]],

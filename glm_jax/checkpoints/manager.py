@@ -243,7 +243,16 @@ def read_params(
     UserError: they do not have the shapes of `abstract`, or are damaged; the base is gone
       or has changed.
   """
-  whole = base.of(folder, read_meta(folder))
+  meta = read_meta(folder)
+  # Integers that were cast without their scales would be other weights.
+  configs.check(
+    as_stored or not meta.get('quantized'),
+    'training must begin with plain weights',
+    f'{folder}, which is quantised',
+    'give the checkpoint that it was made from, or make them plain: python -m '
+    f'glm_jax.convert {folder} DST --to=checkpoint --dequantize',
+  )
+  whole = base.of(folder, meta)
   flat = traverse_util.flatten_dict(abstract)
   with _unreadable(folder), ocp.StandardCheckpointer() as reader:
     tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree
