@@ -66,7 +66,8 @@ class Data:
     validation: name -> the batches of a held-out set, numpy, this process's rows.
     rows: of an epoch of training, all corpora together; None where nobody counts them.
     validated_rows: corpus -> rows of each validation set, in which the corpora of a
-      mixture stand one behind the other; {} for one corpus without a name.
+      mixture stand one behind the other, `Batch.index` counting them from 0; {} for one
+      corpus without a name.
     skipped: documents too short to be read.
     decided: what was found for the user, and must stay as it is in a run that goes on; see
       `checkpoints.folder.decided`.
