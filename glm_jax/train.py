@@ -55,7 +55,7 @@ def train(
   telling = telling or startup.Telling('')
   telling.quiet = not distributed.is_leader()
 
-  profile = profiling.Profile(profiled, config.model_dir)
+  profile = profiling.Profile(profiled, config.model_dir, say)
   storage.check_can_save(config.model_dir)
   saved_step = checkpoints.latest_step(config.model_dir)
   profile.check(config.train_steps, saved_step)
@@ -133,7 +133,6 @@ def train(
     'base': base,
   }
   writer = Writer(config.model_dir, distributed.is_leader())
-  telling('compiling the first step, which waits for its batch')
   with sharding.active(layout), profile:
     measure = evaluation.Validation(
       data.validation, built.eval_step, layout, data.validated_rows
@@ -148,7 +147,9 @@ def train(
       return values
 
     if config.evaluation.at_start and first == 0:
+      telling('validating what the run begins with')
       validate(0)
+    telling('compiling the first step, which waits for its batch')
     meter = Meter(first, config.train_steps, saved.get('so_far', None if new else {}))
     results = metrics.Results(config.model_dir)
     # A run that has stopped early, and was killed before its report, is only reported.
@@ -179,7 +180,7 @@ def train(
         writer.write(number, 'train', values)
       # Validation, saving and writing a profile do not count as training time.
       meter.stop()
-      profile.ended(number, say)
+      profile.ended(number)
       # An older validation says nothing of this checkpoint.
       scores = validate(number) if validates else {}
       if saves or stop.over:

@@ -22,6 +22,7 @@ from glm_jax.training.config import TrainConfig
 from glm_jax.training.optimizer import OptimizerConfig
 
 BASE = [binding for binding in TINY if not binding.startswith('TRAIN_STEPS')]
+BASE += ["MIXTURE_OR_TASK_NAME='glm_blank'"]
 # A rate that moves no weight: no validation is better than the one before the first step,
 # and the third that is not ends the run.
 STILL = (
@@ -64,28 +65,17 @@ def _records(run, kind):
   return [{k: v for k, v in record.items() if k not in timed} for record in records]
 
 
-def test_a_run_is_profiled_and_stops_early_at_the_same_step_when_killed(
+@pytest.mark.slow
+def test_a_run_stops_early_at_the_same_step_when_it_was_killed(
   train, tmp_path, monkeypatch
 ):
   run = tmp_path / 'straight'
-  said = _ok(train('straight', *STILL, flags=['--profile=3:4']))
+  said = _ok(train('straight', *STILL))
   assert 'stopped early at step 6: loss has not improved in 3 validations' in said
   assert 'done: 6 steps' in said and checkpoints.latest_step(str(run)) == 6
   validated = writer.read(str(run), 'validation')
   assert [record['step'] for record in validated] == [0, 2, 4, 6]
   assert len({record['loss'] for record in validated}) == 1
-
-  # The profile: of these steps alone, with the scopes of the program.
-  (traced,) = run.glob('tensorboard/plugins/profile/*/perfetto_trace.json.gz')
-  assert f'profile of steps 3 to 4: open {traced} in' in said
-  events = json.loads(gzip.open(traced).read())['traceEvents']
-  steps = [event for event in events if event.get('name') == 'train']
-  assert [event['args']['step_num'] for event in steps] == ['3', '4']
-  begun, ended = steps[0]['ts'], steps[1]['ts'] + steps[1]['dur']
-  work = [e for e in events if 'dot' in e.get('name', '') and 'dur' in e]
-  assert len(work) > 2 and min(e['ts'] for e in work) > begun < ended
-  (plane,) = traced.parent.glob('*.xplane.pb')
-  assert all(scope in plane.read_bytes() for scope in (b'optimizer', b'/loss/'))
 
   # Killed behind its second checkpoint, it goes on to the same end.
   def save(self, *arguments, save=Checkpoints.save):
@@ -130,13 +120,27 @@ def test_a_run_is_profiled_and_stops_early_at_the_same_step_when_killed(
   assert {k: summary[k] for k in ('tokens', 'flops')} == _meta(run)['so_far']
 
 
+def _check_profile(run, said):
+  """Of steps 1 and 2, with the scopes of the program."""
+  (traced,) = run.glob('tensorboard/plugins/profile/*/perfetto_trace.json.gz')
+  assert f'profile of steps 1 to 2: open {traced} in' in said
+  events = json.loads(gzip.open(traced).read())['traceEvents']
+  steps = [event for event in events if event.get('name') == 'train']
+  assert [event['args']['step_num'] for event in steps] == ['1', '2']
+  work = [e for e in events if 'dot' in e.get('name', '') and 'dur' in e]
+  assert len(work) > 2 and min(e['ts'] for e in work) > steps[0]['ts']
+  (plane,) = traced.parent.glob('*.xplane.pb')
+  assert all(scope in plane.read_bytes() for scope in (b'optimizer', b'/loss/'))
+
+
 def test_epochs_are_the_steps_that_their_rows_make(train, tmp_path):
-  """The same run, rate and all, though the file of the run has a number of steps."""
+  """The same run, rate and all, though its file has a number of steps; and profiled."""
   logged = 'TrainConfig.log_every=1'
   said = _ok(train('epochs', logged, 'TRAIN_EPOCHS=0.02'))
   rows, steps = re.search(r'0.02 epochs of (\d+) rows: (\d+) steps\n', said).groups()
   assert int(steps) == round(0.02 * int(rows) / 4) == 2 and 'done: 2 steps' in said
-  _ok(train('steps', logged, 'TRAIN_STEPS=2'))
+  profiled = _ok(train('steps', logged, 'TRAIN_STEPS=2', flags=['--profile=1:2']))
+  _check_profile(tmp_path / 'steps', profiled)
   runs = [tmp_path / name for name in ('epochs', 'steps')]
   for kind in ('train', 'validation'):
     assert _records(runs[0], kind) == _records(runs[1], kind) != []
@@ -198,7 +202,7 @@ def test_a_metric_that_nothing_measures_is_refused_before_anything_is_written(
     assert not (tmp_path / 'run').exists()
   # What no row of this run is scored by, its first validation shows.
   causal = "CheckpointConfig.best_metric='loss/causal'"
-  refused(train('run', 'TRAIN_STEPS=2', causal), 'choose among loss, loss/blank, loss/doc')
+  refused(train('run', 'TRAIN_STEPS=2', causal), 'choose among loss, loss/blank')
   assert checkpoints.latest_step(str(tmp_path / 'run')) is None
 
 
@@ -244,7 +248,8 @@ def test_ranges_that_are_none_are_refused(text):
 
 
 def test_a_profile_is_of_steps_that_the_run_has_and_still_trains(tmp_path):
-  profile = profiling.Profile((5, 8), str(tmp_path))
+  said = []
+  profile = profiling.Profile((5, 8), str(tmp_path), said.append)
   for steps, saved in ((8, None), (9, 7), (None, None), (None, 4)):
     profile.check(steps, saved)
   for steps, saved, words in (
@@ -256,7 +261,37 @@ def test_a_profile_is_of_steps_that_the_run_has_and_still_trains(tmp_path):
       profile.check(steps, saved)
   assert [n for n in range(1, 12) if profile.is_bound(n)] == [4, 8]
   with pytest.raises(UserError, match="of this machine, got MODEL_DIR='gs://b/run'"):
-    profiling.Profile((5, 8), 'gs://b/run')
-  none = profiling.Profile(None, 'gs://b/run')
+    profiling.Profile((5, 8), 'gs://b/run', said.append)
+  none = profiling.Profile(None, 'gs://b/run', said.append)
   none.check(1, 1)
   assert not any(map(none.is_bound, range(9)))
+
+
+def test_a_profile_is_written_wherever_the_run_ends(tmp_path, monkeypatch):
+  """Within it, by an error or early, or before it: the profiler is never left running."""
+  calls = []
+  monkeypatch.setattr(
+    profiling.jax.profiler, 'start_trace', lambda *_, **__: calls.append('start')
+  )
+  monkeypatch.setattr(profiling.jax.profiler, 'stop_trace', lambda: calls.append('stop'))
+  (tmp_path / 'tensorboard/plugins/profile/now').mkdir(parents=True)
+
+  def run(first, last, error=None):
+    said = []
+    with profiling.Profile((5, 8), str(tmp_path), said.append) as profile:
+      for number in range(first, last + 1):
+        with profile.step(number):
+          if number == error:
+            raise FloatingPointError
+        profile.ended(number)
+    return said
+
+  for first, last, traced in ((1, 20, '5 to 8'), (7, 20, '7 to 8'), (1, 6, '5 to 6')):
+    (said,) = run(first, last)
+    assert said.startswith(f'profile of steps {traced}: open {tmp_path}/tensorboard/')
+    assert calls == ['start', 'stop']
+    calls.clear()
+  with pytest.raises(FloatingPointError):
+    run(1, 20, error=6)
+  assert calls == ['start', 'stop']
+  assert run(1, 3) == ['no profile: the run ended before step 5'] and len(calls) == 2

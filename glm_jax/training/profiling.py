@@ -38,11 +38,14 @@ def parse(text: str) -> tuple[int, int] | None:
 class Profile:
   """As a context, it is written whatever ends the run."""
 
-  def __init__(self, steps: tuple[int, int] | None, model_dir: str):
+  def __init__(
+    self, steps: tuple[int, int] | None, model_dir: str, say: Callable[..., None]
+  ):
     """
     Args:
       steps: the first and the last; None for no profile.
       model_dir: of the run.
+      say: prints, on the leader.
 
     Raises:
       UserError: a run in a bucket, where JAX cannot write a profile.
@@ -53,10 +56,11 @@ class Profile:
       f'MODEL_DIR={model_dir!r}',
       'profile some steps of the same configuration in another MODEL_DIR',
     )
-    self._steps, self._model_dir = steps, model_dir
+    self._steps, self._model_dir, self._say = steps, model_dir, say
     # All processes refuse alike; the leader alone writes.
     self._leads = distributed.is_leader()
-    self._began: int | None = None
+    self._traced: list[int] = []
+    self._running = False
 
   def check(self, train_steps: int | None, saved_step: int | None) -> None:
     """Raises UserError for steps that the run has not.
@@ -84,7 +88,7 @@ class Profile:
   def step(self, number: int) -> Any:
     """A context for a step; the trace begins with the first."""
     wanted = self._steps is not None and self._steps[0] <= number <= self._steps[1]
-    if wanted and self._leads and self._began is None:
+    if wanted and self._leads and not self._traced:
       options = jax.profiler.ProfileOptions()
       # Functions of Python would be most of the events, and slow the steps down.
       options.python_tracer_level = 0
@@ -94,25 +98,29 @@ class Profile:
         create_perfetto_trace=True,
         profiler_options=options,
       )
-      self._began = number
+      self._running = True
+    if self._running:
+      self._traced.append(number)
     return jax.profiler.StepTraceAnnotation('train', step_num=number)
 
   def is_bound(self, number: int) -> bool:
     """Whether a step must be over before the next begins: no other is in the trace."""
     return self._steps is not None and number in (self._steps[0] - 1, self._steps[1])
 
-  def ended(self, number: int, say: Callable[..., None]) -> None:
+  def ended(self, number: int) -> None:
     """Writes the trace behind its last step, and says where."""
-    if self._began is None or number != self._steps[1]:
-      return
-    first, self._began = self._began, None
+    if self._running and number == self._steps[1]:
+      self._write()
+
+  def _write(self) -> None:
+    self._running = False
     jax.profiler.stop_trace()
     profiles = Path(self._model_dir) / 'tensorboard' / 'plugins' / 'profile'
     folder = max(profiles.iterdir())  # they are named by their time
-    say(
-      f'profile of steps {first} to {number}: open {folder}/perfetto_trace.json.gz in '
-      f'https://ui.perfetto.dev, or see PROFILE in tensorboard --logdir {self._model_dir} '
-      '(pip install xprof)'
+    self._say(
+      f'profile of steps {self._traced[0]} to {self._traced[-1]}: open '
+      f'{folder}/perfetto_trace.json.gz in https://ui.perfetto.dev, or see PROFILE in '
+      f'tensorboard --logdir {self._model_dir} (pip install xprof)'
     )
 
   def __enter__(self) -> Profile:
@@ -124,5 +132,7 @@ class Profile:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    if self._began is not None:
-      jax.profiler.stop_trace()
+    if self._running:
+      self._write()
+    elif error is None and self._steps and self._leads and not self._traced:
+      self._say(f'no profile: the run ended before step {self._steps[0]}')
