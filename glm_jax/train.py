@@ -238,7 +238,7 @@ def _flags() -> argparse.ArgumentParser:
     '--profile',
     default='',
     metavar='START:STOP',
-    help='trace these steps, for TensorBoard and Perfetto',
+    help='trace these steps for TensorBoard and Perfetto; the first one compiles',
   )
   return flags
 
