@@ -179,6 +179,22 @@ GIVEN = {
     ("--gin.TrainConfig.trained='(' --gin.TrainConfig.init_from='x'", 'regular expression'),
     ("--gin.CorpusConfig.corpus=''", 'CorpusConfig.corpus must be some text'),
     ('--gin.OptimizerConfig.decay_steps=100', 'warmup_steps must be below decay_steps'),
+    ('--gin.TRAIN_STEPS=5 --gin.TRAIN_EPOCHS=1', 'one must be given, not both'),
+    ('--gin.TRAIN_EPOCHS=0', 'TrainConfig.train_epochs must be positive, got 0'),
+    ('--gin.TrainConfig.train_epochs=1', 'TRAIN_STEPS or TRAIN_EPOCHS, and not both'),
+    *(
+      (
+        f'--profile={given}',
+        f'--profile must be START:STOP, the first and the last step, '
+        f'from 1 on, got {given!r}',
+      )
+      for given in ('5', '3:2', '0:2', 'a:b', '5:', '-2:3')
+    ),
+    ('--profile=4500:4501', 'which has 4500, got 4500:4501'),
+    (
+      "--profile=1:2 --gin.MODEL_DIR='gs://b/run'",
+      '--profile must be of a run in a folder',
+    ),
   ],
   'preview': [
     ('--examples=0', '--examples must be in 1 .. 512'),

@@ -54,7 +54,8 @@ class CheckpointConfig:
     every: steps between checkpoints; the last step always has one.
     keep: newest checkpoints to keep.
     keep_best: checkpoints of the best `best_metric` to keep besides.
-    best_metric: a validation metric, such as 'loss' or 'loss/blank'.
+    best_metric: a validation metric: 'loss', 'loss/blank', or of a mixture's corpus
+      'corpus/web/loss'.
     best_mode: whether its least ('min') or its largest ('max') value is best.
   """
 
