@@ -39,7 +39,7 @@ def test_integers_are_read_as_integers(v5e, bits, weights, peak):
   gib = {k: v / 2**30 for k, v in result.memory.items()}
   # A loop over tokens.
   assert gib['weights'] < weights and gib['peak'] < peak
-  # The compiler's cycles are no bandwidth: unpacking four bits costs more than reading them.
+  # To unpack four bits costs more than to read them.
   assert result.roofline_seconds < result.predicted_seconds < 10 * result.roofline_seconds
   token, _, _ = decoding.lower(CHATGLM2_6B, v5e, 8, 1024, quantized, 'bfloat16')
   compiled = token.compile()

@@ -131,11 +131,10 @@ def lower(
 ) -> tuple[Any, Any, tuple[Any, Any]]:
   """One token a row, and a loop over many, lowered; and shapes of weights and cache."""
   params = state.abstract_params(model, layout)
-  for path, inputs in integers.products([*traverse_util.flatten_dict(params)]):
-    shape = traverse_util.flatten_dict(params)[path].shape
-    integers.check_group(
-      quantized['group'] if quantized else 0, math.prod(shape[1 : 1 + inputs])
-    )
+  leaves = traverse_util.flatten_dict(params)
+  for path, inputs in integers.products([*leaves]) if quantized else ():
+    rows_in = math.prod(leaves[path].shape[1 : 1 + inputs])
+    integers.check_group(quantized['group'], rows_in)
   abstract = variables.abstract(params, quantized)
   flat = traverse_util.flatten_dict(abstract)
   for path, leaf in flat.items():
