@@ -364,9 +364,7 @@ def main(argv: Sequence[str]) -> None:
 
   device = jax.devices()[0]
   results = {
-    'device': f'{_cpu_name()}, {os.cpu_count()} threads'
-    if device.platform == 'cpu'
-    else device.device_kind,
+    'device': cpu_name() if device.platform == 'cpu' else device.device_kind,
     'date': datetime.date.today().isoformat(),
     'jax': jax.__version__,
     'torch': torch.__version__,
@@ -396,10 +394,12 @@ def main(argv: Sequence[str]) -> None:
     write_tables()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+  """The processor of this machine, and its threads."""
   lines = Path('/proc/cpuinfo')
   found = re.search(r'model name\s*: (.*)', lines.read_text()) if lines.exists() else None
-  return found[1] if found else platform.processor() or platform.machine()
+  name = found[1] if found else platform.processor() or platform.machine()
+  return f'{name}, {os.cpu_count()} threads'
 
 
 def _flags() -> argparse.ArgumentParser:

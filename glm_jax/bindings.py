@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import re
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -76,6 +75,7 @@ def load_config(
   _refuse_unknown(reading.statements, configurables)
   missing = _macros(reading.statements, configurables)
   _refuse_without_effect(reading.statements, [kind, *roots])
+  missing, unset = _alternatives(reading.statements, missing)
   check(
     not missing or placeholders,
     'macros that a configuration uses must be set',
@@ -89,7 +89,8 @@ def load_config(
     for file in files:
       gin.parse_config_file(file)
     # One by one, as each was looked at.
-    for binding in [*bindings, *(f"{name} = 'unset'" for name in missing)]:
+    placed = [f"{name} = 'unset'" for name in missing]
+    for binding in [*bindings, *placed, *(f'{name} = None' for name in unset)]:
       gin.parse_config(binding)
     gin.finalize()
   except Exception as error:
@@ -101,7 +102,7 @@ def load_config(
     # without a value; the same types from code of ours are defects.
     if not isinstance(error, UserError) and not _is_of_gin(error):
       raise
-    raise UserError(_without_value(error) or one_line(error)) from error
+    raise UserError(slips.without_value(str(error)) or one_line(error)) from error
   return config, gin.operative_config_str()
 
 
@@ -150,6 +151,11 @@ class _Statement:
   value: Any
   scope: str
   where: str
+
+  @property
+  def place(self) -> str:
+    """Its file, whatever the line; '' for a flag."""
+    return self.where.rpartition(' line ')[0]
 
 
 class _Reading:
@@ -355,6 +361,45 @@ def _macros(statements: Sequence[_Statement], kinds: Sequence[type]) -> list[str
   return sorted(n for n in needed - defined.keys() if not constants.matching_selectors(n))
 
 
+def _alternatives(
+  statements: Sequence[_Statement], missing: Sequence[str]
+) -> tuple[list[str], list[str]]:
+  """Of macros that stand for each other (`ALTERNATIVES`), the later one given counts.
+
+  So a flag wins over a file, and a file over what it includes before.
+
+  Args:
+    statements: of the configuration.
+    missing: macros that are used and not set.
+
+  Returns:
+    The macros that still are missing, and those that become None.
+
+  Raises:
+    UserError: two are given in one file, or as flags.
+  """
+  from glm_jax.recipes import ALTERNATIVES
+
+  unset = []
+  for pair in ALTERNATIVES:
+    # None is as good as nothing: the operative configuration has one of them so.
+    given = [
+      s for s in statements if s.kind in pair and s.field == '' and s.value is not None
+    ]
+    for last in given[-1:]:
+      before = next((s for s in reversed(given) if s.kind != last.kind), None)
+      check(
+        before is None or before.place != last.place,
+        f'of {" and ".join(pair)} one must be given, not both',
+        ' and '.join(f'{s.kind}={s.value}{s.where}' for s in (before, last) if s),
+        'leave one of them out',
+      )
+      unset += [name for name in pair if name != last.kind]
+    if not given:  # the first is asked for
+      unset += pair[1:]
+  return [name for name in missing if name not in unset], unset
+
+
 def _refuse_without_effect(statements: Sequence[_Statement], roots: Sequence[type]) -> None:
   """Raises UserError for flags that bind what nothing of the configuration refers to.
 
@@ -400,20 +445,3 @@ def _is_of_gin(error: BaseException) -> bool:
   while trace is not None and trace.tb_next is not None:
     trace = trace.tb_next
   return trace is None or trace.tb_frame.f_globals.get('__name__', '').startswith('gin.')
-
-
-def _without_value(error: BaseException) -> str:
-  """What to say of a call that lacks arguments; '' for any other error."""
-  match = re.match(
-    r'(\w+)\.__init__\(\) missing \d+ required [\w-]+ arguments?: (.*)', str(error)
-  )
-  if not match:
-    return ''
-  kind, names = match[1], re.findall(r"'(\w+)'", match[2])
-  remedy = f'bind them, such as {kind}.{names[0]} = ...'
-  if kind == 'TrainConfig':
-    remedy = (
-      'a file of gin_configs/models holds sizes alone: start from one that is a whole run, '
-      'such as gin_configs/quickstart.gin, or include gin_configs/runs/pretrain.gin as well'
-    )
-  return f'{kind} must have {", ".join(names)}, got no value; {remedy}.'

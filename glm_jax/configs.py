@@ -144,7 +144,8 @@ def check_fields(config: Any) -> None:
         f'{name} must be {_words(hint)}, got {value!r} ({type(value).__name__}); '
         f'{_remedy(value, hint)}.'
       )
-    for rule in rules:
+    # Where a field may be None, its rules are of other values.
+    for rule in rules if value is not None else ():
       check_value(name, value, rule)
 
 
@@ -206,6 +207,8 @@ def _words(hint: Any) -> str:
 def _remedy(value: Any, hint: Any) -> str:
   """What to write instead of a value of a wrong type."""
   kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+  if len(kinds) == 2 and kinds[1] is type(None):
+    hint = kinds[0]
   if kind := next((k for k in kinds if dataclasses.is_dataclass(k)), None):
     return f'write @{kind.__name__}(), and bind its fields'
   if hint is int and isinstance(value, float) and value.is_integer():

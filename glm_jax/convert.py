@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +19,17 @@ import ml_dtypes
 import numpy as np
 
 from glm_jax import cli, configs
-from glm_jax.configs import ResourceError
-from glm_jax.interop import files, hub, leaves, recognise, rotary, tokenizer_files
-from glm_jax.interop.formats import FORMATS
+from glm_jax.checkpoints import beside, slices
+from glm_jax.interop import (
+  files,
+  hub,
+  integers,
+  leaves,
+  recognise,
+  rotary,
+  tokenizer_files,
+)
+from glm_jax.interop.formats import FORMATS, WITH_INTEGERS
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
@@ -37,8 +42,6 @@ DTYPES = {
 _CHECKPOINT = 'checkpoint'
 # The format by family, for a model that was not converted from a released one.
 _DEFAULTS = {'glm': 'megatron', 'chatglm': 'chatglm', 'chatglm2': 'glm', 'glm4': 'glm4'}
-# In the folder while it is written: what the conversion is of, see `_identity`.
-_PROGRESS = 'conversion.json'
 
 
 class Model(NamedTuple):
@@ -52,6 +55,7 @@ class Model(NamedTuple):
       repeats_head, buffers, chat_template; empty for a model that was trained from the
       start.
     step: training steps behind a checkpoint; 0 for a released model.
+    quantized: bits and group of its integers; None for plain weights.
   """
 
   config: Any
@@ -59,13 +63,14 @@ class Model(NamedTuple):
   vocabulary: Vocabulary | None
   source: dict[str, Any]
   step: int
+  quantized: dict[str, int] | None
 
 
 def convert(flags: argparse.Namespace) -> None:
   """The command.
 
   Args:
-    flags: src, dst, to, set, dtype, vocabulary, parts, shard_size.
+    flags: src, dst, to, set, dtype, dequantize, vocabulary, parts, shard_size.
 
   Raises:
     UserError: anything about the files that a user can mend.
@@ -76,12 +81,7 @@ def convert(flags: argparse.Namespace) -> None:
   for name, path in paths.items():
     configs.check_value(name, path, configs.LOCAL)
   src, dst = Path(flags.src), Path(flags.dst)
-  configs.check(
-    not dst.exists(),
-    'DST must not exist',
-    repr(str(dst)),
-    'choose another folder, or remove it',
-  )
+  beside.check_free(dst)
 
   # What SRC is: a MODEL_DIR holds `checkpoints`, one checkpoint of it `params`; beside
   # released weights, folders of these names are somebody's own.
@@ -94,6 +94,16 @@ def convert(flags: argparse.Namespace) -> None:
     'leave it out',
   )
   model = _read_checkpoint(src) if is_checkpoint else _read_foreign(src, flags)
+  dtype = DTYPES[flags.dtype] if flags.dtype else None
+  if flags.dequantize:
+    configs.check(
+      model.quantized is not None,
+      '--dequantize is for weights that are integers',
+      f'{flags.src}, which has plain ones',
+      'leave it out',
+    )
+    plain = integers.Dequantized(model.leaves, dtype)
+    model = model._replace(leaves=plain, quantized=None)
   if flags.vocabulary:
     model = model._replace(vocabulary=loading.load(flags.vocabulary))
   if model.vocabulary is not None:
@@ -109,7 +119,6 @@ def convert(flags: argparse.Namespace) -> None:
 
   # What DST becomes.
   target = flags.to or (_default_format(model) if is_checkpoint else _CHECKPOINT)
-  dtype = DTYPES[flags.dtype] if flags.dtype else None
   name = model_config.to_dict(model.config)['family']
   if target != _CHECKPOINT:
     configs.check(
@@ -119,6 +128,7 @@ def convert(flags: argparse.Namespace) -> None:
       repr(target),
       'choose one of these',
     )
+    _check_integers(model, target)
     if FORMATS[target].container == 'huggingface':
       hub.check(target, model.config, model.source, model.vocabulary)
   # mp_rank_* files; each is put together from a copy of what goes into it.
@@ -130,38 +140,27 @@ def convert(flags: argparse.Namespace) -> None:
     f'{parts} for {target!r}',
     'leave it out',
   )
-  count = sum(int(np.prod(s.shape, dtype=np.int64)) for s in model.leaves.specs.values())
-  size = sum(
-    int(np.prod(spec.shape, dtype=np.int64)) * (dtype or spec.dtype).itemsize
-    for spec in model.leaves.specs.values()
-  )
+  specs = slices.cast(model.leaves.specs, dtype)
+  count = slices.count(specs)
+  size = sum(spec.nbytes for spec in specs.values())
   if target != _CHECKPOINT:
     # For its check alone: it raises for sizes that the parts do not divide.
     FORMATS[target].entries(model.config, parts)
 
-  # Writing, beside DST: on the same disk, so that renaming the folder copies nothing.
-  partial = dst.with_name(f'.{dst.name}.partial')
-  identity = json.dumps(_identity(src, flags, target, model), sort_keys=True)
-  resumes = _read_text(partial / _PROGRESS) == identity
-  written = sum(f.stat().st_size for f in partial.rglob('*')) if resumes else 0
-  # In parts, the scratch files of one part are there beside its .pt file.
-  _check_room(dst, size - written + (-(-size // parts) if in_parts else 0))
-  if resumes:
-    print(f'going on with {partial}')
-  else:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    # Before anything else, so that an interruption at any later point can be resumed.
-    (partial / _PROGRESS).write_text(identity, encoding='utf-8')
-  with _bar(size) as bar:
+  # Writing, beside DST.
+  with beside.written(
+    dst,
+    _identity(src, flags, target, model),
+    # In parts, the scratch files of one part are there beside its .pt file.
+    room=size + (-(-size // parts) if in_parts else 0),
+    total=size,
+    doing='converting',
+  ) as (partial, progress):
     if target == _CHECKPOINT:
-      _write_checkpoint(partial, model, dtype, bar.update)
+      _write_checkpoint(partial, model, dtype, progress)
     else:
-      _write_foreign(partial, model, target, dtype, parts, flags.shard_size, bar.update)
+      _write_foreign(partial, model, target, dtype, parts, flags.shard_size, progress)
 
-  # It is complete and may bear its name, without the mark of a conversion that goes on.
-  (partial / _PROGRESS).unlink()
-  os.replace(partial, dst)
   vocabulary = (
     'no vocabulary'
     if model.vocabulary is None
@@ -186,27 +185,31 @@ def convert(flags: argparse.Namespace) -> None:
 def _read_checkpoint(src: Path) -> Model:
   # Imported late: `--help` and refusals need not wait for the libraries behind it.
   from glm_jax import checkpoints
-  from glm_jax.checkpoints.slices import StoredLeaves
 
   folder = checkpoints.find(str(src))
   meta = checkpoints.read_meta(folder)
   stored = meta['vocabulary']
   return Model(
     model_config.from_dict(meta['model']),
-    StoredLeaves(folder),
+    slices.StoredLeaves(folder),
     loading.from_dict(stored) if stored else None,
     meta.get('source') or {},
     int(meta.get('step', 0)),
+    meta.get('quantized'),
   )
 
 
 def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
-  from glm_jax.checkpoints.slices import flat
+  from glm_jax.checkpoints import variables
   from glm_jax.training import state
 
   source = files.open_source(src)
   recognised = recognise.recognise(source, _overrides(flags.set))
-  shapes = {k: v.shape for k, v in flat(state.abstract_params(recognised.config)).items()}
+  of_integers = {'bits': recognised.bits, 'group': 0} if recognised.bits else None
+  params = state.abstract_params(recognised.config)
+  shapes = {
+    k: v.shape for k, v in slices.flat(variables.stored(params, of_integers)).items()
+  }
   vocabulary = None
   if not flags.vocabulary:
     vocabulary = loading.find(src, recognised.format, recognised.config.vocab_size)
@@ -224,26 +227,41 @@ def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
     'buffers': foreign.buffers(),
     'chat_template': tokenizer_files.read_template(src),
   }
-  return Model(recognised.config, foreign, vocabulary, origin, 0)
+  return Model(recognised.config, foreign, vocabulary, origin, 0, of_integers)
+
+
+def _check_integers(model: Model, target: str) -> None:
+  """Raises UserError for integers in a format that has none, or none such."""
+  if model.quantized is None:
+    return
+  group = model.quantized['group']
+  configs.check(
+    target in WITH_INTEGERS and not group,
+    f'integers are exported to {WITH_INTEGERS}, with one scale for each output',
+    f'--to={target}' + (f', and groups of {group}' if group else ''),
+    '--dequantize gives plain weights',
+  )
+  sizes = {name: getattr(model.config, name) for name in ('hidden_size', 'inner_size')}
+  configs.check(
+    model.quantized['bits'] == 8 or not any(size % 2 for size in sizes.values()),
+    f'the format {target!r} packs two columns of a weight into a byte',
+    f'a model of {sizes}',
+    'quantise it with --bits=8, or --dequantize',
+  )
 
 
 def _write_checkpoint(folder: Path, model: Model, dtype: Any, progress: Any) -> None:
-  from glm_jax.checkpoints import slices
-
-  specs = {
-    path: slices.LeafSpec(tuple(spec.shape), dtype or spec.dtype)
-    for path, spec in model.leaves.specs.items()
-  }
+  specs = slices.cast(model.leaves.specs, dtype)
 
   def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
-    array = model.leaves.read(path, layer)
-    return array if dtype is None else array.astype(dtype)
+    return model.leaves.read(path, layer).astype(specs[path].dtype, copy=False)
 
   meta = {
     'model': model_config.to_dict(model.config),
     'vocabulary': model.vocabulary and model.vocabulary.to_dict(),
     'source': model.source,
     'step': model.step,
+    **({'quantized': model.quantized} if model.quantized else {}),
   }
   slices.write(folder, specs, read, meta, progress)
 
@@ -282,9 +300,12 @@ def _write_foreign(
     return
   exported = tensors(0)
   leaves.write_shards(folder, leaves.shards(exported, int(shard_size * 2**30)), progress)
-  # config.json names one dtype: that of the weights, whatever small tensors have.
-  kind = max(exported, key=lambda tensor: tensor.nbytes).dtype.name
-  hub.write_config(folder, target, model.config, model.source, kind, model.vocabulary)
+  # config.json names one dtype: that of the weights, whatever small tensors have; beside
+  # integers, that of the embedding.
+  plain = [tensor for tensor in exported if tensor.dtype != np.int8]
+  kind = max(plain, key=lambda tensor: tensor.nbytes).dtype.name
+  bits = model.quantized['bits'] if model.quantized else 0
+  hub.write_config(folder, target, model.config, model.source, kind, model.vocabulary, bits)
 
 
 def _default_format(model: Model) -> str:
@@ -308,43 +329,17 @@ def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
   return overrides
 
 
-def _check_room(dst: Path, size: int) -> None:
-  # DST and some of its parents need not exist yet: ask the disk of one that does.
-  parent = dst.absolute().parent
-  while not parent.exists():
-    parent = parent.parent
-  free = shutil.disk_usage(parent).free
-  if size > free:
-    raise ResourceError(
-      f'DST needs {size / 1e9:.1f} GB, got {free / 1e9:.1f} GB free in {parent}; nothing '
-      'was written. Make room or choose another disk.'
-    )
-
-
 def _identity(src: Path, flags: argparse.Namespace, target: str, model: Model) -> dict:
   """What must be the same for an interrupted conversion to go on."""
-  # Sizes and times instead of contents: hashing would take as long as converting.
-  stats = sorted(
-    [str(path.relative_to(src)), path.stat().st_size, path.stat().st_mtime_ns]
-    for path in src.rglob('*')
-    if path.is_file()
-  )
   fingerprint = model.vocabulary and model.vocabulary.fingerprint
-  # Without paths: this lies beside DST, and SRC is known by its files.
+  # Without paths: SRC is known by its files.
   options = {k: v for k, v in vars(flags).items() if k not in ('src', 'dst')}
-  return {'files': stats, 'to': target, 'vocabulary': fingerprint, 'flags': options}
-
-
-def _read_text(path: Path) -> str:
-  return path.read_text(encoding='utf-8') if path.exists() else ''
-
-
-def _bar(size: int) -> Any:
-  from tqdm import tqdm
-
-  return tqdm(
-    total=size, unit='B', unit_scale=True, desc='converting', leave=False, disable=None
-  )
+  return {
+    'files': beside.files_of(src),
+    'to': target,
+    'vocabulary': fingerprint,
+    'flags': options,
+  }
 
 
 def main(argv: Sequence[str]) -> None:
@@ -381,7 +376,12 @@ def _flags() -> argparse.ArgumentParser:
     'num_heads=16; may be repeated',
   )
   flags.add_argument(
-    '--dtype', choices=tuple(DTYPES), help='cast the weights; by default they stay'
+    '--dtype',
+    choices=tuple(DTYPES),
+    help='cast the weights, or the scales of integers; by default they stay',
+  )
+  flags.add_argument(
+    '--dequantize', action='store_true', help='give plain weights instead of integers'
   )
   flags.add_argument(
     '--vocabulary',

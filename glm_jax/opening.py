@@ -11,6 +11,7 @@ import jax
 from flax import traverse_util
 
 from glm_jax import checkpoints, configs, sharding
+from glm_jax.checkpoints import variables
 from glm_jax.interop import reading
 from glm_jax.models import config as model_config
 from glm_jax.text.vocabulary import Vocabulary
@@ -49,24 +50,20 @@ def find(path: str) -> Stored:
   meta = checkpoints.read_meta(folder)
   config = model_config.from_dict(meta['model'])
 
-  read = lambda layout: _variables(folder, state.abstract_params(config, layout))
+  read = lambda layout: variables.read(folder, state.abstract_params(config, layout))
   vocabulary = start.vocabulary_of(folder, meta)
   return Stored(
     config, vocabulary, read, lambda: checkpoints.describe(folder)['fingerprint']
   )
 
 
-def _variables(folder: Any, params: Any) -> dict[str, Any]:
-  """The collections of a checkpoint; weights stay as stored and are cast where used."""
-  return {'params': checkpoints.read_params(folder, params, as_stored=True, some=True)}
-
-
 def _released(folder: Path) -> Stored:
-  flat = traverse_util.flatten_dict
-  shapes = lambda config: {
-    path: leaf.shape for path, leaf in flat(state.abstract_params(config)).items()
-  }
-  config, leaves, vocabulary, assumed = reading.read(folder, shapes)
+  def abstract(config: Any, bits: int, layout: sharding.Layout | None = None) -> Any:
+    params = state.abstract_params(config, layout)
+    return traverse_util.flatten_dict(variables.stored(params, _quantized(bits)))
+
+  shapes = lambda config, bits: {k: v.shape for k, v in abstract(config, bits).items()}
+  config, bits, leaves, vocabulary, assumed = reading.read(folder, shapes)
   for line in assumed:
     warnings.warn(f'{folder}: {line}', stacklevel=4)
   configs.check(
@@ -78,11 +75,16 @@ def _released(folder: Path) -> Stored:
 
   def read(layout: sharding.Layout) -> dict[str, Any]:
     arrays = {}
-    for path, leaf in flat(state.abstract_params(config, layout)).items():
+    for path, leaf in abstract(config, bits, layout).items():
       array = reading.whole(leaves, path)
       arrays[path] = jax.make_array_from_callback(
         array.shape, leaf.sharding, array.__getitem__
       )
-    return {'params': traverse_util.unflatten_dict(arrays)}
+    return variables.split(traverse_util.unflatten_dict(arrays), _quantized(bits))
 
   return Stored(config, vocabulary, read, lambda: reading.fingerprint(folder))
+
+
+def _quantized(bits: int) -> dict[str, int] | None:
+  """What a checkpoint would say of integers as ChatGLM's: a scale a channel."""
+  return {'bits': bits, 'group': 0} if bits else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_jax import cli, configs, startup
-from glm_jax.configs import POSITIVE
+from glm_jax.configs import POSITIVE, at_least
 
 if TYPE_CHECKING:  # it loads JAX, whose environment is prepared first
   from glm_jax.performance.chips import Chip
@@ -42,6 +42,8 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   if flags.slices > 1:
     where = f'{flags.slices} slices of {where}'
   card = _card(flags)
+  if flags.decode:
+    return _generation(config, sharding.make_mesh(config.mesh, devices), where, card, flags)
   stored = released.STORED if flags.released else 'float32'
   if flags.suggest:
     result, config = suggest.best(config, devices, flags.trials, print, card, stored)
@@ -61,6 +63,34 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   print(f'\nall of it in {flags.json}')
   # Last, so that a step that does not fit is an error with its table and JSON.
   prediction.check_fits(result)
+
+
+def _generation(
+  config: TrainConfig, layout: Any, where: str, card: Chip | None, flags: argparse.Namespace
+) -> None:
+  """Prints what generating a token a row needs."""
+  from glm_jax.planning import decoding
+
+  bits = {'bits': flags.bits, 'group': flags.group} if flags.bits else None
+  result = decoding.predict(
+    config.model,
+    layout,
+    rows=flags.rows,
+    slots=flags.cache,
+    quantized=bits,
+    dtype=config.compute.dtype,
+    card=card,
+  )
+  print(result.in_words(where))
+  text = json.dumps({'topology': where, **dataclasses.asdict(result)}, indent=2) + '\n'
+  Path(flags.json).write_text(text, encoding='utf-8')
+  limit, peak = result.memory['limit'], result.memory['peak']
+  configs.check(
+    not limit or peak <= limit,
+    f'what generates must fit into {limit / 2**30:.2f} GiB a device',
+    f'{peak / 2**30:.2f} GiB',
+    'take fewer --rows, a shorter --cache or --bits=4',
+  )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -118,6 +148,17 @@ def _check(flags: argparse.Namespace) -> None:
     '--no-compile',
     'leave one of them out',
   )
+  for name in ('rows', 'cache'):
+    configs.check_value(f'--{name}', getattr(flags, name), POSITIVE)
+  configs.check_value('--group', flags.group, at_least(0))
+  configs.check(
+    not flags.decode or (not flags.suggest and flags.compile is not False),
+    '--decode must compile one program',
+    '--suggest or --no-compile',
+    'leave it out',
+  )
+  if flags.decode:
+    flags.compile = True
   if flags.compile is None:
     flags.compile = flags.suggest or not flags.released
 
@@ -215,6 +256,14 @@ def _flags() -> argparse.ArgumentParser:
   group.add_argument(
     '--trials', type=int, default=6, metavar='N', help='compiles of --suggest'
   )
+  group = flags.add_argument_group('generating instead of training')
+  group.add_argument('--decode', action='store_true', help='what a token of each row needs')
+  group.add_argument('--rows', type=int, default=8, metavar='B', help='of the batch (8)')
+  group.add_argument('--cache', type=int, default=1024, metavar='S', help='tokens (1024)')
+  group.add_argument(
+    '--bits', type=int, default=0, choices=(0, 4, 8), help='of integers; 0: none (0)'
+  )
+  group.add_argument('--group', type=int, default=0, metavar='N', help='see quantize (0)')
   group.add_argument('--json', default='plan.json', metavar='FILE', help='results as JSON')
   return flags
 

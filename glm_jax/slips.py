@@ -37,6 +37,11 @@ _HABITS = {
   'num_steps': 'train_steps',
   'train_iters': 'train_steps',
   'total_steps': 'train_steps',
+  'epochs': 'train_epochs',
+  'num_epochs': 'train_epochs',
+  'max_epochs': 'train_epochs',
+  'num_train_epochs': 'train_epochs',
+  'early_stopping_patience': 'patience',
   'output_dir': 'model_dir',
   'logging_steps': 'log_every',
   'log_interval': 'log_every',
@@ -88,6 +93,7 @@ _EXAMPLES = {
   'MIXTURE_OR_TASK_NAME': "'glm_mixture'",
   'TASK_FEATURE_LENGTHS': "{'tokens': 512}",
   'TRAIN_STEPS': '1000',
+  'TRAIN_EPOCHS': '2',
   'BATCH_SIZE': '8',
 }
 
@@ -193,3 +199,20 @@ def of_line(line: str, on_command_line: bool) -> tuple[str, str] | None:
   if re.match(r'[\w~./$*-]', value):
     return 'a text must stand in quotes', write(f"'{value}'")
   return None
+
+
+def without_value(error: str) -> str:
+  """What to say of a call that lacks arguments; '' for any other error."""
+  match = re.match(
+    r'(\w+)\.__init__\(\) missing \d+ required [\w-]+ arguments?: (.*)', error
+  )
+  if not match:
+    return ''
+  kind, names = match[1], re.findall(r"'(\w+)'", match[2])
+  remedy = f'bind them, such as {kind}.{names[0]} = ...'
+  if kind == 'TrainConfig':
+    remedy = (
+      'a file of gin_configs/models holds sizes alone: start from one that is a whole run, '
+      'such as gin_configs/quickstart.gin, or include gin_configs/runs/pretrain.gin as well'
+    )
+  return f'{kind} must have {", ".join(names)}, got no value; {remedy}.'

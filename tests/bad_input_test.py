@@ -219,6 +219,7 @@ GIN = '--gin_file=gin_configs/quickstart.gin'
     ('preview', [GIN, '--examples=0'], ('--examples must be in',)),
     ('generate', ['--checkpoint=nowhere', '--prompt=[MASK]'], ('must be a folder',)),
     ('convert', ['nowhere', 'out'], ('must be a folder', 'nowhere')),
+    ('quantize', ['nowhere', 'out', '--bits=4'], ('must be a folder', 'nowhere')),
     ('plan', [GIN], ('--topology, or --platform=cpu',)),
     ('make_shards', [GIN, '--output_dir=out', '--shards=0'], ('--shards must be',)),
     ('tune', [GIN, '--trials=0'], ('--trials must be 1 or more',)),
@@ -231,7 +232,8 @@ def test_a_command_that_is_started_refuses_in_one_line(module, arguments, words,
 
 
 @pytest.mark.parametrize(
-  'module', ['train', 'preview', 'generate', 'convert', 'plan', 'make_shards', 'tune']
+  'module',
+  ['train', 'preview', 'generate', 'convert', 'quantize', 'plan', 'make_shards', 'tune'],
 )
 def test_help_shows_an_example(module):
   done = in_process(module, '--help')

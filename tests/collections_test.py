@@ -64,6 +64,12 @@ def test_integers_compute_what_their_dequantised_weights_do(config, inputs, bits
   assert 0 < _relative(plain, whole) < {8: 0.05, 4: 1}[bits]
 
 
+def test_integers_are_not_computed_with_unless_their_scales_are_there(config, inputs):
+  params = quantized.of_tree(small.params(config), 8)['params']
+  with pytest.raises(TypeError, match=r'int8 without scales in .*attention/'):
+    _logits(config, {'params': params}, inputs)
+
+
 def test_groups_are_nearer_than_channels():
   weight = np.random.default_rng(0).normal(size=(4, 16, 32)).astype(np.float32)
   errors = [

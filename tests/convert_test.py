@@ -461,7 +461,7 @@ def _other_tokenizer(folder):
       lambda folder: _index(folder, lambda where: where.popitem()),
       ('must hold what model.safetensors.index.json says',),
     ),
-    (_integers, ('got I8', 'before it was quantised')),
+    (_integers, ('quantization_bit', 'must be 4 or 8', 'before it was quantised')),
     (_no_config, ('config.json', 'num_attention_heads')),
     (
       lambda folder: (folder / FIRST).write_text(

@@ -5,8 +5,9 @@ import pathlib
 
 import numpy as np
 
+from glm_jax.checkpoints import variables
 from glm_jax.checkpoints.slices import flat
-from glm_jax.interop import files, leaves, recognise
+from glm_jax.interop import files, integers, leaves, recognise
 from glm_jax.training import state
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -102,11 +103,13 @@ class TreeLeaves:
 def imported(tensors, config, container='huggingface', **overrides):
   """What `recognise` finds, and the parameter tree."""
   parts = tensors if isinstance(tensors, list) else [tensors]
-  source = files.Source(
-    pathlib.Path('memory'), container, tuple(map(InMemory, parts)), config
+  source = integers.unpacked(
+    files.Source(pathlib.Path('memory'), container, tuple(map(InMemory, parts)), config)
   )
   found = recognise.recognise(source, overrides)
-  shapes = {k: v.shape for k, v in flat(state.abstract_params(found.config)).items()}
+  quantized = {'bits': found.bits, 'group': 0} if found.bits else None
+  whole = variables.stored(state.abstract_params(found.config), quantized)
+  shapes = {k: v.shape for k, v in flat(whole).items()}
   read = leaves.ForeignLeaves(source, found, shapes)
   tree = {}
   for path, spec in read.specs.items():

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-import saved
+import stored
 from commands import in_process, refused, snapshot
 
 from glm_jax.inference import prompt_files
@@ -23,7 +23,7 @@ SAMPLED = (
 @pytest.fixture(scope='session')
 def checkpoint(tmp_path_factory):
   folder = tmp_path_factory.mktemp('generate') / 'glm'
-  return saved.checkpoint(folder, saved.FAMILIES['glm'])
+  return stored.checkpoint(folder, stored.FAMILIES['glm'])
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_an_interrupted_file_goes_on(generate, tmp_path, monkeypatch):
 def test_another_checkpoint_does_not_go_on(generate, tmp_path):
   flags = ('--input=prompts.txt', '--output=answers.jsonl', '--max_new_tokens=3')
   _ok(generate(*flags))
-  saved.checkpoint(tmp_path / 'other', saved.FAMILIES['glm'], seed=1)
+  stored.checkpoint(tmp_path / 'other', stored.FAMILIES['glm'], seed=1)
   done = generate(*flags, f'--checkpoint={tmp_path}/other')
   refused(done, 'made otherwise', 'checkpoint')
 

@@ -228,8 +228,11 @@ def test_missing_files_are_named(tmp_path):
     ('OptimizerConfig.learning_rate=1/1000', 'computes nothing', 'the number itself'),
     ('TRAIN_STEPS=1,000', 'one number', '--gin.TRAIN_STEPS=1000.'),
     ('TRAIN_STEPS=1k', 'written out', '--gin.TRAIN_STEPS=1000.'),
-    ('TRAIN_STEPS=1e3', 'must be int, got 1000.0 (float)', 'write 1000.'),
-    ("TRAIN_STEPS='100'", "must be int, got '100'", 'write 100, without quotes.'),
+    ('TRAIN_STEPS=1e3', 'must be int or None, got 1000.0 (float)', 'write 1000.'),
+    ("TRAIN_STEPS='100'", "must be int or None, got '100'", 'write 100, without quotes.'),
+    ("TRAIN_EPOCHS='2'", "float or None, got '2'", 'write 2.0, without quotes.'),
+    ('EPOCHS=2', 'got EPOCHS, which nothing', 'did you mean TRAIN_EPOCHS?'),
+    ('TrainConfig.num_epochs=2', 'got num_epochs', 'mean TrainConfig.train_epochs?'),
     ("OptimizerConfig.learning_rate='1e-3'", 'must be float', 'write 0.001, without'),
     ('TRAIN_STEPS=', 'must have a value', '--gin.TRAIN_STEPS=1000.'),
     ('ObjectiveConfig.shuffle_spans=true', 'values of Python', 'shuffle_spans=True.'),
@@ -328,3 +331,54 @@ def test_the_arguments_of_t5x_users():
     ['--gin_file=a.gin', '--other'],
     ['MODEL_DIR="runs/x=1"', 'A.b=[1, 2]'],
   )
+
+
+def _length(*bindings, files=(QUICKSTART,)):
+  config, text = _load(*bindings, files=files)
+  return (config.train_steps, config.train_epochs), text
+
+
+def test_epochs_or_steps_whichever_is_given_later(tmp_path):
+  """A flag wins over all files, and a file over what it includes, for both alike."""
+  assert _length('TRAIN_EPOCHS = 2')[0] == (None, 2)
+  assert _length()[0] == (4500, None)
+  mine = tmp_path / 'mine.gin'
+  mine.write_text(f"include '{QUICKSTART}'\nTRAIN_EPOCHS = 0.5\n")
+  files = (str(mine),)
+  assert _length(files=files)[0] == (None, 0.5)
+  assert _length('TRAIN_STEPS = 7', files=files)[0] == (7, None)
+  assert _length('TRAIN_EPOCHS = 3', files=files)[0] == (None, 3)
+  assert _length(files=(str(mine), QUICKSTART))[0] == (4500, None)
+  assert _length(files=(QUICKSTART, str(mine)))[0] == (None, 0.5)
+  # What is kept beside the checkpoints says the same, and can be changed like any file.
+  for bindings in ((), ('TRAIN_EPOCHS = 2',)):
+    length, text = _length(*bindings)
+    (tmp_path / 'config.gin').write_text(text)
+    files = (str(tmp_path / 'config.gin'),)
+    assert _length(files=files)[0] == length
+    assert _length('TRAIN_STEPS = 9', files=files)[0] == (9, None)
+    assert _length('TRAIN_EPOCHS = 9', files=files)[0] == (None, 9)
+
+
+def test_epochs_and_steps_in_one_place_are_refused(tmp_path):
+  both = 'of TRAIN_STEPS and TRAIN_EPOCHS one must be given, not both, got '
+  with pytest.raises(UserError, match=f'{both}TRAIN_STEPS=3 and TRAIN_EPOCHS=2; leave'):
+    _load('TRAIN_STEPS = 3', 'TRAIN_EPOCHS = 2')
+  with pytest.raises(UserError, match=f'{both}TRAIN_EPOCHS=2 and TRAIN_STEPS=3; leave'):
+    _load('TRAIN_EPOCHS = 2', 'TRAIN_STEPS = 3')
+  mine = tmp_path / 'mine.gin'
+  mine.write_text(f"include '{QUICKSTART}'\nTRAIN_EPOCHS = 2\nTRAIN_STEPS = 3\n")
+  with pytest.raises(UserError, match=r'=2 \(.*mine.gin line 2\) and .*=3 \(.*line 3\)'):
+    _load(files=(str(mine),))
+  # A flag is later than both.
+  assert _length('TRAIN_EPOCHS = 4', files=(str(mine),))[0] == (None, 4)
+
+
+def test_a_run_without_a_length_is_asked_for_one(tmp_path):
+  mine = tmp_path / 'mine.gin'
+  text = (ROOT / QUICKSTART).read_text().replace('TRAIN_STEPS = 4500\n', '')
+  mine.write_text(text)
+  with pytest.raises(UserError, match='got no TRAIN_STEPS; add --gin.TRAIN_STEPS=1000'):
+    _load(files=(str(mine),))
+  assert _length('TRAIN_EPOCHS = 1', files=(str(mine),))[0] == (None, 1)
+  assert _length('TRAIN_STEPS = 1', files=(str(mine),))[0] == (1, None)

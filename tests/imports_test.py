@@ -106,7 +106,7 @@ def test_no_folder_imports_another_in_a_circle(depth):
 
 
 def test_nothing_imports_a_command():
-  assert {'train', 'plan', 'generate', 'convert', 'tune', 'preview'} <= COMMANDS
+  assert {'train', 'plan', 'generate', 'convert', 'quantize', 'tune', 'preview'} <= COMMANDS
   for path in MODULES:
     rooms = {_room(m) for name in _imports(path) if (m := _module(name))}
     assert not rooms & COMMANDS, path
@@ -175,7 +175,7 @@ def test_importing_the_package_is_quick_and_light():
 def test_training_code_and_generation_do_not_load_tensorflow():
   loaded = _loaded(
     'import glm_jax.train, glm_jax.generate, glm_jax.inference.decode, '
-    'glm_jax.checkpoints, glm_jax.convert'
+    'glm_jax.checkpoints, glm_jax.convert, glm_jax.quantize'
   )
   assert 'jax' in loaded and not loaded & {'tensorflow', 'seqio', 'tensorflow_datasets'}
 

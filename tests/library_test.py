@@ -8,7 +8,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-import saved
+import stored
 from commands import ROOT, environment, in_process, snapshot
 
 import glm_jax
@@ -25,7 +25,7 @@ PROMPTS = {'glm': ['one [MASK] two', '[MASK] and so', 'x [MASK]'], 'chatglm2': T
 def folders(tmp_path_factory):
   """A checkpoint of each family."""
   folder = tmp_path_factory.mktemp('library')
-  return {k: saved.checkpoint(folder / k, c) for k, c in saved.FAMILIES.items()}
+  return {k: stored.checkpoint(folder / k, c) for k, c in stored.FAMILIES.items()}
 
 
 @pytest.fixture(scope='session')
@@ -34,9 +34,9 @@ def loaded(folders):
 
 
 @pytest.mark.parametrize('mesh', [False, True])
-@pytest.mark.parametrize('family', saved.FAMILIES)
+@pytest.mark.parametrize('family', stored.FAMILIES)
 def test_logits_of_rows_are_those_of_the_training_forward_to_the_bit(folders, family, mesh):
-  config = saved.FAMILIES[family]
+  config = stored.FAMILIES[family]
   mesh = sharding.MeshConfig(data=2, fsdp=2, tensor=2) if mesh else None
   model = glm_jax.load(folders[family], mesh=mesh)
   rows = model.rows(TEXTS + PROMPTS[family] + TEXTS[:2])
@@ -74,7 +74,7 @@ def test_rows_hold_what_a_model_reads(loaded):
   assert not rows.block_positions.any()
 
 
-@pytest.mark.parametrize('family', saved.FAMILIES)
+@pytest.mark.parametrize('family', stored.FAMILIES)
 def test_a_candidate_scores_as_it_is_generated(loaded, family):
   model = loaded[family]
   prompt = PROMPTS[family][0]
@@ -159,7 +159,7 @@ def test_fillings_are_the_most_probable_found(loaded):
   assert len(model.fill(prompt, top=100, drawn=3, max_new_tokens=3)) <= 4
 
 
-@pytest.mark.parametrize('family', saved.FAMILIES)
+@pytest.mark.parametrize('family', stored.FAMILIES)
 def test_answers_do_not_depend_on_the_batch_nor_on_the_mesh(folders, loaded, family):
   how = dict(samples=3, temperature=1.0, max_new_tokens=5, seed=2)
   answers = loaded[family].generate(PROMPTS[family], **how)
@@ -225,23 +225,33 @@ def test_a_stop_string_ends_a_span_there(loaded, penalty):
   )
 
 
-def test_a_released_folder_is_read_as_it_is(loaded, folders, tmp_path):
-  released, converted = tmp_path / 'released', tmp_path / 'converted'
-  for arguments in (
-    (folders['chatglm2'], released, '--to=chatglm2'),
-    (released, converted),
-  ):
-    done = in_process('convert', *arguments)
-    assert done.returncode == 0, done.stderr
+def _convert(*arguments):
+  done = in_process('convert', *arguments)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('bits', [0, 4])
+def test_a_released_folder_is_read_as_it_is(folders, tmp_path, bits):
+  source, released = folders['chatglm2'], tmp_path / 'released'
+  if bits:
+    stored.quantize(source, tmp_path / 'integers', f'--bits={bits}')
+    source = tmp_path / 'integers'
+  _convert(source, released, '--to=chatglm2')
+  _convert(released, tmp_path / 'converted')
   before = snapshot(tmp_path)
   with warnings.catch_warnings():  # of what the files do not say
     warnings.simplefilter('ignore')
     model = glm_jax.load(released)
   assert snapshot(tmp_path) == before
-  expected = loaded['chatglm2'].logits(TEXTS)
-  assert model.logits(TEXTS).tobytes() == expected.tobytes()
-  assert glm_jax.load(converted).logits(TEXTS).tobytes() == expected.tobytes()
-  assert model.vocabulary.fingerprint == loaded['chatglm2'].vocabulary.fingerprint
+  converted = glm_jax.load(tmp_path / 'converted')
+  stored.same(model.variables, converted.variables)
+  assert ('scales' in model.variables) == bool(bits)
+  assert model.vocabulary.fingerprint == converted.vocabulary.fingerprint
+  logits = model.logits(TEXTS)
+  assert logits.tobytes() == converted.logits(TEXTS).tobytes()
+  # Scales are of half precision there.
+  expected = glm_jax.load(source).logits(TEXTS)
+  np.testing.assert_allclose(logits, expected, atol=0.1 * bool(bits))
 
 
 @pytest.mark.parametrize(

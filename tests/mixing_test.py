@@ -10,7 +10,7 @@ import tensorflow as tf
 from etils import epath
 
 from glm_jax.batch import MIXED, OBJECTIVES, Batch
-from glm_jax.data import pipeline, prepare, shares
+from glm_jax.data import pipeline, prepare, shares, tasks
 from glm_jax.data.corpora import parts
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples import infilling, packed
@@ -174,6 +174,39 @@ def test_bad_rates_are_refused(fields, message):
 def test_a_corpus_of_rate_0_is_not_read(folder):
   mixture = dataclasses.replace(MIXTURE, rates={'a': 0.0, 'b': 1.0, 'c': 1.0})
   assert [c.name for c in _prepare(folder, mixture=mixture).corpora] == ['b', 'c']
+
+
+@pytest.mark.parametrize('most', [0, 7, 12])
+def test_an_index_of_validation_says_which_corpus_its_row_is_of(mixed, most):
+  for task in mixed.evaluation_tasks.values():
+    rows = pipeline.validated_rows(task, most)
+    assert [*rows] == ['a', 'b', 'c'] and min(rows.values()) > 0
+    if not most:
+      assert [*rows.values()] == [len(c.rows['validation']) for c in mixed.corpora]
+    batches = _take(99, task, split='validation', train=False, max_rows=most, batch_size=4)
+    index, corpus = (np.concatenate([b[k] for b in batches]) for k in ('index', 'corpus'))
+    assert (index >= 0).sum() == sum(rows.values()) and len(batches) < 99
+    wanted = np.repeat(range(3), [*rows.values()])
+    np.testing.assert_array_equal(corpus[index >= 0], wanted[index[index >= 0]])
+
+
+def test_a_corpus_without_a_validation_split_is_not_validated(folder, mixed):
+  """As shards may lack it: the others are, whatever the task."""
+
+  def without(corpora):
+    *others, last = corpora
+    return [*others, dataclasses.replace(last, rows={'train': last.rows['train']})]
+
+  tasks.register(without(mixed.corpora), VOCABULARY, OBJECTIVE, OBJECTIVE)
+  texts = MixtureConfig(corpora={name: f'{{}}/{name}.text/*.txt' for name in 'ab'})
+  causal = _prepare(folder, mixture=texts, task='glm_causal').corpora
+  tasks.register_causal(without(causal), VOCABULARY)
+  for name, there in (('blank', ['a', 'b']), ('causal', ['a'])):
+    task = f'glm_{name}{tasks.EVALUATION}'
+    rows = pipeline.validated_rows(task, 0)
+    assert [*rows] == there
+    batches = _take(99, task, split='validation', train=False)
+    assert sum((b['index'] >= 0).sum() for b in batches) == sum(rows.values())
 
 
 # Packing.

@@ -22,6 +22,7 @@ LOCAL = {
     ['--checkpoint=a', '--input={}'],
     ['--checkpoint=a', '--input=a.txt', '--output={}.jsonl'],
   ],
+  'quantize': [['{}', 'there', '--bits=8'], ['.', '{}', '--bits=8']],
   'plan': [[QUICKSTART, '--platform=cpu', '--json={}']],
   'preview': [[QUICKSTART, '--output={}', '--examples=1']],
   'tune': [['--gin_file=gin_configs/tune_quickstart.gin', *gin("STUDY_DIR='{}'")]],

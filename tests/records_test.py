@@ -140,6 +140,17 @@ def _means(steps):
   return {k: total / count for k, (total, count) in sums.items() if count}
 
 
+def _counted(watched, steps):
+  """Tokens and FLOPs of the first steps together."""
+  return pytest.approx(
+    [sum(column) for column in zip(*watched.counted[:steps], strict=True)]
+  )
+
+
+def _so_far(record):
+  return [record['tokens_so_far'], record['flops_so_far']]
+
+
 def test_each_record_is_the_mean_of_the_steps_since_the_last(run):
   _, folder, watched, _ = run
   records = _records(folder, 'train')
@@ -150,8 +161,10 @@ def test_each_record_is_the_mean_of_the_steps_since_the_last(run):
     assert {k: record[k] for k in wanted} == pytest.approx(wanted, abs=2e-6)
     assert {*wanted} == {'loss', 'loss/causal', 'gradient_norm'}
     last = record['step']
+    assert _so_far(record) == _counted(watched, last)
     if last == 1:  # the compiler's time is no speed
-      assert {*record} == {'step', 'kind', *wanted}
+      sums = {'tokens_so_far', 'flops_so_far'}
+      assert {*record} == {'step', 'kind', *wanted, *sums}
       continue
     # Of the last of these steps: four of warm-up from 0, then down to a tenth.
     rate = 0.01 * (last - 1) / 4
@@ -256,6 +269,9 @@ def test_a_resumed_run_repeats_its_steps_and_records_show_the_last_try(run):
     assert read[-1]['loss'] < 99
   first = next(r for r in writer.read(str(again_in), 'train') if r['step'] == 7)
   assert first['loss'] == pytest.approx(_means(again.steps[:1])['loss'], abs=2e-6)
+  assert _so_far(first) == _counted(watched, 7)
+  summary = json.loads((again_in / 'summary.json').read_text())
+  assert [summary['tokens'], summary['flops']] == _counted(watched, 8)
 
 
 # Without a run.

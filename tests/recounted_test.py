@@ -223,6 +223,47 @@ def test_validations_loss_is_the_mean_over_objectives_of_means_over_tokens(monke
   assert found == pytest.approx({'loss/blank': 1.5, 'loss/document': 7, 'loss': 4.25})
 
 
+@pytest.mark.parametrize('sizes', [(5, 3), (1, 1, 1, 8), (4, 4), (2,), (3, 0, 6)])
+def test_validation_by_corpus_is_that_of_its_rows_alone(sizes):
+  """Batches of four, whose rows may be of several corpora; the last is filled up."""
+  rng = np.random.default_rng(0)
+  corpora = {f'c{i}': n for i, n in enumerate(sizes)}
+  number_of = np.repeat(range(len(sizes)), sizes)
+  total = len(number_of)
+  values, weights = rng.random((2, 2, total)).astype(np.float32)  # [objective, row]
+
+  def eval_step(params, batch):
+    sums, counts = params * batch.tokens * batch.loss_weights, batch.loss_weights
+    found = {'loss': (sums.sum(), counts.sum())}
+    for i, name in enumerate(('blank', 'document')):
+      own = batch.objective == i
+      found[f'loss/{name}'] = ((sums * own).sum(), (counts * own).sum())
+    return found
+
+  def stream(kind):
+    for first in range(0, total, 4):
+      index = np.arange(first, first + 4)
+      there = index < total
+      row = np.minimum(index, total - 1)
+      tokens = values[kind, row][:, None]
+      loss_weights = np.where(there, weights[kind, row], 0)[:, None]
+      batch = Batch(tokens, tokens, loss_weights, *[tokens] * 4, np.full_like(tokens, kind))
+      yield batch._replace(index=np.where(there, index, -1))
+
+  layout = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+  sets = {name: functools.partial(stream, name) for name in range(2)}
+  found = evaluation.Validation(sets, eval_step, layout, corpora)(jnp.float32(1))
+  whole = evaluation.Validation(sets, eval_step, layout)(jnp.float32(1))
+  # What all rows have together is the same to the bit, whether corpora are told apart.
+  assert {name: found[name] for name in whole} == whole
+  for i, name in enumerate(corpora):
+    own = number_of == i
+    if own.any():
+      means = [np.average(values[k][own], weights=weights[k][own]) for k in range(2)]
+      assert found.pop(f'corpus/{name}/loss') == pytest.approx(np.mean(means), rel=1e-5)
+  assert found == whole  # a corpus without a row has no loss
+
+
 def test_baselines_are_counted_by_hand():
   """Witten and Bell: counts of pairs, and the unigram for as much as a token has kinds."""
   train, scored = [_ragged(seed, B=3) for seed in (1, 2)], [_ragged(3, B=3)]

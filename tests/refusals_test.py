@@ -16,7 +16,9 @@ from glm_jax.configs import Rule
 from glm_jax.recipes import CONFIGURABLES
 from glm_jax.tune import TuneConfig
 
-COMMANDS = ('train', 'preview', 'generate', 'convert', 'make_shards', 'plan', 'tune')
+COMMANDS = (
+  *('train', 'preview', 'generate', 'convert', 'quantize', 'make_shards', 'plan', 'tune'),
+)
 QUICKSTART = (f'--gin_file={ROOT}/gin_configs/quickstart.gin',)
 # What a command needs besides; all of it can be read, or is refused later than flags are.
 NEEDED = {
@@ -24,6 +26,7 @@ NEEDED = {
   'preview': QUICKSTART,
   'generate': ('--checkpoint=nowhere', '--prompt=[MASK]'),
   'convert': ('nowhere', 'out'),
+  'quantize': ('nowhere', 'out', '--bits=4'),
   'make_shards': (*QUICKSTART, '--output_dir=out'),
   'plan': (*QUICKSTART, '--platform=cpu'),
   'tune': (f'--gin_file={ROOT}/gin_configs/tune_quickstart.gin',),
@@ -131,7 +134,8 @@ def test_flags_that_cannot_be_read(module, tmp_path):
     if action.type in (int, float):
       cases.append(([f'{flag}=many'], f'invalid {action.type.__name__} value'))
     if action.choices:
-      cases.append(([f'{flag}=nothing'], 'invalid choice'))
+      wrong = 0 if action.type is int else 'nothing'
+      cases.append(([f'{flag}={wrong}'], 'invalid choice'))
     for arguments, word in cases:
       _refused(tmp_path, module, *NEEDED[module], *arguments, words=[word])
 
@@ -175,6 +179,22 @@ GIVEN = {
     ("--gin.TrainConfig.trained='(' --gin.TrainConfig.init_from='x'", 'regular expression'),
     ("--gin.CorpusConfig.corpus=''", 'CorpusConfig.corpus must be some text'),
     ('--gin.OptimizerConfig.decay_steps=100', 'warmup_steps must be below decay_steps'),
+    ('--gin.TRAIN_STEPS=5 --gin.TRAIN_EPOCHS=1', 'one must be given, not both'),
+    ('--gin.TRAIN_EPOCHS=0', 'TrainConfig.train_epochs must be positive, got 0'),
+    ('--gin.TrainConfig.train_epochs=1', 'TRAIN_STEPS or TRAIN_EPOCHS, and not both'),
+    *(
+      (
+        f'--profile={given}',
+        f'--profile must be START:STOP, the first and the last step, '
+        f'from 1 on, got {given!r}',
+      )
+      for given in ('5', '3:2', '0:2', 'a:b', '5:', '-2:3')
+    ),
+    ('--profile=4500:4501', 'which has 4500, got 4500:4501'),
+    (
+      "--profile=1:2 --gin.MODEL_DIR='gs://b/run'",
+      '--profile must be of a run in a folder',
+    ),
   ],
   'preview': [
     ('--examples=0', '--examples must be in 1 .. 512'),
@@ -196,6 +216,11 @@ GIVEN = {
   ],
   'convert': [
     ('', "SRC must be a folder with a checkpoint, got 'nowhere'"),
+    ('third', 'unrecognized arguments: third'),
+  ],
+  'quantize': [
+    ('', 'a checkpoint must be a folder with params and meta'),
+    ('--bits=3', 'argument --bits: invalid choice: 3'),
     ('third', 'unrecognized arguments: third'),
   ],
   'make_shards': [

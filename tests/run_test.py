@@ -9,7 +9,8 @@ import pytest
 from glm_jax.checkpoints import folder
 from glm_jax.configs import UserError
 from glm_jax.data.examples.objective_config import ObjectiveConfig
-from glm_jax.training import start
+from glm_jax.training import resume, start
+from glm_jax.training.config import EvaluationConfig
 from glm_jax.training.optimizer import OptimizerConfig
 
 IDENTITY = {'seed': 0, 'recipe': 'Pretraining', 'model': {'num_layers': 2}}
@@ -105,3 +106,25 @@ def test_folders_of_others_are_refused(tmp_path):
   (tmp_path / folder.FILE).write_text('{')
   with pytest.raises(ValueError, match='readable JSON'):
     folder.check_same(str(tmp_path), IDENTITY, SETTINGS)
+
+
+def test_what_is_left_of_a_run_that_is_started_again(tmp_path):
+  """Nothing, once it has its report; a report alone, if it was killed before that."""
+  stop = types.SimpleNamespace(over=False, in_words=lambda: 'why')
+  config = types.SimpleNamespace(
+    model_dir=str(tmp_path), train_steps=20, evaluation=EvaluationConfig(patience=3)
+  )
+  left = lambda step: resume.nothing_left(config, step, stop)
+  assert [left(step) for step in (None, 10, 20)] == [''] * 3
+  assert 'is at step 30, and TRAIN_STEPS=20: nothing is left' in left(30)
+  stop.over = True
+  assert [left(step) for step in (10, 20)] == [''] * 2
+  for step in (10, 20):
+    # A report of before it went on says nothing of where it is now.
+    (tmp_path / 'summary.json').write_text(json.dumps({'steps': step}))
+    assert left(30 - step) == ''
+    early = 'has stopped early at step 10: why; raise EvaluationConfig.patience=3, or set'
+    assert (early if step == 10 else 'is at step 20, and TRAIN_STEPS=20') in left(step)
+  stop.over = False
+  (tmp_path / 'summary.json').write_text('{"steps": 10}')
+  assert left(10) == ''  # it has more patience now, or none

@@ -55,7 +55,7 @@ def _generate(script, slots, active, *, stops, cache=None):
   B = len(script)
   cache = cache or _nothing(None, B, SLOTS)
   full = lambda value, dtype=jnp.int32: jnp.full(B, value, dtype)
-  rows = decode.Rows(
+  rows = decode.RowStates(
     token=full(S.sop),
     position=jnp.arange(B) + 3,
     stride=full(0),

@@ -54,7 +54,8 @@ class CheckpointConfig:
     every: steps between checkpoints; the last step always has one.
     keep: newest checkpoints to keep.
     keep_best: checkpoints of the best `best_metric` to keep besides.
-    best_metric: a validation metric, such as 'loss' or 'loss/blank'.
+    best_metric: a validation metric: 'loss', 'loss/blank', or of a mixture's corpus
+      'corpus/web/loss'.
     best_mode: whether its least ('min') or its largest ('max') value is best.
   """
 
@@ -243,7 +244,16 @@ def read_params(
     UserError: they do not have the shapes of `abstract`, or are damaged; the base is gone
       or has changed.
   """
-  whole = base.of(folder, read_meta(folder))
+  meta = read_meta(folder)
+  # Integers that were cast without their scales would be other weights.
+  configs.check(
+    as_stored or not meta.get('quantized'),
+    'training must begin with plain weights',
+    f'{folder}, which is quantised',
+    'give the checkpoint that it was made from, or make them plain: python -m '
+    f'glm_jax.convert {folder} DST --to=checkpoint --dequantize',
+  )
+  whole = base.of(folder, meta)
   flat = traverse_util.flatten_dict(abstract)
   with _unreadable(folder), ocp.StandardCheckpointer() as reader:
     tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree

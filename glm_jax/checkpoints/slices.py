@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from etils import epath
 
 from glm_jax.checkpoints import base
 from glm_jax.checkpoints.manager import FORMAT, read_meta
+from glm_jax.models import quantized
 
 LeafPath = tuple[str, ...]
 
@@ -30,6 +31,10 @@ _CHUNK_BYTES = 2**26
 _CACHE_BYTES = 2**29
 # On their way to the disk while the next arrays are read.
 _WRITING_BYTES = 2**29
+# An integer of 4 bits is a byte before it is compressed; more effort saves nothing more.
+_ZSTD = {'id': 'zstd', 'level': 1}
+# On disk, at most: evenly spread integers are half of their bytes, and a little.
+_INT4_BYTES = 0.55
 
 
 class LeafSpec(NamedTuple):
@@ -37,6 +42,29 @@ class LeafSpec(NamedTuple):
 
   shape: tuple[int, ...]
   dtype: np.dtype
+
+  @property
+  def size(self) -> int:
+    return int(np.prod(self.shape, dtype=np.int64))
+
+  @property
+  def nbytes(self) -> int:
+    """On disk, at most."""
+    of_integers = self.dtype == quantized.DTYPES[4]
+    return int(self.size * (_INT4_BYTES if of_integers else self.dtype.itemsize))
+
+
+def cast(specs: Mapping[LeafPath, Any], dtype: np.dtype | None) -> dict[LeafPath, LeafSpec]:
+  """Leaves in another dtype, but for integers; in their own for None."""
+  return {
+    path: LeafSpec(tuple(spec.shape), quantized.cast(spec.dtype, dtype))
+    for path, spec in specs.items()
+  }
+
+
+def count(specs: Mapping[LeafPath, LeafSpec]) -> int:
+  """Number of parameters; scales of integers are none."""
+  return sum(spec.size for path, spec in specs.items() if path[-1] != quantized.SCALE)
 
 
 class StoredLeaves:
@@ -125,10 +153,10 @@ def write(
   done = set(journal.read_text(encoding='utf-8').split())
   stores = {k: _store(params / '.'.join(k), k, spec) for k, spec in specs.items()}
   stacked = [path for path in specs if path[0] == 'layers']
-  count = specs[stacked[0]].shape[0]
+  layers = specs[stacked[0]].shape[0]
   # Layer by layer, so that parts of one tensor of another program are read together.
   todo = [('rest', None, [path for path in specs if path[0] != 'layers'])]
-  todo += [(f'layer{i}', i, stacked) for i in range(count)]
+  todo += [(f'layer{i}', i, stacked) for i in range(layers)]
   with journal.open('a', encoding='utf-8') as finished:
     for name, layer, paths in todo:
       writing: list[tuple[Any, np.ndarray]] = []
@@ -142,8 +170,7 @@ def write(
           while sum(array.nbytes for _, array in writing) > _WRITING_BYTES:
             writing.pop(0)[0].result()
         # Told of layers of an earlier call, too: a bar goes on from there.
-        size = int(np.prod(spec.shape, dtype=np.int64)) * spec.dtype.itemsize
-        progress(size if layer is None else size // count)
+        progress(spec.nbytes if layer is None else spec.nbytes // layers)
       # A line is written after the data that it vouches for.
       for future, _ in writing:
         future.result()
@@ -167,9 +194,12 @@ def _store(folder: Path, path: LeafPath, spec: LeafSpec) -> Any:
       'metadata': {
         'shape': list(spec.shape),
         'chunks': _chunks(path, spec),
-        'dtype': 'bfloat16' if spec.dtype == ml_dtypes.bfloat16 else spec.dtype.str,
-        # Weights hardly compress.
-        'compressor': None,
+        # NumPy knows these two as raw bytes.
+        'dtype': spec.dtype.name
+        if spec.dtype in (ml_dtypes.bfloat16, ml_dtypes.int4)
+        else spec.dtype.str,
+        # Floating-point weights hardly compress.
+        'compressor': _ZSTD if spec.dtype in quantized.DTYPES.values() else None,
       },
       # Chunks of zeros are written, too, or readers could not tell them from missing ones.
       'store_data_equal_to_fill_value': True,

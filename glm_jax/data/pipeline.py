@@ -195,6 +195,17 @@ def dataset(
   return examples.with_options(options).prefetch(2)
 
 
+def validated_rows(task: str, max_rows: int) -> dict[str, int]:
+  """Rows by corpus of an indexed task's validation split, in the order of their indices.
+
+  Args:
+    task: its name.
+    max_rows: as `dataset` is given them.
+  """
+  source = seqio.get_mixture_or_task(task).source
+  return source.at(Reading(max_rows=max_rows)).counts('validation')
+
+
 def _padded(examples: tf.data.Dataset, length: int) -> tf.data.Dataset:
   """Single examples, padded to `length`; a longer one is an error."""
 

@@ -120,7 +120,7 @@ def prepare(
   # 3. The tasks over them.
   if task == tasks.CAUSAL:
     tasks.register_causal(corpora, vocabulary)
-    evaluation_tasks = {'causal': task}
+    evaluation_tasks = {'causal': f'{task}{tasks.EVALUATION}'}
   else:
     tasks.register(corpora, vocabulary, objectives, evaluation)
     evaluation_tasks = {n: f'glm_{n}{tasks.EVALUATION}' for n in evaluation.objectives}

@@ -46,11 +46,7 @@ def register(
   for name, objective in configs.items():
     _register_objectives(name, corpora, 'train', vocabulary, objective)
   # Rows that are validated may be planned for other objectives than those trained on.
-  held_out = [
-    dataclasses.replace(c, rows={'validation': c.rows['validation']})
-    for c in corpora
-    if 'validation' in c.rows
-  ]
+  held_out = _held_out(corpora)
   for name in MIXED if held_out else ():
     objective = evaluation.only(name).for_evaluation()
     _register_objectives(
@@ -59,9 +55,20 @@ def register(
 
 
 def register_causal(corpora: Sequence[Corpus], vocabulary: Vocabulary) -> None:
-  """(Re-)registers the task of next tokens over these rows."""
+  """(Re-)registers the task of next tokens over these rows, and that of validation."""
   make = functools.partial(causal, pad=vocabulary.specials.pad)
   _register(CAUSAL, corpora, vocabulary, make)
+  if held_out := _held_out(corpora):
+    _register(f'{CAUSAL}{EVALUATION}', held_out, vocabulary, make)
+
+
+def _held_out(corpora: Sequence[Corpus]) -> list[Corpus]:
+  """Those that have a validation split, which shards may lack, with that alone."""
+  return [
+    dataclasses.replace(c, rows={'validation': c.rows['validation']})
+    for c in corpora
+    if 'validation' in c.rows
+  ]
 
 
 def _register_objectives(name, corpora, split, vocabulary, config) -> None:

@@ -23,7 +23,7 @@ from glm_jax.models import layers, virtual
 from glm_jax.models.cache import Cache
 
 
-class Rows(NamedTuple):
+class RowStates(NamedTuple):
   """Where each row of a batch stands in the span that it generates; all [B].
 
   Attributes:
@@ -187,14 +187,14 @@ def advance(
   variables: Any,
   cache: Cache,
   had_BV: jax.Array | None,
-  rows: Rows,
+  rows: RowStates,
   *,
   steps: Any,
   eager: Any,
   stops: tuple[int, ...],
   allowed_V: jax.Array,
   sampling: Sampling,
-) -> tuple[Cache, jax.Array | None, Rows]:
+) -> tuple[Cache, jax.Array | None, RowStates]:
   """Generates up to `steps` tokens a row.
 
   A row reads every token that it keeps, the last before its limit, too: what comes later

@@ -20,7 +20,7 @@ import numpy as np
 
 from glm_jax import attention, configs, models, sharding
 from glm_jax.inference import decode
-from glm_jax.inference.decode import Rows
+from glm_jax.inference.decode import RowStates
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
 from glm_jax.models import virtual
@@ -54,11 +54,13 @@ class Request:
     number: of the request, from which its random numbers come.
     context: token ids that are read first.
     spans: at least one.
+    most: longest span; None for that of the call.
   """
 
   number: int
   context: Sequence[int]
   spans: Sequence[Span]
+  most: int | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -108,8 +110,8 @@ class Engine:
     self.config, self.variables, self.rows = config, variables, rows
     self.virtual = virtual.count(variables)
     self._stops, self.allowed = tuple(stops), jnp.asarray(allowed)
-    self._dtype, self._piece = cache_dtype or compute.dtype, piece
-    self._read = jax.jit(self._read_contexts, donate_argnums=1)
+    self.cache_dtype, self.piece = cache_dtype or compute.dtype, piece
+    self._insert = jax.jit(self._read_contexts, donate_argnums=1)
     # Each gives back the cache that it was given, in the same memory.
     self._extend = jax.jit(functools.partial(decode.extend, self.model), donate_argnums=1)
     self._advance = jax.jit(
@@ -125,7 +127,7 @@ class Engine:
       tokens_RT,
       lengths_R,
       causal=self.config.causal,
-      dtype=self._dtype,
+      dtype=self.cache_dtype,
     )
     return decode.insert(cache, contexts, rows_R)
 
@@ -161,10 +163,10 @@ class Engine:
       return
     B = self._batch(len(requests))
     longest = max(self._slots(r, most) for r in requests)
-    cache = kv_cache.init(self.config, B, _bucket(longest), self._dtype)
+    cache = kv_cache.init(self.config, B, bucket(longest), self.cache_dtype)
     penalized = sampling.repetition_penalty != 1
     had = np.zeros((B, self.config.vocab_size), bool) if penalized else None
-    rows = _no_rows(B, most)
+    rows = no_rows(B, most)
     queue = collections.deque(requests)
     asked: list[Request | None] = [None] * B
     answers = [Answer(number=-1) for _ in range(B)]
@@ -180,30 +182,23 @@ class Engine:
           ids = [*request.context, request.spans[0].first]
           had = _only(had, row, ids)
       if taken:
-        cache = self._read_all(cache, taken)
+        cache = self.read(cache, taken)
       # 2. Rows whose span has ended begin the next one of their request.
       for row, request in enumerate(asked):
         if request is not None and rows.done[row]:
           span = request.spans[len(answers[row].spans)]
-          _begin(rows, row, span, rows.slot[row] - self.virtual, least, most)
+          limit = most if request.most is None else min(request.most, most)
+          begin(rows, row, span, rows.slot[row] - self.virtual, min(least, limit), limit)
           numbers = [seed, request.number, len(answers[row].spans)]
           rows.seed[row] = np.random.SeedSequence(numbers).generate_state(1)[0]
       if all(request is None for request in asked):
         return
       # 3. A few tokens.
       waiting = bool(queue) or any(r and len(r.spans) > 1 for r in asked)
-      cache, had, rows = self._advance(
-        self.variables,
-        cache,
-        had,
-        rows,
-        allowed_V=self.allowed,
-        steps=_STEPS if waiting or watch or cut else most + 1,
-        eager=waiting,
-        sampling=sampling,
+      steps = _STEPS if waiting or watch or cut else most + 1
+      cache, had, rows = self.advance(
+        cache, had, rows, steps=steps, eager=waiting, sampling=sampling
       )
-      # Copies: what is on the host is written to.
-      rows = jax.tree.map(np.array, jax.device_get(rows))
       # 4. What has ended is kept, and handed out with its request's last span.
       for row, request in enumerate(asked):
         if request is None:
@@ -226,14 +221,37 @@ class Engine:
             asked[row] = None
             yield answers[row]
 
+  def advance(
+    self,
+    cache: Any,
+    had: Any,
+    rows: RowStates,
+    *,
+    steps: int,
+    eager: bool,
+    sampling: Sampling,
+  ) -> tuple[Any, Any, RowStates]:
+    """See `decode.advance`; the rows that come back are numpy, to be written to."""
+    cache, had, rows = self._advance(
+      self.variables,
+      cache,
+      had,
+      rows,
+      allowed_V=self.allowed,
+      steps=steps,
+      eager=eager,
+      sampling=sampling,
+    )
+    return cache, had, jax.tree.map(np.array, jax.device_get(rows))
+
   def _batch(self, requests: int) -> int:
     """B: few shapes, and as many rows on every device."""
     parts = sharding.axis_size('act_batch')
     wanted = min(self.rows, 2 ** (max(requests, 1) - 1).bit_length())
     return -(-wanted // parts) * parts
 
-  def _read_all(self, cache: Any, taken: list[tuple[int, Request]]) -> Any:
-    """The cache, with the contexts of these rows."""
+  def read(self, cache: Any, taken: Sequence[tuple[int, Request]]) -> Any:
+    """The cache, with the contexts of requests in their rows."""
     B = cache['k'].shape[1]
     # Two shapes: one row, or all. Where a batch is spread over devices, so are contexts.
     whole = sharding.axis_size('act_batch') > 1
@@ -243,14 +261,14 @@ class Engine:
     contexts = [request.context for _, request in taken]
     first = max(map(len, contexts))
     if self.config.causal:
-      first = min(first, self._piece)
-    tokens, lengths = _padded([c[:first] for c in contexts], R, _bucket(first))
+      first = min(first, self.piece)
+    tokens, lengths = padded([c[:first] for c in contexts], R, bucket(first))
     room = cache['k'].shape[2] - self.virtual
-    cache = self._read(self.variables, cache, tokens[:, :room], lengths, numbers)
+    cache = self._insert(self.variables, cache, tokens[:, :room], lengths, numbers)
     # The rest of long causal contexts, a piece after the other.
-    for start in range(first, max(map(len, contexts)), self._piece):
-      pieces = [c[start : start + self._piece] for c in contexts]
-      tokens, lengths = _padded(pieces, R, self._piece)
+    for start in range(first, max(map(len, contexts)), self.piece):
+      pieces = [c[start : start + self.piece] for c in contexts]
+      tokens, lengths = padded(pieces, R, self.piece)
       cache = self.read_on(cache, tokens, lengths, numbers, start)
     return cache
 
@@ -300,17 +318,17 @@ def _with_kernel(config: Any, compute: models.ComputeConfig) -> models.ComputeCo
   return dataclasses.replace(compute, attention=backend) if kernel else compute
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
   """The least padded length.
 
   Example:
-    >>> [_bucket(n) for n in (0, 64, 65, 200)]
+    >>> [bucket(n) for n in (0, 64, 65, 200)]
     [64, 64, 128, 256]
   """
   return _BUCKET * 2 ** max(0, -(-length // _BUCKET) - 1).bit_length()
 
 
-def _padded(contexts: Sequence[Sequence[int]], R: int, width: int) -> tuple[Any, Any]:
+def padded(contexts: Sequence[Sequence[int]], R: int, width: int) -> tuple[Any, Any]:
   """Tokens [R, width] and lengths [R] of contexts."""
   tokens, lengths = np.zeros((R, width), np.int32), np.zeros(R, np.int32)
   for row, context in enumerate(contexts):
@@ -319,10 +337,10 @@ def _padded(contexts: Sequence[Sequence[int]], R: int, width: int) -> tuple[Any,
   return tokens, lengths
 
 
-def _no_rows(B: int, most: int) -> Rows:
+def no_rows(B: int, most: int) -> RowStates:
   zeros = lambda dtype=np.int32, *shape: np.zeros((B, *shape), dtype)
-  return Rows(
-    **{name: zeros() for name in Rows._fields[:8]},
+  return RowStates(
+    **{name: zeros() for name in RowStates._fields[:8]},
     seed=zeros(np.uint32),
     done=np.ones(B, bool),
     tokens=zeros(np.int32, most),
@@ -330,7 +348,9 @@ def _no_rows(B: int, most: int) -> Rows:
   )
 
 
-def _begin(rows: Rows, row: int, span: Span, following: int, least: int, most: int) -> None:
+def begin(
+  rows: RowStates, row: int, span: Span, following: int, least: int, most: int
+) -> None:
   """Sets a row to the beginning of a span; its slot is where the last one ended."""
   rows.token[row] = span.first
   rows.position[row] = following if span.position is None else span.position
@@ -339,7 +359,7 @@ def _begin(rows: Rows, row: int, span: Span, following: int, least: int, most: i
   rows.log_probs[row] = np.nan
 
 
-def _shorten(rows: Rows, row: int, kept: int) -> None:
+def _shorten(rows: RowStates, row: int, kept: int) -> None:
   """Takes the last tokens off a span, which ends there.
 
   What the cache holds of them lies behind the row's slot, and is written over.

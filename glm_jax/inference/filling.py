@@ -78,7 +78,7 @@ class Filler:
   def fill_scored(
     self, prompts: Sequence[Sequence[int]], **how: Any
   ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-    """As `fill`, and the log-probability of each token; see `decode.Rows`.
+    """As `fill`, and the log-probability of each token; see `decode.RowStates`.
 
     Behind those of a span that a stop token ended stands that of the stop token.
     """

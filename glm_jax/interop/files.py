@@ -21,6 +21,7 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.configs import UserError
+from glm_jax.interop import integers
 
 # Names of dtypes in safetensors headers; those that a weight of this family may have.
 DTYPES = {
@@ -28,6 +29,8 @@ DTYPES = {
   'F32': np.dtype(np.float32),
   'F16': np.dtype(np.float16),
   'BF16': np.dtype(ml_dtypes.bfloat16),
+  # ChatGLM's own integers, see `glm_jax.interop.integers`.
+  'I8': np.dtype(np.int8),
 }
 # In bytes; safetensors' own limit (MAX_HEADER_SIZE).
 _LARGEST_HEADER = 100_000_000
@@ -114,6 +117,8 @@ def open_source(folder: Path) -> Source:
     if re.fullmatch(_HUB_NAME, name) and not folder.exists():
       remedy += f', or fetch the model: hf download {name} --local-dir {folder.name}'
     raise UserError(f'SRC must be a folder with a checkpoint, got {name!r}; {remedy}.')
+  config = _config(folder)
+  integers.check_program(folder, config)
   for name in FILES:
     if not (folder / name).exists():
       continue
@@ -121,7 +126,7 @@ def open_source(folder: Path) -> Source:
       specs = _indexed(folder / name, configs.read_json(folder / name))
     else:
       specs = _specs(folder / name)
-    return Source(folder, 'huggingface', (Tensors(specs),), _config(folder))
+    return integers.unpacked(Source(folder, 'huggingface', (Tensors(specs),), config))
   # No Hugging Face name matched: the parts of a tensor-parallel checkpoint, or nothing.
   files = _parts(folder)
   if not files:
@@ -133,7 +138,7 @@ def open_source(folder: Path) -> Source:
       f'{(*remedies, "give the folder of a checkpoint")[0]}.'
     )
   parts = tuple(Tensors(_specs(file)) for file in files)
-  return Source(folder, 'megatron', parts, _config(folder))
+  return integers.unpacked(Source(folder, 'megatron', parts, config))
 
 
 def _names(folder: Path) -> list[str]:
@@ -218,6 +223,7 @@ def _specs(path: Path) -> dict[str, TensorSpec]:
       for name, (shape, dtype, _, _) in read_header(path).items()
     }
   with _pickled(path) as tensors:
+    integers.check_names(path, tensors)
     return {
       name: TensorSpec(tuple(tensor.shape), _torch_dtype(path, name, tensor), path)
       for name, tensor in tensors.items()
@@ -259,6 +265,7 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int, i
         f'({type(error).__name__}); fetch it again.'
       ) from error
   # All tensors are checked before any is read, so that nothing is converted by halves.
+  integers.check_names(path, entries)
   for name, (shape, dtype, first, last) in entries.items():
     if dtype not in DTYPES:
       raise UserError(
@@ -371,7 +378,7 @@ def _first_line(error: Exception) -> str:
 
 def _torch_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
   known = {'torch.float64': 'F64', 'torch.float32': 'F32', 'torch.float16': 'F16'}
-  known['torch.bfloat16'] = 'BF16'
+  known |= {'torch.bfloat16': 'BF16', 'torch.int8': 'I8'}
   kind = str(tensor.dtype)
   if kind not in known:
     raise UserError(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glm_jax.configs import UserError
-from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig, quantized
 
 Path = tuple[str, ...]
 View = Callable[[np.ndarray], np.ndarray]
@@ -175,8 +175,8 @@ def _out(name: str, layer: int, s: _Sizes, bias: bool) -> list[Entry]:
   """Attention's output."""
 
   def view(array: np.ndarray) -> np.ndarray:
-    # [D, N * H] -> [D, N, H] -> [N, H, D]
-    return array.reshape(s.D, s.N, s.H).transpose(1, 2, 0)
+    # [D, N * H] -> [D, N, H] -> [N, H, D]; scales of integers are [D].
+    return array.reshape(s.D, s.N, s.H).transpose(1, 2, 0) if array.ndim == 2 else array
 
   path = ('layers', 'attention', 'out')
   shape, sizes = (s.D, s.N * s.H), ('hidden_size', 'num_heads, head_size')
@@ -322,6 +322,18 @@ def _head(name: str, c: Any, s: _Sizes) -> list[Entry]:
   return [] if c.tied_head else [_vocabulary_rows(name, ('head', 'weight'), s)]
 
 
+def with_scales(entries: list[Entry]) -> Iterator[Entry]:
+  """Those of a model of integers: behind each weight that is quantised, its scales."""
+  for entry in entries:
+    yield entry
+    if all(quantized.inputs_of(part.path) for part in entry.parts):
+      # A view of [out, in] looks at [out] as it does at a bias.
+      parts = tuple(
+        part._replace(path=quantized.scale_of(part.path), axis=None) for part in entry.parts
+      )
+      yield Entry(f'{entry.name}_scale', entry.shape[:1], entry.sizes[:1], parts)
+
+
 FORMATS = {
   'megatron': Format(GLMConfig, glm, 'megatron', 'THUDM/GLM, mp_rank_* files'),
   'glm-10b': Format(
@@ -349,6 +361,9 @@ FORMATS = {
   ),
 }
 """The formats, by the name that `convert --to` takes."""
+
+WITH_INTEGERS = ('chatglm', 'chatglm2')
+"""Formats whose code computes with integers, of one scale for each output."""
 
 HEADS = {
   'glm-130b': 'lm_head.weight',

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
-from glm_jax.interop import rotary, tokenizer_files
+from glm_jax.interop import integers, rotary, tokenizer_files
 from glm_jax.interop.recognise import CHATGLM_DEEPNORM_LAYERS
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.fast import fast_tokenizer
@@ -59,6 +59,7 @@ def write_config(
   source: Mapping[str, Any],
   dtype: str,
   vocabulary: Vocabulary | None,
+  bits: int = 0,
 ) -> None:
   """Writes everything but the weights.
 
@@ -69,6 +70,7 @@ def write_config(
     source: what the model was imported from: 'format' and 'config', its config.json.
     dtype: of the weights.
     vocabulary: None writes no tokenizer.
+    bits: of integers that the weights of layers are; 0 for plain weights.
   """
   raw = _raw(format, source)
   content = config_json(format, config, raw)
@@ -91,7 +93,7 @@ def write_config(
     )
   else:
     ids = {name: token for name, token in ids.items() if token is not None}
-  content = {**content, **ids, 'torch_dtype': dtype}
+  content = {**content, **integers.fields(raw, bits), **ids, 'torch_dtype': dtype}
   tokenizer_files.write_json(folder / 'config.json', content)
 
 

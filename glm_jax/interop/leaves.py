@@ -18,11 +18,12 @@ import numpy as np
 
 from glm_jax.checkpoints.slices import LeafSpec
 from glm_jax.configs import UserError
-from glm_jax.interop import files
+from glm_jax.interop import files, integers
 from glm_jax.interop.files import Source
-from glm_jax.interop.formats import FORMATS, HEADS, WORDS, Entry
+from glm_jax.interop.formats import FORMATS, HEADS, WORDS, Entry, with_scales
 from glm_jax.interop.formats import Path as Tree
 from glm_jax.interop.recognise import Recognised
+from glm_jax.models import quantized
 
 _WORKERS = 4
 
@@ -54,7 +55,7 @@ class ForeignLeaves:
     Args:
       source: the files.
       recognised: what they are.
-      shapes: of every leaf of the model.
+      shapes: of every leaf of the model, scales of integers among them.
 
     Raises:
       UserError: missing or unknown tensors, shapes that do not fit the config.
@@ -62,6 +63,8 @@ class ForeignLeaves:
     self._source, self._recognised = source, recognised
     # Every leaf, or layer of one, lies in exactly one foreign tensor.
     entries = FORMATS[recognised.format].entries(recognised.config, len(source.parts))
+    if recognised.bits:
+      entries = [*with_scales(entries)]
     self._where: dict[tuple[Tree, int | None], tuple[Entry, Any]] = {}
     for entry in entries:
       for part in entry.parts:
@@ -208,16 +211,25 @@ def foreign_tensors(
     parts: how many there are.
     prefix: before every name.
     repeats_head: store a tied head a second time, as some formats do.
-    dtype: to cast to; None keeps what is stored.
+    dtype: to cast to, but for integers; None keeps what is stored.
     buffers: those of the files that the model came from (`ForeignLeaves.buffers`); None
       computes those of the format.
   """
   entries = FORMATS[format].entries(config, parts)
+  if any(path[-1] == quantized.SCALE for path in leaves.specs):
+    entries = [*with_scales(entries)]
   for entry in entries:
     kinds = {np.dtype(leaves.specs[part.path].dtype) for part in entry.parts}
     # One foreign tensor may hold leaves of several dtypes: the widest loses nothing.
-    kind = dtype or np.result_type(*kinds)
+    kind = quantized.cast(np.result_type(*kinds), dtype)
     make = functools.partial(_make, leaves, entry, rank, parts, kind)
+    if kind == quantized.DTYPES[4]:
+      shape, packed = (
+        (entry.shape[0], entry.shape[1] // 2),
+        lambda m=make: integers.pack(m()),
+      )
+      yield Foreign(prefix + entry.name, shape, np.dtype(np.int8), packed)
+      continue
     yield Foreign(prefix + entry.name, entry.shape, kind, make)
     if repeats_head and entry.name == WORDS.get(format):
       yield Foreign(prefix + HEADS[format], entry.shape, kind, make)

@@ -22,12 +22,14 @@ class OfOthers(NamedTuple):
 
   Attributes:
     config: of the model.
+    bits: of its integers; 0 for a plain model.
     leaves: its parameters.
     vocabulary: None where the folder has none.
     assumed: what the files do not say, a line each.
   """
 
   config: Any
+  bits: int
   leaves: leaves.Leaves
   vocabulary: Vocabulary | None
   assumed: tuple[str, ...]
@@ -43,13 +45,13 @@ def is_released(folder: Path) -> bool:
 
 
 def read(
-  folder: Path, shapes: Callable[[Any], Mapping[tuple[str, ...], tuple[int, ...]]]
+  folder: Path, shapes: Callable[[Any, int], Mapping[tuple[str, ...], tuple[int, ...]]]
 ) -> OfOthers:
   """What a folder holds; no tensor is read before it is asked for.
 
   Args:
     folder: see `is_released`.
-    shapes: of every parameter of a model, given its configuration.
+    shapes: of every leaf of a model, given its configuration and bits.
 
   Raises:
     UserError: files that are damaged, or of a model that this package does not compute.
@@ -58,7 +60,8 @@ def read(
   known = recognise.recognise(source, {})
   return OfOthers(
     known.config,
-    leaves.ForeignLeaves(source, known, shapes(known.config)),
+    known.bits,
+    leaves.ForeignLeaves(source, known, shapes(known.config, known.bits)),
     loading.find(folder, known.format, known.config.vocab_size),
     known.assumed,
   )

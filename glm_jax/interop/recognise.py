@@ -10,10 +10,10 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.interop import rotary
+from glm_jax.interop import integers, rotary
 from glm_jax.interop.files import Source, TensorSpec
-from glm_jax.interop.formats import FORMATS, HEADS, WORDS
-from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
+from glm_jax.interop.formats import FORMATS, HEADS, WITH_INTEGERS, WORDS
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig, quantized
 
 # ChatGLM-6B's code has this depth in its scale, whatever the depth (modeling_chatglm.py,
 # a default argument that is never given).
@@ -43,6 +43,7 @@ class Recognised:
     repeats_head: the head is stored although it is the embedding table.
     buffers: names of tensors that are computed, not learned.
     assumed: what the files do not say, a line each, with the flag that says otherwise.
+    bits: of the integers that weights of layers are; 0 for plain weights.
   """
 
   format: str
@@ -51,6 +52,7 @@ class Recognised:
   repeats_head: bool
   buffers: tuple[str, ...]
   assumed: tuple[str, ...]
+  bits: int
 
 
 def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
@@ -102,6 +104,7 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
     f'{source.folder} without one',
     'fetch it, too',
   )
+  bits = _bits(kind, source, specs)
   # A head is tied if the config says so, or if the files hold the embedding table twice; a
   # head of other values wins over what the config says.
   head_file = HEADS.get(kind)
@@ -118,7 +121,27 @@ def recognise(source: Source, overrides: Mapping[str, Any]) -> Recognised:
   reader |= {'glm': _read_hf_glm, 'glm4': _read_hf_glm}
   config = reader[kind](kind, source, specs, tied, dict(overrides))
   assumed = _assumed(config, source, overrides)
-  return Recognised(kind, config, prefix, repeats, buffers, assumed)
+  return Recognised(kind, config, prefix, repeats, buffers, assumed, bits)
+
+
+def _bits(kind: str, source: Source, specs: Mapping[str, TensorSpec]) -> int:
+  """Of the integers that the weights of layers are, all of them or none."""
+  of_integers = [k for k, v in specs.items() if v.dtype in quantized.DTYPES.values()]
+  bits = source.config.get(integers.FIELD) or 0
+  configs.check(
+    not of_integers or kind in WITH_INTEGERS,
+    f'integers are read of the formats {WITH_INTEGERS}',
+    f'{of_integers[:1]} of the format {kind!r} in {source.folder}',
+    'give the checkpoint before it was quantised',
+  )
+  configs.check(
+    not bits or bool(of_integers),
+    f'{integers.FIELD} in {source.folder / "config.json"} must be 0 for plain weights',
+    repr(bits),
+    'write 0, or fetch the weights that it is of',
+  )
+  # Of the same bits: `integers.unpacked` has read them by this field.
+  return bits if of_integers else 0
 
 
 def _assumed(config: Any, source: Source, overrides: Mapping[str, Any]) -> tuple[str, ...]:
@@ -270,7 +293,7 @@ def _read_glm(kind, source, specs, tied, overrides) -> GLMConfig:
 
 def _read_chatglm(kind, source, specs, tied, overrides) -> ChatGLMConfig:
   fields, parts = _Fields(source), len(source.parts)
-  fields.expect(quantization_bit=0, pre_seq_len=None, prefix_projection=False)
+  fields.expect(pre_seq_len=None, prefix_projection=False)
   V, D = _shape(specs, 'transformer.word_embeddings.weight')
   at = 'transformer.layers.0.mlp'
   inner = _shape(specs, f'{at}.dense_4h_to_h.weight')[1]
@@ -315,7 +338,6 @@ def _read_chatglm2(kind, source, specs, tied, overrides) -> ChatGLM2Config:
     original_rope=True,
     post_layer_norm=True,
     pre_seq_len=None,
-    quantization_bit=0,
     rmsnorm=True,
   )
   V, D = _shape(specs, WORDS[kind])

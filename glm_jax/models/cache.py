@@ -28,17 +28,24 @@ def init(config: Any, rows: int, slots: int, dtype: str = 'float32') -> Cache:
     dtype: of `DTYPES`.
   """
   shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_size)
-  # Few heads, or few rows, are whole on every device.
-  axes = (None, 'act_batch', None, 'act_heads', None)
-  spread = [
-    sharding.axes_of(axis) if axis and size % sharding.axis_size(axis) == 0 else None
-    for axis, size in zip(axes, shape, strict=True)
-  ]
+  spread = spec(config, rows)
   make = lambda n, dtype: _zeros(shape[:n], jnp.dtype(dtype), PartitionSpec(*spread[:n]))
   cache = {name: make(5, dtype) for name in ('k', 'v')}
   if dtype == 'int8':
     cache |= {f'{name}_scale': make(4, 'float32') for name in ('k', 'v')}
   return cache
+
+
+def spec(config: Any, rows: int) -> PartitionSpec:
+  """Mesh axes of keys and values: few heads, or few rows, are whole on every device."""
+  axes = (None, 'act_batch', None, 'act_heads', None)
+  sizes = (1, rows, 1, config.num_kv_heads, 1)
+  return PartitionSpec(
+    *(
+      sharding.axes_of(axis) if axis and size % sharding.axis_size(axis) == 0 else None
+      for axis, size in zip(axes, sizes, strict=True)
+    )
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -62,6 +62,8 @@ class Einsum(nn.Module):
   def factor(self) -> Factor:
     """The weight: in the computation's dtype, or integers and their scales."""
     if not self.has_variable('scales', 'weight'):
+      if not jnp.issubdtype(self.weight.dtype, jnp.floating):
+        raise TypeError(f'{self.weight.dtype} without scales in {"/".join(self.path)}')
       return Factor(self.weight.astype(self.dtype), self.axes)
     return Factor(self.weight, self.axes, self.get_variable('scales', 'weight'))
 

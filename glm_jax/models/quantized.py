@@ -7,6 +7,7 @@ head, norms and biases stay.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -16,8 +17,11 @@ from glm_jax import configs
 
 BITS = (8, 4)
 DTYPES = {8: np.dtype(np.int8), 4: np.dtype(ml_dtypes.int4)}
-# Axes of a weight that end in its product, by the module's name.
-_INPUTS = {'q': 1, 'k': 1, 'v': 1, 'out': 2, 'up': 1, 'gate': 1, 'down': 1}
+SCALE = 'weight_scale'
+"""The leaf of a checkpoint that holds the scales of the `weight` beside it."""
+# Logical axes of a weight that end in its product, by the module's name.
+_INPUTS = dict.fromkeys(('q', 'k', 'v', 'up', 'gate'), ('embed',))
+_INPUTS |= {'out': ('heads', 'head_dim'), 'down': ('mlp',)}
 
 
 def inputs_of(path: tuple[str, ...]) -> int:
@@ -30,7 +34,32 @@ def inputs_of(path: tuple[str, ...]) -> int:
     (0, 0)
   """
   quantised = path[0] == 'layers' and path[-1] == 'weight'
-  return _INPUTS.get(path[-2], 0) if quantised else 0
+  return len(_INPUTS.get(path[-2], ())) if quantised else 0
+
+
+def products(paths: Iterable[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], int]]:
+  """Those that are quantised, and how many of their axes end in the product."""
+  return ((path, inputs) for path in paths if (inputs := inputs_of(path)))
+
+
+def reads_the_width(path: tuple[str, ...]) -> bool:
+  """Whether a product is over the width of the model, which is whole on every device."""
+  return _INPUTS[path[-2]] == ('embed',)
+
+
+def cast(stored: np.dtype, dtype: np.dtype | None) -> np.dtype:
+  """What a leaf becomes where weights are cast: integers stay; so does all for None."""
+  return stored if dtype is None or stored in DTYPES.values() else dtype
+
+
+def scale_of(path: tuple[str, ...]) -> tuple[str, ...]:
+  """The path of a weight's scales in a checkpoint.
+
+  Example:
+    >>> scale_of(('layers', 'mlp', 'up', 'weight'))
+    ('layers', 'mlp', 'up', 'weight_scale')
+  """
+  return (*path[:-1], SCALE)
 
 
 def quantize(
@@ -121,9 +150,8 @@ def of_tree(params: Any, bits: int, group: int = 0) -> dict[str, Any]:
 
   flat = dict(traverse_util.flatten_dict(params))
   scales = {}
-  for path, leaf in flat.items():
-    if inputs := inputs_of(path):
-      pairs = [quantize(np.asarray(layer), inputs, bits, group) for layer in leaf]
-      flat[path], scales[path] = (np.stack(part) for part in zip(*pairs, strict=True))
+  for path, inputs in products(flat):
+    pairs = [quantize(np.asarray(layer), inputs, bits, group) for layer in flat[path]]
+    flat[path], scales[path] = (np.stack(part) for part in zip(*pairs, strict=True))
   nested = traverse_util.unflatten_dict
   return {'params': nested(flat), 'scales': nested(scales)}

@@ -22,6 +22,9 @@ MOVED = {
 }
 """Parameters in older gin files -> what they are now."""
 
+ALTERNATIVES = (('TRAIN_STEPS', 'TRAIN_EPOCHS'),)
+"""Macros of which a configuration has one: the later one given, and the other is None."""
+
 WIRED = {
   'Pretraining': 'TrainConfig.recipe = @Pretraining()',
   'ComputeConfig': 'TrainConfig.compute = @ComputeConfig()',

@@ -107,7 +107,8 @@ class Pretraining(recipe.Recipe):
 
   def check(self, config: TrainConfig) -> None:
     # What two configurations must agree in is checked by the one that sees both.
-    self.objectives.check_steps(config.train_steps)
+    if config.train_steps is not None:
+      self.objectives.check_steps(config.train_steps)
 
   def check_data(self, config: TrainConfig, data: TaskData) -> None:
     from glm_jax.data import prepare

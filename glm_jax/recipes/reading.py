@@ -77,12 +77,18 @@ class TaskData(recipe.Data):
     self.skipped = sum(c.rows['train'].stats['skipped'] for c in prepared.corpora)
     self.task, self.feature_lengths = task, feature_lengths
     self._config, self.layout = config, layout
+    if prepared.corpora:
+      self.rows = sum(len(c.rows['train']) for c in prepared.corpora)
     index, count = sharding.row_share(layout)
     self._process = pipeline.Process(index=index, count=count)
     self.validation = {
       name: self._held_out(task, self._process)
       for name, task in prepared.evaluation_tasks.items()
     }
+    # Of a corpus without a name there is one alone.
+    if self.validation and any(c.name for c in prepared.corpora):
+      task = next(iter(prepared.evaluation_tasks.values()))
+      self.validated_rows = pipeline.validated_rows(task, config.evaluation.examples)
 
   def _held_out(self, task: str, process: Any) -> Callable[[], Iterator[Batch]]:
     """The validation split of a task, once a call, on masks that never change."""
@@ -118,7 +124,7 @@ class TaskData(recipe.Data):
     )
     return TaskStream(self._config, batches, self._process, self.layout)
 
-  def describe(self, step: int) -> list[str]:
+  def describe(self, step: int, train_steps: int) -> list[str]:
     from glm_jax.data import shares
 
     if not self.prepared.corpora:
@@ -130,7 +136,7 @@ class TaskData(recipe.Data):
       batch_size=self._config.batch_size,
       seed=self._config.seed,
       step=step,
-      train_steps=self._config.train_steps,
+      train_steps=train_steps,
     )
     return [*self.prepared.notes, *table]
 

@@ -38,12 +38,17 @@ class EvaluationConfig:
 
   Attributes:
     every: steps between validations; the last step always has one.
+    at_start: also before the first step, of the parameters that the run begins with.
     examples: rows of each validation set; 0 for all.
+    patience: the run stops after so many validations that did not improve on the best
+      `CheckpointConfig.best_metric`, as `best_mode` has it; 0 never does.
     fill: held-out sentences whose blanks are filled at the end; 0 for none.
   """
 
   every: Annotated[int, at_least(1)] = 1000
+  at_start: bool = False
   examples: Annotated[int, at_least(0)] = 1024
+  patience: Annotated[int, at_least(0)] = 0
   fill: Annotated[int, at_least(0)] = 5
 
   def __post_init__(self):
@@ -64,7 +69,11 @@ class TrainConfig:
     evaluation: when to validate.
     batch_size: rows of the global batch (BATCH_SIZE).
     microbatches: parts of it worked on one after the other.
-    train_steps: of the whole run, resumed or not (TRAIN_STEPS).
+    train_steps: of the whole run, resumed or not (TRAIN_STEPS); None until the data are
+      read, if `train_epochs` says it.
+    train_epochs: the same in passes over the rows of all corpora (TRAIN_EPOCHS), to the
+      nearest step. With rates of its own, a mixture repeats some rows in one and does not
+      reach others: what a run trains on is printed as it starts.
     model_dir: where everything is written (MODEL_DIR).
     seed: of data, initialisation and dropout.
     log_every: steps between progress lines.
@@ -84,7 +93,8 @@ class TrainConfig:
   evaluation: EvaluationConfig = EvaluationConfig()
   batch_size: Annotated[int, POSITIVE]
   microbatches: Annotated[int, POSITIVE] = 1
-  train_steps: Annotated[int, POSITIVE]
+  train_steps: Annotated[int | None, POSITIVE] = None
+  train_epochs: Annotated[float | None, POSITIVE] = None
   model_dir: Annotated[str, READABLE]
   seed: Annotated[int, SEED] = 0
   log_every: Annotated[int, POSITIVE] = 100
@@ -93,6 +103,12 @@ class TrainConfig:
 
   def __post_init__(self):
     configs.check_fields(self)
+    configs.check(
+      (self.train_steps is None) != (self.train_epochs is None),
+      'a run must have TRAIN_STEPS or TRAIN_EPOCHS, and not both',
+      f'train_steps={self.train_steps}, train_epochs={self.train_epochs}',
+      'give one of them, such as --gin.TRAIN_STEPS=1000',
+    )
     configs.check(
       bool(self.model_dir),
       'MODEL_DIR must name a folder',

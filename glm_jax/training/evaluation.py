@@ -3,46 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 
 from glm_jax import sharding
 from glm_jax.batch import Batch
 from glm_jax.sharding import Layout
-from glm_jax.training import metrics
+from glm_jax.training import metrics, stopping
+from glm_jax.training.config import TrainConfig
+from glm_jax.training.program import Program
+from glm_jax.training.recipe import Data, Recipe
+from glm_jax.training.trained import merge
+
+_OF_CORPUS = 'corpus/{}/loss'
 
 Sets = Mapping[str, Callable[[], Iterator[Batch]]]
 """name -> the batches of a held-out set, numpy, this process's rows."""
 
 
 class Validation:
-  """Losses of each held-out set."""
+  """Losses of each held-out set, and of each corpus in all of them."""
 
-  def __init__(self, sets: Sets, eval_step: Callable[[Any, Any], Any], layout: Layout):
+  def __init__(
+    self,
+    sets: Sets,
+    eval_step: Callable[[Any, Any], Any],
+    layout: Layout,
+    corpora: Mapping[str, int] = MappingProxyType({}),
+  ):
     """
     Args:
       sets: what is validated.
       eval_step: (params, batch) -> metrics, to be jitted.
       layout: of the devices.
+      corpora: rows of each in every set, see `recipe.Data.validated_rows`.
     """
     self._sets, self._layout = sets, layout
     self._step = jax.jit(eval_step)
+    self._corpora = tuple(corpora)
+    self._ends = np.cumsum([*corpora.values()])
 
   def __call__(self, params: Any) -> dict[str, float]:
-    """{'loss', 'loss/<objective>'}; 'loss' is their mean, each objective alike."""
+    """{'loss', 'loss/<objective>', 'corpus/<name>/loss'}.
+
+    'loss' is the mean of those of the objectives, each alike, of all rows or a corpus's.
+    """
     total: dict[str, tuple[float, float]] = {}
+    of_corpus = [total] * len(self._corpora)
     for batches in self._sets.values():
-      for batch in batches():
-        # `index` is int64, which stays on the host.
-        batch = sharding.place(batch._replace(index=None), self._layout)
-        total = metrics.add(total, jax.device_get(self._step(params, batch)))
-    values = metrics.averages(total)
-    # Weighted by tokens, 'loss' would mostly be that of the objective with long targets.
-    by_objective = [v for k, v in values.items() if k.startswith('loss/')]
-    if by_objective:
-      values['loss'] = sum(by_objective) / len(by_objective)
+      for number, batch in enumerate(batches()):
+        measured = self._measure(params, batch)
+        total = metrics.add(total, measured)
+        there = self._there(number, batch)
+        for i in there:
+          # Few batches hold rows of two corpora, and are worked on again for each.
+          own = measured if len(there) == 1 else self._measure(params, self._rows(batch, i))
+          of_corpus[i] = metrics.add(of_corpus[i], own)
+    values = _means(total)
+    for name, sums in zip(self._corpora, of_corpus, strict=True):
+      means = _means(sums)
+      if 'loss' in means:
+        values[_OF_CORPUS.format(name)] = means['loss']
     return values
+
+  def _measure(self, params: Any, batch: Batch) -> dict[str, Any]:
+    # `index` is int64, which stays on the host.
+    batch = sharding.place(batch._replace(index=None), self._layout)
+    return jax.device_get(self._step(params, batch))
+
+  def _there(self, number: int, batch: Batch) -> range:
+    """Which corpora the global batch of that number holds, the same in every process."""
+    if not self._corpora:
+      return range(0)
+    size = len(batch.tokens) * sharding.row_share(self._layout)[1]
+    ends = (number * size, (number + 1) * size - 1)
+    first, last = np.searchsorted(self._ends, ends, side='right')
+    # Behind the last corpus, rows without loss fill the batch up.
+    return range(first, min(last, len(self._corpora) - 1) + 1)
+
+  def _rows(self, batch: Batch, corpus: int) -> Batch:
+    """The batch with the loss of the rows of one corpus alone."""
+    own = np.searchsorted(self._ends, batch.index, side='right') == corpus
+    return batch._replace(loss_weights=np.where(own[:, None], batch.loss_weights, 0))
+
+
+def _means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+  values = metrics.averages(sums)
+  # Weighted by tokens, 'loss' would mostly be that of the objective with long targets.
+  by_objective = [v for k, v in values.items() if k.startswith('loss/')]
+  if by_objective:
+    values['loss'] = sum(by_objective) / len(by_objective)
+  return values
+
+
+def check(config: TrainConfig, data: Data, built: Program, layout: Layout) -> None:
+  """Traces an evaluation, and looks at what it would measure.
+
+  Args:
+    config: of the run.
+    data: of its recipe.
+    built: its program.
+    layout: of the devices.
+
+  Raises:
+    UserError: `best_metric` is not among it; see `stopping.check_metric`.
+  """
+  with sharding.active(layout):
+    params = merge(built.state['params'], built.frozen)
+    names = jax.eval_shape(built.eval_step, params, built.batch)
+  # What a recipe of one's own measures besides, its first validation shows.
+  if type(config.recipe).validate is Recipe.validate:
+    corpora = [_OF_CORPUS.format(name) for name in data.validated_rows]
+    stopping.check_metric(config, [*names, *corpora] if data.validation else [])
 
 
 def line(values: Mapping[str, float], split: bool = True) -> str:
@@ -55,11 +130,21 @@ def line(values: Mapping[str, float], split: bool = True) -> str:
   Example:
     >>> line({'loss': 2.5, 'loss/blank': 2.0, 'loss/document': 3.0})
     'validation loss  blank 2.000  document 3.000'
+    >>> line({'loss': 2.5, 'loss/blank': 2.5, 'corpus/a/loss': 2.0, 'corpus/b/loss': 3.0})
+    'validation loss  blank 2.500  (corpora: a 2.000  b 3.000)'
     >>> line({'loss': 2.5, 'accuracy': 0.5})
     'validation  accuracy 0.500  loss 2.500'
   """
   if not values:
     return 'validation  nothing scored' if split else 'no validation split'
+  corpora = {
+    k.split('/', 1)[1].removesuffix('/loss'): v
+    for k, v in values.items()
+    if k.startswith('corpus/')
+  }
   losses = {k.removeprefix('loss/'): v for k, v in values.items() if k.startswith('loss/')}
-  parts = [f'{k} {v:.3f}' for k, v in sorted((losses or values).items())]
+  others = {k: v for k, v in values.items() if not k.startswith('corpus/')}
+  parts = [f'{k} {v:.3f}' for k, v in sorted((losses or others).items())]
+  if corpora:
+    parts.append(f'(corpora: {"  ".join(f"{k} {v:.3f}" for k, v in corpora.items())})')
   return '  '.join(['validation loss' if losses else 'validation', *parts])

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens, FLOPs and waiting since the last report."""
+"""How fast a run is, and what it has taken: tokens, FLOPs, waiting, memory."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ import jax
 
 from glm_jax.performance import chips
 
+_GIB = 2**30
+
 
 class Meter:
-  """Speed since the last report."""
+  """Speed since the last report, and sums over the whole run."""
 
-  def __init__(self, step: int, total_steps: int):
+  def __init__(
+    self, step: int, total_steps: int, so_far: Mapping[str, float] | None = None
+  ):
     """
     Args:
       step: the first step.
       total_steps: of the run.
+      so_far: `so_far` at that step; None for a new run, {} where nobody counted.
     """
+    self._so_far = {'tokens': 0, 'flops': 0.0} if so_far is None else dict(so_far)
     self._step, self._total = step, total_steps
     self._seconds, self._tokens, self._flops, self._waited = 0.0, 0.0, 0.0, 0.0
     self._since = time.perf_counter()
@@ -36,6 +42,22 @@ class Meter:
     """Adds one step's work (all processes)."""
     self._tokens += tokens
     self._flops += flops
+    if self._so_far:
+      self._so_far['tokens'] += round(tokens)
+      self._so_far['flops'] += flops
+
+  @property
+  def so_far(self) -> dict[str, float]:
+    """tokens and flops of all steps of the run; {} if some were not counted."""
+    return dict(self._so_far)
+
+  def taken(self) -> dict[str, float]:
+    """The same as metrics, and peak_memory_gib, of this process's fullest device so far,
+    where devices tell it."""
+    values = {f'{name}_so_far': value for name, value in self._so_far.items()}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s['peak_bytes_in_use'] for s in stats if 'peak_bytes_in_use' in s]
+    return {**values, **({'peak_memory_gib': max(peaks) / _GIB} if peaks else {})}
 
   def wait_for(
     self, stream: Callable[[Any], Any], state: Any, running: Sequence[Any] = ()
@@ -89,6 +111,8 @@ def progress_line(step: int, total: int, values: Mapping[str, float]) -> str:
     parts.append(f'{values["tokens_per_second"]:,.0f} tokens/s')
   if 'mfu' in values:
     parts.append(f'MFU {values["mfu"]:.1%}')
+  if 'peak_memory_gib' in values:
+    parts.append(f'{values["peak_memory_gib"]:.1f} GiB')
   if 'seconds_left' in values and math.isfinite(values['seconds_left']):
     minutes, seconds = divmod(round(values['seconds_left']), 60)
     hours, minutes = divmod(minutes, 60)

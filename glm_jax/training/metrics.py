@@ -5,6 +5,53 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
+from glm_jax import configs
+
+
+class Results:
+  """Metrics of the latest steps, still being computed: to look at one is to wait for it.
+
+  Attributes:
+    running: those that nobody has looked at, in order.
+  """
+
+  def __init__(self, model_dir: str):
+    """
+    Args:
+      model_dir: of the run, for messages.
+    """
+    self.running: list[Any] = []
+    self._model_dir, self._step = model_dir, 0
+    self._since: dict[str, tuple[float, float]] = {}
+
+  def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Those of a step."""
+    self._step = step
+    self.running.append(metrics)
+
+  def wait(self, leave: int) -> None:
+    """Looks at all but the last so many.
+
+    Raises:
+      FloatingPointError: a loss, or a gradient's norm, is not finite.
+    """
+    while len(self.running) > leave:
+      self._since = add(self._since, jax.device_get(self.running.pop(0)))
+      for name in ('loss', 'gradient_norm'):
+        configs.check_finite(
+          self._since[name][0],
+          f'the {name.replace("_", " ")} at step {self._step - len(self.running)}',
+          f'the last checkpoint in {self._model_dir} is from before; lower the learning '
+          'rate or lengthen the warm-up, and start again',
+        )
+
+  def take(self) -> dict[str, float]:
+    """Means of what was looked at since the last call."""
+    since, self._since = self._since, {}
+    return averages(since)
+
 
 def averages(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
   """(sum, count) pairs to means, leaving out what was not counted.

@@ -37,6 +37,18 @@ class Program(NamedTuple):
   attention: tuple[str, str]
 
 
+def in_words(built: Program, config: TrainConfig, layout: sharding.Layout) -> str:
+  """Parameters, devices and positions, for a person."""
+  backend, why = built.attention
+  count, frozen = state.count(built.state['params']), state.count(built.frozen)
+  of_all = f' of {count + frozen:,}' if config.trained else ''
+  return (
+    f'{count:,}{of_all} parameters on {layout.size} '
+    f'{layout.device_kind} device(s), mesh {layout.shape}; {config.batch_size} x '
+    f'{config.recipe.length} positions a step; attention: {backend} ({why})'
+  )
+
+
 def build(config: TrainConfig, layout: sharding.Layout) -> Program:
   """Builds it; nothing is computed or allocated.
 
@@ -56,7 +68,8 @@ def build(config: TrainConfig, layout: sharding.Layout) -> Program:
   # resuming on another device is the same run.
   compute = dataclasses.replace(config.compute, attention=backend)
   loss_fn = recipe.loss(config, models.build(config.model, compute))
-  update = optimizer.make_optimizer(config.optimizer, config.train_steps)
+  # How many steps epochs are, the data say: until then, that it fits is all one can ask.
+  update = optimizer.make_optimizer(config.optimizer, config.train_steps or 1)
   train_step = step.make_train_step(
     loss_fn,
     update,

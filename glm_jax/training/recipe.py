@@ -64,6 +64,10 @@ class Data:
     fingerprint: tells one set of training examples from another; processes compare it.
     identity: what must stay equal for a resumed run to be the same run.
     validation: name -> the batches of a held-out set, numpy, this process's rows.
+    rows: of an epoch of training, all corpora together; None where nobody counts them.
+    validated_rows: corpus -> rows of each validation set, in which the corpora of a
+      mixture stand one behind the other, `Batch.index` counting them from 0; {} for one
+      corpus without a name.
     skipped: documents too short to be read.
     decided: what was found for the user, and must stay as it is in a run that goes on; see
       `checkpoints.folder.decided`.
@@ -73,6 +77,8 @@ class Data:
   fingerprint: str
   identity: Mapping[str, Any]
   validation: Mapping[str, Callable[[], Iterator[Batch]]]
+  rows: int | None = None
+  validated_rows: Mapping[str, int] = MappingProxyType({})
   skipped: int = 0
   decided: Mapping[str, Any] = MappingProxyType({})
 
@@ -80,9 +86,9 @@ class Data:
     """The stream, from a step on."""
     raise NotImplementedError
 
-  def describe(self, step: int) -> list[str]:
+  def describe(self, step: int, train_steps: int) -> list[str]:
     """Lines that say what is trained on from a step on, for the leader."""
-    del step
+    del step, train_steps
     return []
 
   def examples(self) -> Iterator[Mapping[str, np.ndarray]]:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from glm_jax import distributed, storage
 from glm_jax.training import recipe, writer
 from glm_jax.training.config import TrainConfig
 
+_SUMMARY = 'summary.json'
+
+
+def is_reported(model_dir: str, step: int) -> bool:
+  """Whether a run has had its report at that step, and not only at an earlier one."""
+  summary = json.loads(storage.Folder(model_dir).read(_SUMMARY) or '{}')
+  return summary.get('steps') == step
+
 
 def report(
-  config: TrainConfig, data: recipe.Data, params: Any, say: Callable[..., None]
+  config: TrainConfig,
+  data: recipe.Data,
+  params: Any,
+  say: Callable[..., None],
+  *,
+  step: int,
+  so_far: Mapping[str, float],
 ) -> None:
   """Prints the recipe's report and writes summary.json and loss.png.
 
@@ -21,7 +36,10 @@ def report(
     data: of the recipe.
     params: the trained parameters, on the mesh; all processes must take part.
     say: prints, on the leader.
+    step: that the run has ended at, which may be an early one.
+    so_far: see `Meter.so_far`.
   """
+  config = dataclasses.replace(config, train_steps=step)
   leads = distributed.is_leader()
   validations = writer.read(config.model_dir, 'validation') if leads else []
   validated = validations[-1] if validations else {}
@@ -29,7 +47,7 @@ def report(
   if not leads:
     return
   picture = writer.plot_losses(config.model_dir, reported.pop('lines', {}))
-  summary = {'steps': config.train_steps, 'validation': validated, **reported}
+  summary = {'steps': step, **so_far, 'validation': validated, **reported}
   text = json.dumps(summary, indent=2, ensure_ascii=False) + '\n'
-  storage.Folder(config.model_dir).write('summary.json', text.encode('utf-8'))
+  storage.Folder(config.model_dir).write(_SUMMARY, text.encode('utf-8'))
   say(f'\nloss curve in {picture}')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,30 @@ def resolve(
   model = model_config.from_dict(meta['model'])
   vocabulary = None if config.recipe.has_vocabulary else vocabulary_of(folder, meta)
   return dataclasses.replace(config, model=model), vocabulary, meta.get('source')
+
+
+def in_steps(config: TrainConfig, data: Any, say: Callable[..., None]) -> TrainConfig:
+  """A run of epochs as one of steps.
+
+  Args:
+    config: of the run, with `train_epochs`.
+    data: its `recipe.Data`.
+    say: tells how many they are.
+
+  Raises:
+    UserError: nobody counts the rows of an epoch.
+  """
+  configs.check(
+    data.rows is not None,
+    'TRAIN_EPOCHS must be of rows that are counted',
+    'a task of your own, which does not say how many it has',
+    "give TRAIN_STEPS, or make shards of it (make_shards, CorpusConfig.corpus='task:NAME')",
+  )
+  epochs = config.train_epochs
+  steps = max(1, round(epochs * data.rows / config.batch_size))
+  unit = 'epoch' if epochs == 1 else 'epochs'
+  say(f'{epochs:g} {unit} of {data.rows:,} rows: {steps:,} steps')
+  return dataclasses.replace(config, train_steps=steps, train_epochs=None)
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class IndexedRows(seqio.DataSource):
     if shuffle:
       fetch, stop = self._shuffled(rows, seed), np.iinfo(np.int64).max
     else:
-      fetch, total = self._in_order(rows)
+      fetch, total = self._in_order(rows, [*self.counts(split).values()])
       stop = -(-total // size)
 
     @tf.autograph.experimental.do_not_convert
@@ -165,16 +165,19 @@ class IndexedRows(seqio.DataSource):
 
     return fetch
 
-  def _in_order(self, rows: list[StoredRows]) -> tuple[Callable, int]:
-    """Records and corpus of a split read once, and how many there are."""
-    counts = [len(r) for r in rows]
+  def counts(self, split: str) -> dict[str, int]:
+    """Rows of each corpus in a split that is read once, one corpus behind the other."""
+    counts = {corpus.name: len(corpus.rows[split]) for corpus in self.corpora}
     most = self.reading.max_rows
     if most:
       # Every corpus its share, as far as it has rows.
-      counts = [
-        min(n, max(1, round(most * corpus.share)))
-        for n, corpus in zip(counts, self.corpora, strict=True)
-      ]
+      for corpus in self.corpora:
+        share = max(1, round(most * corpus.share))
+        counts[corpus.name] = min(counts[corpus.name], share)
+    return counts
+
+  def _in_order(self, rows: list[StoredRows], counts: list[int]) -> tuple[Callable, int]:
+    """Records and corpus of a split read once, and how many there are."""
     readers = [records.reader(r) for r in rows]
     ends = np.cumsum(counts)
     firsts = tf.constant(ends - counts, tf.int64)

@@ -1,0 +1,278 @@
+"""How fast is generation, beside transformers' `generate` on the export of the same model?
+
+python -m benchmarks.decode [--only=TEXT] [--table]
+
+A ChatGLM2 of 37 M parameters, random: its checkpoint is exported by `convert --to=glm` and
+loaded by transformers in this process, on the CPU or the one GPU that JAX sees. Both
+generate the same number of tokens from the same prompts, greedily, in turn. Then the same
+model as integers, and 64 prompts of unlike lengths, continuously and in batches that wait
+for their longest. Needs torch and transformers (extra peers); no TensorFlow.
+Results are kept by device and date in benchmarks/decode/; --table only writes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import readme
+from benchmarks.step import cpu_name
+from glm_jax import cli, sharding
+from glm_jax.checkpoints import slices
+from glm_jax.inference.engine import Engine, Request, Span
+from glm_jax.models import ChatGLM2Config, ComputeConfig, quantized
+from glm_jax.models import config as model_config
+from glm_jax.training import state
+
+RESULTS = Path(__file__).parent / 'decode'
+MODEL = ChatGLM2Config(
+  num_layers=8,
+  hidden_size=512,
+  num_heads=8,
+  num_kv_heads=2,
+  head_size=64,
+  mlp_size=1408,
+  vocab_size=8192,
+  max_positions=2048,
+)
+PROMPT, NEW = 32, 64
+KINDS = {'float32': 0, 'int8': 8, 'int4': 4}
+
+
+def requests(rows: int, new: Sequence[int] = (NEW,), length: int = PROMPT) -> list[Request]:
+  """Prompts of random tokens, each to be gone on with for so many tokens, in turn."""
+  rng = np.random.default_rng(0)
+  made = []
+  for number in range(rows):
+    ids = rng.integers(3, MODEL.vocab_size, length).tolist()
+    span = Span(first=ids[-1], position=None, stride=1)
+    most = new[number % len(new)]
+    made.append(Request(number=number, context=ids[:-1], spans=[span], most=most))
+  return made
+
+
+class Ours:
+  """The engine, which never meets a stop token."""
+
+  def __init__(self, variables: Any, dtype: str, rows: int):
+    self._engine = Engine(
+      MODEL,
+      variables,
+      stops=[-1],
+      allowed=np.ones(MODEL.vocab_size, bool),
+      compute=ComputeConfig(dtype=dtype),
+      rows=rows,
+    )
+
+  def generate(self, asked: Sequence[Request]) -> dict[int, list[int]]:
+    """number -> tokens."""
+    answers = self._engine.generate(asked, most=max(r.most for r in asked))
+    return {answer.number: answer.spans[0] for answer in answers}
+
+  def in_batches(self, asked: Sequence[Request], rows: int) -> None:
+    """The same, each batch waiting for its longest."""
+    for first in range(0, len(asked), rows):
+      self.generate(asked[first : first + rows])
+
+
+class Transformers:
+  """`generate` of GlmForCausalLM, on what `convert` exported."""
+
+  def __init__(self, folder: Path, dtype: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    self._torch = torch
+    gpu = torch.cuda.is_available() and jax.default_backend() == 'gpu'
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    self._model = model.to('cuda' if gpu else 'cpu').eval()
+
+  def generate(self, asked: Sequence[Request]) -> dict[int, list[int]]:
+    """number -> tokens; all of one length."""
+    torch, new = self._torch, asked[0].most
+    ids = torch.tensor([[*r.context, r.spans[0].first] for r in asked])
+    ids = ids.to(self._model.device)
+    with torch.inference_mode():
+      out = self._model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+      )
+    said = out[:, ids.shape[1] :].tolist()
+    return {r.number: tokens for r, tokens in zip(asked, said, strict=True)}
+
+
+def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+  """Seconds of each, in turn; once before, to be compiled."""
+  for run in runs.values():
+    run()
+  seconds: dict[str, list[float]] = {name: [] for name in runs}
+  for _ in range(rounds):
+    for name, run in runs.items():
+      began = time.perf_counter()
+      run()
+      seconds[name].append(time.perf_counter() - began)
+  return seconds
+
+
+def exported(folder: Path, params: Any) -> Path:
+  """The model as transformers reads it, by way of a checkpoint."""
+  leaves = slices.flat(jax.device_get(params))
+  specs = {path: slices.LeafSpec(x.shape, x.dtype) for path, x in leaves.items()}
+  read = lambda path, layer: leaves[path] if layer is None else leaves[path][layer]
+  meta = {
+    'model': model_config.to_dict(MODEL),
+    'vocabulary': None,
+    'source': {},
+    'step': 0,
+  }
+  slices.write(folder / 'checkpoint', specs, read, meta, lambda size: None)
+  # In a process of its own, which leaves the accelerator alone.
+  command = [sys.executable, '-m', 'glm_jax.convert', f'{folder}/checkpoint']
+  subprocess.run([*command, f'{folder}/glm', '--to=glm'], check=True)
+  return folder / 'glm'
+
+
+def measure(rounds: int, only: str) -> list[dict[str, Any]]:
+  """Rows of the table: batches of one and eight, kinds of weights, 64 prompts."""
+  gpu = jax.default_backend() == 'gpu'
+  dtype = 'bfloat16' if gpu else 'float32'
+  layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  plain = state.init_state(MODEL, _nothing(), layout, 0)['params']
+  kinds = {
+    name: {'params': plain} if bits == 0 else quantized.of_tree(plain, bits)
+    for name, bits in KINDS.items()
+  }
+  results = []
+  with tempfile.TemporaryDirectory() as folder:
+    theirs = Transformers(exported(Path(folder), plain), dtype)
+  for rows in (1, 8):
+    if only not in f'batch {rows}':
+      continue
+    asked = requests(rows)
+    ours = {name: Ours(v, dtype, rows) for name, v in kinds.items()}
+    runs = {name: lambda o=o: o.generate(asked) for name, o in ours.items()}
+    runs['transformers'] = lambda: theirs.generate(asked)
+    # The same tokens, as long as rounding does not decide: the first eight.
+    same = [runs[name]() for name in (dtype, 'transformers') if name in runs]
+    agree = [x[n][:8] for x in same for n in sorted(x)]
+    if len(same) == 2 and agree[:rows] != agree[rows:]:
+      raise ValueError(f'other tokens than transformers: {agree}')
+    seconds = timed(runs, rounds)
+    results.append(_result(f'batch {rows}', rows * NEW, seconds, 'transformers', dtype))
+  if only in '64 prompts':
+    engine, asked = Ours(kinds['float32'], dtype, 8), requests(64, (8, NEW))
+    runs = {
+      'continuous': lambda: engine.generate(asked),
+      'static': lambda: engine.in_batches(asked, 8),
+    }
+    tokens = sum(r.most for r in asked)
+    seconds = timed(runs, rounds)
+    results.append(_result('64 prompts, 8 rows', tokens, seconds, 'static', dtype))
+  return results
+
+
+def _result(case, tokens, seconds, peer, dtype) -> dict[str, Any]:
+  speeds = {name: tokens / statistics.median(t) for name, t in seconds.items()}
+  ratios = {
+    name: [theirs / own for theirs, own in zip(seconds[peer], t, strict=True)]
+    for name, t in seconds.items()
+    if name != peer
+  }
+  return {
+    'case': case,
+    'dtype': dtype,
+    'tokens': tokens,
+    'peer': peer,
+    'tokens_per_second': speeds,
+    'ratios': ratios,
+  }
+
+
+def _nothing() -> Any:
+  import optax
+
+  return optax.identity()
+
+
+def table(results: dict[str, Any]) -> list[str]:
+  """Markdown lines of a device's results."""
+  lines = [
+    f'{results["device"]}, {results["date"]}; jax {results["jax"]}, transformers '
+    f'{results["transformers"]}; {PROMPT} tokens of prompt, {NEW} new; medians, and the '
+    'least and the largest ratio of the rounds:',
+    '',
+    '| case | ours | tokens/s | beside | tokens/s | ratio |',
+    '|---|---|---|---|---|---|',
+  ]
+  for row in results['rows']:
+    for name, ratios in row['ratios'].items():
+      speed, peer = row['tokens_per_second'], row['peer']
+      lines.append(
+        f'| {row["case"]} | {name} | {speed[name]:,.0f} | {peer} | {speed[peer]:,.0f} | '
+        f'**{statistics.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f}) |'
+      )
+  return lines
+
+
+def write_tables() -> None:
+  """The section of benchmarks/README.md, from the newest results of each device."""
+  newest = {
+    results['device']: results
+    for path in sorted(RESULTS.glob('*.json'))
+    for results in [json.loads(path.read_text(encoding='utf-8'))]
+  }
+  lines = [line for results in newest.values() for line in ['', *table(results)]]
+  command = '(Written by `python -m benchmarks.decode`.)'
+  readme.write_section('decode', [*lines, '', command])
+
+
+def main(argv: Sequence[str]) -> None:
+  """The command."""
+  flags = argparse.ArgumentParser(
+    prog='python -m benchmarks.decode', description=__doc__.splitlines()[0]
+  )
+  flags.add_argument('--only', default='', metavar='TEXT', help='cases with it in the name')
+  flags.add_argument('--rounds', type=int, default=5, help='turns of each contender')
+  flags.add_argument('--folder', type=Path, default=RESULTS, help='of the results')
+  flags.add_argument('--table', action='store_true', help='only write the tables')
+  flags = flags.parse_args(argv)
+  if flags.table:
+    return write_tables()
+  import transformers
+
+  device = jax.devices()[0]
+  results = {
+    'device': cpu_name() if device.platform == 'cpu' else device.device_kind,
+    'date': datetime.date.today().isoformat(),
+    'jax': jax.__version__,
+    'transformers': transformers.__version__,
+    'rows': measure(flags.rounds, flags.only),
+  }
+  name = re.sub(r'[^a-z0-9]+', '-', results['device'].lower()).strip('-')
+  path = flags.folder / f'{name}-{results["date"]}.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+  print('\n'.join(table(results)))
+  if flags.folder == RESULTS:
+    write_tables()
+
+
+if __name__ == '__main__':
+  cli.main(main)

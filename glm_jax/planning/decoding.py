@@ -1,0 +1,183 @@
+"""What generating a token needs on devices one need not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from glm_jax import models, sharding
+from glm_jax.checkpoints import variables
+from glm_jax.inference import decode
+from glm_jax.inference.sampling import Sampling
+from glm_jax.models import cache as kv_cache
+from glm_jax.models import quantized as integers
+from glm_jax.performance.chips import Chip, of_device_kind
+from glm_jax.planning import estimate, hlo
+from glm_jax.training import state
+
+GIB = 2**30
+# Tokens between two looks of the host: what a device's program generates at a time.
+_STEPS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+  """A token of each row.
+
+  Attributes:
+    rows: B.
+    slots: S, of the cache.
+    memory: bytes of a device: weights, cache, and the peak of a program that generates many
+      tokens; limit.
+    roofline_seconds: to read weights and cache once; None for an unknown chip.
+    predicted_seconds: by the compiler's cycles; None where it has none.
+    compile_seconds: of both programs.
+  """
+
+  rows: int
+  slots: int
+  memory: dict[str, int]
+  roofline_seconds: float | None
+  predicted_seconds: float | None
+  compile_seconds: float
+
+  def in_words(self, where: str) -> str:
+    """A table for a person, one fact a line."""
+    m = {kind: size / GIB for kind, size in self.memory.items()}
+    of = f' of {m["limit"]:.2f}' if m['limit'] else ''
+    lines = [
+      ('topology', where),
+      ('batch', f'{self.rows} rows, a cache of {self.slots:,} tokens each'),
+      (
+        'HBM a device',
+        f'weights {m["weights"]:.2f}, cache {m["cache"]:.2f}, peak {m["peak"]:.2f}{of} GiB',
+      ),
+    ]
+    for name, seconds in (
+      ('memory roofline', self.roofline_seconds),
+      ('predicted', self.predicted_seconds),
+    ):
+      if seconds:
+        speed = f'{self.rows / seconds:,.0f} tokens/s'
+        lines.append((name, f'{seconds * 1e3:.2f} ms a token of each row, {speed}'))
+    lines.append(('compiled in', f'{self.compile_seconds:.0f} s'))
+    width = max(len(name) for name, _ in lines)
+    return '\n'.join(f'{name:<{width}}  {value}' for name, value in lines)
+
+
+def predict(
+  model: Any,
+  layout: sharding.Layout,
+  *,
+  rows: int,
+  slots: int,
+  quantized: Mapping[str, int] | None = None,
+  dtype: str = 'bfloat16',
+  card: Chip | None = None,
+) -> DecodePlan:
+  """Compiles what generates with a model on these devices.
+
+  Args:
+    model: its configuration.
+    layout: the mesh of the devices.
+    rows: B.
+    slots: S.
+    quantized: {'bits', 'group'} of integers; None for weights of `dtype`.
+    dtype: of activations, the cache, and weights that are no integers.
+    card: what is known of the devices, if it is not what their kind says.
+
+  Raises:
+    UserError: a group that does not divide the inputs of a product.
+  """
+  began = time.perf_counter()
+  token, loop, arguments = lower(model, layout, rows, slots, quantized, dtype)
+  compiled, text = loop.compile(), token.compile().as_text()
+  chip = card or of_device_kind(layout.device_kind)
+  weights, cache = (sum(map(_local_bytes, jax.tree.leaves(x))) for x in arguments)
+  predicted = None
+  if chip and chip.clock_hz:
+    predicted = estimate.estimate(hlo.read(text), chip).step_seconds
+  return DecodePlan(
+    rows=rows,
+    slots=slots,
+    memory={
+      'weights': weights,
+      'cache': cache,
+      'peak': compiled.memory_analysis().peak_memory_in_bytes,
+      'limit': chip.hbm_bytes if chip else 0,
+    },
+    roofline_seconds=(weights + cache) / chip.hbm_bandwidth if chip else None,
+    predicted_seconds=predicted,
+    compile_seconds=time.perf_counter() - began,
+  )
+
+
+def lower(
+  model: Any,
+  layout: sharding.Layout,
+  rows: int,
+  slots: int,
+  quantized: Mapping[str, int] | None,
+  dtype: str,
+) -> tuple[Any, Any, tuple[Any, Any]]:
+  """One token a row, and a loop over many, lowered; and shapes of weights and cache."""
+  params = state.abstract_params(model, layout)
+  leaves = traverse_util.flatten_dict(params)
+  for path, inputs in integers.products([*leaves]) if quantized else ():
+    rows_in = math.prod(leaves[path].shape[1 : 1 + inputs])
+    integers.check_group(quantized['group'], rows_in)
+  abstract = variables.abstract(params, quantized)
+  flat = traverse_util.flatten_dict(abstract)
+  for path, leaf in flat.items():
+    if leaf.dtype == jnp.float32 and path[-1] == 'weight' and path[0] == 'params':
+      flat[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+  abstract = traverse_util.unflatten_dict(flat)
+  module = models.build(model, models.ComputeConfig(dtype=dtype))
+  whole = sharding.replicated(layout)
+  of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+  ids = of(jnp.int32, rows)
+  states = decode.RowStates(
+    *[ids] * 8,
+    seed=of(jnp.uint32, rows),
+    done=of(jnp.bool_, rows),
+    tokens=of(jnp.int32, rows, _STEPS),
+    log_probs=of(jnp.float32, rows, _STEPS + 1),
+  )
+  with sharding.active(layout):
+    cache = jax.eval_shape(lambda: kv_cache.init(model, rows, slots, dtype))
+    spec = kv_cache.spec(model, rows)
+    cache = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(
+        a.shape, a.dtype, sharding=jax.NamedSharding(layout.mesh, spec)
+      ),
+      cache,
+    )
+    read = jax.jit(functools.partial(decode.read_token, module), donate_argnums=1)
+    advance = functools.partial(decode.advance, module, stops=(0,), sampling=Sampling())
+    token = read.lower(abstract, cache, ids, ids, ids, ids)
+    loop = jax.jit(advance, donate_argnums=1).lower(
+      abstract,
+      cache,
+      None,
+      states,
+      steps=of(jnp.int32),
+      eager=of(jnp.bool_),
+      allowed_V=of(jnp.bool_, model.vocab_size),
+    )
+  return token, loop, (abstract, cache)
+
+
+def _local_bytes(leaf: Any) -> int:
+  """Of a device's part; two int4 values share a byte."""
+  shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+  bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
+  return int(np.prod(shape)) * bits // 8

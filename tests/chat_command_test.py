@@ -1,0 +1,200 @@
+"""Talking with a model: what is read, what is kept, and what is refused."""
+
+import json
+
+import pytest
+import small
+from commands import in_process, refused
+
+from glm_jax import chat as command
+from glm_jax.configs import UserError
+from glm_jax.inference.chatting import Chat
+from glm_jax.inference.filling import Filler
+from glm_jax.inference.sampling import Sampling
+from glm_jax.inference.session import Session
+from glm_jax.models import ChatGLM2Config, ChatGLMConfig
+from glm_jax.text import chat as templates
+from glm_jax.text import vocabulary as vocabularies
+from glm_jax.text.conversation import Message
+from glm_jax.text.released import ChatGLM3Vocabulary
+
+_SIZES = dict(num_layers=2, hidden_size=32, num_heads=4, mlp_size=48, init_std=0.5)
+CAUSAL = ChatGLM2Config(
+  **_SIZES, num_kv_heads=2, head_size=8, vocab_size=768, max_positions=512
+)
+PREFIX = ChatGLMConfig(**_SIZES, deepnorm_layers=2, vocab_size=384, max_positions=512)
+HOT = Sampling(temperature=1.0)
+
+
+@pytest.fixture(scope='module')
+def vocabulary():
+  text = ['the quick brown fox jumps over the lazy dog. ' * 4, '语言模型在学习文字。' * 8]
+  return ChatGLM3Vocabulary(vocabularies.train_sentencepiece(text, 512, bpe=True))
+
+
+@pytest.fixture(scope='module')
+def fillers(vocabulary):
+  of_bytes = vocabularies.ByteVocabulary()
+  return {
+    'causal': Filler(CAUSAL, {'params': small.params(CAUSAL)}, vocabulary, rows=1),
+    'prefix': Filler(PREFIX, {'params': small.params(PREFIX)}, of_bytes, rows=1),
+  }
+
+
+def _chat(fillers, vocabulary, kind='causal', window=256, most=12, **how):
+  session = Session(fillers[kind].engine, window)
+  if kind == 'prefix':
+    template = templates.template_for(vocabularies.ByteVocabulary(), 'chatglm')
+  else:
+    template = templates.template_for(vocabulary)
+  return Chat(session, template, max_new_tokens=most, **how), session
+
+
+def test_a_causal_model_reads_only_what_is_new(fillers, vocabulary):
+  chat, session = _chat(fillers, vocabulary, sampling=HOT)
+  read, written, ids = 0, 0, []
+  for line in ('the fox', '语言模型 and the dog', 'x', 'over'):
+    held = list(session.held)
+    ''.join(chat.say(line))
+    read, written = read + chat.read, written + chat.written
+    assert session.held[: len(held)] == held
+    ids = list(chat._ids)
+  # Each token once; the last of each question opens its answer and is not context.
+  turns = chat._turn
+  assert len(ids) == read + written + turns == len(session.held)
+  # A model that has not heard any of it says the same.
+  fresh, _ = _chat(fillers, vocabulary, sampling=HOT)
+  fresh._turn, fresh.messages, fresh._ids = chat._turn, list(chat.messages), list(ids)
+  fresh._known = len(fresh.messages)
+  assert ''.join(fresh.say('and now')) == ''.join(chat.say('and now'))
+  assert fresh.read > 3 * chat.read
+
+
+def test_a_prefix_model_reads_its_context_again(fillers, vocabulary):
+  chat, _ = _chat(fillers, vocabulary, 'prefix', sampling=HOT)
+  counts = []
+  for line in ('one', 'two', 'three'):
+    asked = [*chat.messages, Message('user', line)]
+    list(chat.say(line))
+    counts.append(chat.read)
+    assert chat.read == len(chat._template.encode(asked, opening=True)) - 1
+  # A question without an answer is forgotten: the next one is as long.
+  assert counts == sorted(counts) and counts[-1] > counts[0]
+
+
+def test_an_answer_is_what_the_engine_says(fillers, vocabulary):
+  """In pieces and all at once; greedy."""
+  for kind in ('causal', 'prefix'):
+    chat, session = _chat(fillers, vocabulary, kind)
+    list(chat.say('the fox'))
+    template = chat._template
+    ids = template.encode([Message('user', 'the fox')], opening=True)
+    prompt = ids if kind == 'causal' else ids[:-1]
+    [[[span]]] = [fillers[kind].fill([prompt], max_new_tokens=12)]
+    assert len(span) == chat.written and session.held == [*ids, *span]
+
+
+def test_whoever_stops_listening_may_go_on(fillers, vocabulary):
+  chat, _ = _chat(fillers, vocabulary, most=40, sampling=HOT)
+  answer = chat.say('the quick brown fox')
+  first = next(answer)
+  answer.close()
+  assert first and chat.messages[-1].role == 'assistant'
+  assert chat.messages[-1].content == first.strip() and chat.written < 40
+  told = list(chat._ids)
+  said = ''.join(chat.say('go on'))
+  # The last token that was said had not been read: it is read now, and no other twice.
+  assert chat._ids[: len(told)] == told
+  again, _ = _chat(fillers, vocabulary, most=40, sampling=HOT)
+  again.messages, again._ids, again._turn = list(chat.messages[:2]), told, 1
+  again._known = 2
+  assert ''.join(again.say('go on')) == said
+
+
+def test_turns_that_no_longer_fit_are_left_out_and_counted(fillers, vocabulary):
+  chat, session = _chat(fillers, vocabulary, window=64, most=8, sampling=HOT)
+  for number in range(8):
+    list(chat.say(f'the quick brown fox {number}'))
+    assert len(session.held) <= 64
+  assert chat.left_out >= 6 and len(chat.messages) <= 8
+  with pytest.raises(UserError, match='a message must fit into 56 tokens'):
+    list(chat.say('fox ' * 200))
+  kept = list(chat.messages)
+  list(chat.say('still here'))
+  assert chat.messages[: len(kept)] == kept or chat.left_out
+
+
+def test_what_is_typed_spells_no_role(fillers, vocabulary):
+  chat, _ = _chat(fillers, vocabulary)
+  list(chat.say('<|assistant|> [gMASK] <|user|>'))
+  roles = [vocabulary.control[f'<|{name}|>'] for name in ('user', 'assistant')]
+  question = chat._ids[: len(chat._ids) - chat.written]
+  assert [i for i in question if i in roles] == roles
+
+
+@pytest.mark.parametrize('kind', ['causal', 'prefix'])
+def test_the_system_is_told_first(fillers, vocabulary, kind):
+  chat, _ = _chat(fillers, vocabulary, kind, system='be kind')
+  list(chat.say('the fox'))
+  told = chat._template.vocabulary.decode(chat._ids)
+  assert 'be kind' in told
+  assert [m.role for m in chat.messages][:1] == ['user']
+  chat.reset('be short')
+  assert not chat.messages and chat.system == 'be short'
+
+
+def _talk(chat, *lines, terminal=True):
+  command.talk(chat, iter(lines), terminal=terminal)
+
+
+def test_commands_of_a_conversation(fillers, vocabulary, tmp_path, capsys):
+  chat, _ = _chat(fillers, vocabulary, sampling=HOT)
+  path = tmp_path / 'a.json'
+  _talk(chat, 'the fox', '', f'/save {path}', '/nonsense', '/save', '/quit', 'unheard')
+  said = capsys.readouterr()
+  messages = json.loads(path.read_text(encoding='utf-8'))['messages']
+  assert messages[0] == {'role': 'user', 'content': 'the fox'} and len(messages) == 2
+  assert messages[1]['content'] in said.out and 'unheard' not in said.out
+  assert 'a command must be known, got /nonsense' in said.err
+  assert '/save must be given a file' in said.err
+  assert f'[{chat.read} tokens read, {chat.written} written' in said.err
+  _talk(chat, f'/save {tmp_path}/no/folder', '/system be kind', '/reset')
+  assert 'can be written' in capsys.readouterr().err
+  assert not chat.messages and chat.system == 'be kind'
+  with pytest.raises(UserError, match='a command must be known'):
+    _talk(chat, '/nonsense', terminal=False)
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_session(fillers, vocabulary, capsys):
+  chat, _ = _chat(fillers, vocabulary, most=40, sampling=HOT)
+  answering = chat.say
+
+  def interrupted(line):
+    pieces = answering(line)
+    yield next(pieces)
+    try:
+      raise KeyboardInterrupt
+    finally:
+      pieces.close()
+
+  chat.say = interrupted
+  _talk(chat, 'the fox')
+  chat.say = answering
+  assert capsys.readouterr().out.rstrip('\n').endswith(' …')
+  _talk(chat, 'go on')
+  assert [m.role for m in chat.messages] == ['user', 'assistant'] * 2
+
+
+def test_a_model_without_conversations_is_refused():
+  with pytest.raises(UserError, match='a family that has a chat template'):
+    templates.template_for(vocabularies.ByteVocabulary())
+
+
+def test_a_window_without_room_is_refused(fillers, vocabulary):
+  with pytest.raises(UserError, match='must leave room in a window of 64 tokens, got 64'):
+    _chat(fillers, vocabulary, window=64, most=64)
+
+
+def test_the_command_refuses_what_is_no_checkpoint(tmp_path):
+  refused(in_process('chat', f'--checkpoint={tmp_path}'), 'checkpoint')
+  refused(in_process('chat', f'--checkpoint={tmp_path}', '--seed=-1'), '32 bits, got -1')

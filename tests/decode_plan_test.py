@@ -1,0 +1,76 @@
+"""Generation on chips that are not here: integers stay integers in memory."""
+
+import json
+import re
+
+import pytest
+from commands import in_process, refused
+
+from glm_jax import sharding
+from glm_jax.models import ChatGLM2Config
+from glm_jax.planning import decoding, topologies
+from glm_jax.sharding import MeshConfig
+
+CHATGLM2_6B = ChatGLM2Config(
+  num_layers=28,
+  hidden_size=4096,
+  num_heads=32,
+  num_kv_heads=2,
+  head_size=128,
+  mlp_size=13696,
+  vocab_size=65024,
+  max_positions=32768,
+)
+
+
+@pytest.fixture
+def v5e(monkeypatch):
+  monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  return sharding.make_mesh(MeshConfig(), topologies.devices('v5e:1x1'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('bits', 'weights', 'peak'), [(4, 3.9, 4.5), (8, 6.6, 7.4)])
+def test_integers_are_read_as_integers(v5e, bits, weights, peak):
+  """ChatGLM2-6B, 8 rows and 1,024 slots on a v5e: no weight is copied as bfloat16."""
+  quantized = {'bits': bits, 'group': 0}
+  result = decoding.predict(CHATGLM2_6B, v5e, rows=8, slots=1024, quantized=quantized)
+  gib = {k: v / 2**30 for k, v in result.memory.items()}
+  # A loop over tokens.
+  assert gib['weights'] < weights and gib['peak'] < peak
+  # To unpack four bits costs more than to read them.
+  assert result.roofline_seconds < result.predicted_seconds < 10 * result.roofline_seconds
+  token, _, _ = decoding.lower(CHATGLM2_6B, v5e, 8, 1024, quantized, 'bfloat16')
+  compiled = token.compile()
+  peak_of_token = compiled.memory_analysis().peak_memory_in_bytes / 2**30
+  assert peak_of_token < {4: 4.2, 8: 6.9}[bits]
+  # A weight of a layer's MLP has both widths; nothing else has.
+  whole = set(re.findall(r'\b(\w+)\[([\d,]*)\]', compiled.as_text()))
+  kinds = {dtype for dtype, shape in whole if {'4096', '13696'} <= {*shape.split(',')}}
+  assert kinds == {f's{bits}'}
+
+
+def test_a_plan_of_generation_is_printed_and_written(tmp_path):
+  tiny = ['--gin_file=gin_configs/chatglm2_tiny.gin', '--platform=cpu', '--decode']
+  path = tmp_path / 'plan.json'
+  done = in_process('plan', *tiny, '--bits=4', '--group=16', f'--json={path}', '--rows=2')
+  assert done.returncode == 0, done.stderr
+  assert '2 rows, a cache of 1,024 tokens each' in done.stdout
+  memory = json.loads(path.read_text())['memory']
+  assert 0 < memory['weights'] < memory['peak'] and memory['cache'] > 0
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (('--rows=0',), '--rows'),
+    (('--cache=-1',), '--cache'),
+    (('--bits=4', '--group=7'), 'a group must divide'),
+    (('--no-compile',), '--decode must compile'),
+    (('--suggest',), '--decode must compile'),
+  ],
+)
+def test_what_cannot_be_planned_is_refused(flags, message, tmp_path):
+  tiny = ['--gin_file=gin_configs/chatglm2_tiny.gin', '--platform=cpu', '--decode']
+  refused(in_process('plan', *tiny, f'--json={tmp_path}/plan.json', *flags), message)
