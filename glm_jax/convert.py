@@ -25,7 +25,6 @@ from glm_jax.interop import (
   hub,
   integers,
   leaves,
-  recognise,
   rotary,
   tokenizer_files,
 )
@@ -200,23 +199,17 @@ def _read_checkpoint(src: Path) -> Model:
 
 
 def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
+  from glm_jax import opening
   from glm_jax.checkpoints import variables
-  from glm_jax.training import state
 
-  source = files.open_source(src)
-  recognised = recognise.recognise(source, _overrides(flags.set))
-  of_integers = {'bits': recognised.bits, 'group': 0} if recognised.bits else None
-  params = state.abstract_params(recognised.config)
-  shapes = {
-    k: v.shape for k, v in slices.flat(variables.stored(params, of_integers)).items()
-  }
+  source, recognised, foreign = opening.foreign(src, _overrides(flags.set))
+  of_integers = variables.of_channels(recognised.bits)
   vocabulary = None
   if not flags.vocabulary:
     vocabulary = loading.find(src, recognised.format, recognised.config.vocab_size)
   print(f'{src}: {FORMATS[recognised.format].describes}; {len(source.parts)} part(s)')
   for line in recognised.assumed:
     print(f'  {line}')
-  foreign = leaves.ForeignLeaves(source, recognised, shapes)
   origin = {
     # Kept in the checkpoint: an export in the same format gives the same files again.
     'format': recognised.format,

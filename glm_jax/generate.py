@@ -7,6 +7,7 @@ terminal. Everything is checked before weights are read, and before anything is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -149,6 +150,8 @@ def _to_file(
 
 def _converse(model: Any, how: dict[str, Any]) -> None:
   """Answers prompts as they are typed, until there are no more."""
+  with contextlib.suppress(ImportError):
+    import readline  # noqa: F401 - arrow keys and history in input()
   print('a prompt a line; Ctrl-D ends')
   while True:
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from glm_jax import checkpoints, configs, sharding
 from glm_jax.checkpoints import variables
 from glm_jax.interop import reading
 from glm_jax.models import config as model_config
+from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import start, state
 
@@ -57,15 +58,17 @@ def find(path: str) -> Stored:
   )
 
 
-def _released(folder: Path) -> Stored:
-  def abstract(config: Any, bits: int, layout: sharding.Layout | None = None) -> Any:
-    params = state.abstract_params(config, layout)
-    return traverse_util.flatten_dict(variables.stored(params, _quantized(bits)))
+def foreign(folder: Path, overrides: Mapping[str, Any]) -> reading.OfOthers:
+  """A model in another program's files; see `reading.read`."""
+  shapes = lambda config, bits: {k: v.shape for k, v in _abstract(config, bits).items()}
+  return reading.read(folder, shapes, overrides)
 
-  shapes = lambda config, bits: {k: v.shape for k, v in abstract(config, bits).items()}
-  config, bits, leaves, vocabulary, assumed = reading.read(folder, shapes)
-  for line in assumed:
+
+def _released(folder: Path) -> Stored:
+  _, known, leaves = foreign(folder, {})
+  for line in known.assumed:
     warnings.warn(f'{folder}: {line}', stacklevel=4)
+  vocabulary = loading.find(folder, known.format, known.config.vocab_size)
   configs.check(
     vocabulary is not None,
     'a released model must have its vocabulary beside it',
@@ -75,16 +78,21 @@ def _released(folder: Path) -> Stored:
 
   def read(layout: sharding.Layout) -> dict[str, Any]:
     arrays = {}
-    for path, leaf in abstract(config, bits, layout).items():
+    for path, leaf in _abstract(known.config, known.bits, layout).items():
       array = reading.whole(leaves, path)
       arrays[path] = jax.make_array_from_callback(
         array.shape, leaf.sharding, array.__getitem__
       )
-    return variables.split(traverse_util.unflatten_dict(arrays), _quantized(bits))
+    nested = traverse_util.unflatten_dict(arrays)
+    return variables.split(nested, variables.of_channels(known.bits))
 
-  return Stored(config, vocabulary, read, lambda: reading.fingerprint(folder))
+  return Stored(known.config, vocabulary, read, lambda: reading.fingerprint(folder))
 
 
-def _quantized(bits: int) -> dict[str, int] | None:
-  """What a checkpoint would say of integers as ChatGLM's: a scale a channel."""
-  return {'bits': bits, 'group': 0} if bits else None
+def _abstract(
+  config: Any, bits: int, layout: sharding.Layout | None = None
+) -> dict[tuple[str, ...], Any]:
+  """Leaves of a model with integers of so many bits, by path."""
+  params = state.abstract_params(config, layout)
+  leaves = variables.stored(params, variables.of_channels(bits))
+  return traverse_util.flatten_dict(leaves)

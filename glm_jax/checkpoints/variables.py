@@ -82,6 +82,11 @@ def read(folder: epath.Path, params: Any) -> dict[str, Any]:
   return split(leaves, quantized)
 
 
+def of_channels(bits: int) -> dict[str, int] | None:
+  """What a description says of integers with a scale a channel; None without integers."""
+  return {'bits': bits, 'group': 0} if bits else None
+
+
 def split(leaves: Any, quantized: Mapping[str, int] | None) -> dict[str, Any]:
   """The collections that leaves are of; see `stored` and `read`."""
   if not quantized:

@@ -5,34 +5,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from glm_jax.interop import files, leaves, recognise
-from glm_jax.text import loading
-from glm_jax.text.vocabulary import Vocabulary
 
 # Megatron's parts have names of their own, and a file that names their folder.
 _PARTS = ('mp_rank_*.pt', 'latest_checkpointed_iteration.txt', 'latest')
 
 
 class OfOthers(NamedTuple):
-  """A model of another program's files.
+  """A model in another program's files.
 
   Attributes:
-    config: of the model.
-    bits: of its integers; 0 for a plain model.
-    leaves: its parameters.
-    vocabulary: None where the folder has none.
-    assumed: what the files do not say, a line each.
+    source: the files.
+    recognised: what they hold.
+    leaves: the parameters.
   """
 
-  config: Any
-  bits: int
-  leaves: leaves.Leaves
-  vocabulary: Vocabulary | None
-  assumed: tuple[str, ...]
+  source: files.Source
+  recognised: recognise.Recognised
+  leaves: leaves.ForeignLeaves
 
 
 def is_released(folder: Path) -> bool:
@@ -45,26 +40,24 @@ def is_released(folder: Path) -> bool:
 
 
 def read(
-  folder: Path, shapes: Callable[[Any, int], Mapping[tuple[str, ...], tuple[int, ...]]]
+  folder: Path,
+  shapes: Callable[[Any, int], Mapping[tuple[str, ...], tuple[int, ...]]],
+  overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> OfOthers:
   """What a folder holds; no tensor is read before it is asked for.
 
   Args:
-    folder: see `is_released`.
-    shapes: of every leaf of a model, given its configuration and bits.
+    folder: of another program.
+    shapes: of every leaf of a model, given its configuration and the bits of its integers.
+    overrides: fields of the configuration that win over what the files say.
 
   Raises:
     UserError: files that are damaged, or of a model that this package does not compute.
   """
   source = files.open_source(folder)
-  known = recognise.recognise(source, {})
-  return OfOthers(
-    known.config,
-    known.bits,
-    leaves.ForeignLeaves(source, known, shapes(known.config, known.bits)),
-    loading.find(folder, known.format, known.config.vocab_size),
-    known.assumed,
-  )
+  known = recognise.recognise(source, overrides)
+  stored = leaves.ForeignLeaves(source, known, shapes(known.config, known.bits))
+  return OfOthers(source, known, stored)
 
 
 def fingerprint(folder: Path) -> str:
