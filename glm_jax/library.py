@@ -6,7 +6,6 @@ imported by the losses of GLM's objectives alone, which are made as in training.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
@@ -17,41 +16,12 @@ import numpy as np
 from glm_jax import accelerators, configs, models, opening, sharding
 from glm_jax.batch import Batch
 from glm_jax.configs import at_least
-from glm_jax.inference import prompts as prompt_lib
 from glm_jax.inference import scoring
 from glm_jax.inference.engine import Answer
 from glm_jax.inference.filling import Filler
 from glm_jax.inference.forward import Forward, Loss, Scores
-from glm_jax.inference.generation import Generation
+from glm_jax.inference.generation import Completion, Generation
 from glm_jax.models.cache import DTYPES
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion:
-  """A prompt with its blanks filled, or a text that goes on.
-
-  Attributes:
-    number: of the prompt, from 0.
-    sample: of the prompt's answers, from 0.
-    prompt: the text that was given.
-    text: the whole, as the vocabulary decodes it.
-    spans: what was generated, a text a blank.
-    tokens: its token ids.
-    log_probs: of each token; behind them that of the end, unless a span was cut short.
-  """
-
-  number: int
-  sample: int
-  prompt: str
-  text: str
-  spans: list[str]
-  tokens: list[np.ndarray]
-  log_probs: list[np.ndarray]
-
-  @property
-  def log_prob(self) -> float:
-    """Of all that was generated, in nats, at the temperature that it was sampled at."""
-    return float(sum(scores.sum() for scores in self.log_probs))
 
 
 def load(
@@ -143,22 +113,14 @@ class LanguageModel:
       texts: with or without blanks.
       answers: of each text, a text a blank.
     """
-    made = []
-    for i, text in enumerate(_listed(texts)):
-      given = None if answers is None else answers[i]
-      ids = prompt_lib.encode(self.config, self.vocabulary, text, bare=given is None)
-      made.append(self._row(text, ids, given))
-    objective = 'causal' if self.config.causal else 'blank'
-    return scoring.batch(made, objective, self.vocabulary.specials.pad)
-
-  def _row(self, text: str, ids: Sequence[int], answers: Sequence[str] | None):
-    request = prompt_lib.request(self.config, self.vocabulary, 0, ids)
-    spans = [[]]
-    if answers is not None:
-      spans = prompt_lib.encode_answers(self.config, self.vocabulary, text, answers)
-    row = scoring.lay_out(self.config, self.vocabulary, request, spans)
-    prompt_lib.check_context(self.config, len(row.tokens) * self.config.causal)
-    return row
+    texts = _listed(texts)
+    configs.check(
+      answers is None or len(answers) == len(texts),
+      'answers must be as many as texts',
+      f'{answers and len(answers)} for {len(texts)}',
+      'give a list of answers for each text',
+    )
+    return scoring.of_texts(self.config, self.vocabulary, texts, answers)
 
   def logits(
     self, texts: str | Sequence[str] | Batch, answers: Sequence[Sequence[str]] | None = None
@@ -192,16 +154,14 @@ class LanguageModel:
     configs.check_value('seed', seed, configs.SEED)
     texts = _listed(texts)
     if c.causal:
-      rows = scoring.batch(
-        [scoring.document(c, v, text) for text in texts], 'causal', v.specials.pad
-      )
+      rows = scoring.documents(c, v, texts)
     else:
       from glm_jax import startup
 
       startup.import_tensorflow()
       from glm_jax.data.examples import texts as examples
 
-      ids = [[*prompt_lib.encode(c, v, text, bare=True)] for text in texts]
+      ids = [scoring.document(c, v, text) for text in texts]
       rows = examples.batch(ids, v, objective, seed, block_positions=c.two_positions)
     counts = rows.loss_weights.sum(1)
     configs.check(

@@ -73,7 +73,7 @@ def _released(folder: Path) -> Stored:
     vocabulary is not None,
     'a released model must have its vocabulary beside it',
     str(folder),
-    'convert it (python -m glm_jax.convert) with --vocabulary=KIND:PATH',
+    f'python -m glm_jax.convert {folder} DST --vocabulary=KIND:PATH, and give DST',
   )
 
   def read(layout: sharding.Layout) -> dict[str, Any]:

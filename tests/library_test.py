@@ -134,7 +134,7 @@ def test_losses_of_objectives_are_those_of_training(loaded, objective):
   from glm_jax.data.examples import texts
 
   model = loaded['glm']
-  long = ['Some words. And others; so it goes. ' + text for text in TEXTS]
+  long = ['Some words. And others; so it goes. ' + t for t in [*TEXTS, 'a [MASK]']]
   loss = model.loss(long, objective, seed=3)
   ids = [[*model.vocabulary.prefix, *model.vocabulary.encode(t)] for t in long]
   ids = [[*x, model.vocabulary.specials.eos] for x in ids]
@@ -262,6 +262,8 @@ def test_a_released_folder_is_read_as_it_is(folders, tmp_path, bits):
     (lambda m: m.score('a [MASK]', ['x', '']), 'must hold some text'),
     (lambda m: m.score('a [MASK] [MASK]', ['x']), 'as many answers, got 1'),
     (lambda m: m.score('a', ['x']), 'must hold a blank'),
+    (lambda m: m.logits(['a', 'b'], [['x']]), 'as many as texts, got 1 for 2'),
+    (lambda m: m.loss(['a', '']), 'must hold some text'),
     (lambda m: m.generate([]), 'texts must be one or more'),
     (lambda m: m.generate('no blank'), 'must hold a blank'),
     (lambda m: m.generate('[MASK]' + 'x' * 90), 'at most 81 tokens'),

@@ -1,9 +1,11 @@
-"""How answers are generated: what a user may ask for, and checks of it."""
+"""What a user may ask for when answers are generated, and what an answer is."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Annotated, Any
+
+import numpy as np
 
 from glm_jax import configs
 from glm_jax.configs import SEED, at_least
@@ -67,3 +69,31 @@ class Generation:
     sampling = {name: fields.pop(name) for name in _OF_SAMPLING if name in fields}
     fields['stop_strings'] = tuple(fields.get('stop_strings', ()))
     return cls(**fields, sampling=Sampling(**sampling))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+  """A prompt with its blanks filled, or a text that goes on.
+
+  Attributes:
+    number: of the prompt, from 0.
+    sample: of the prompt's answers, from 0.
+    prompt: the text that was given.
+    text: the whole, as the vocabulary decodes it.
+    spans: what was generated, a text a blank.
+    tokens: its token ids.
+    log_probs: of each token; behind them that of the end, unless a span was cut short.
+  """
+
+  number: int
+  sample: int
+  prompt: str
+  text: str
+  spans: list[str]
+  tokens: list[np.ndarray]
+  log_probs: list[np.ndarray]
+
+  @property
+  def log_prob(self) -> float:
+    """Of all that was generated, in nats, at the temperature that it was sampled at."""
+    return float(sum(scores.sum() for scores in self.log_probs))

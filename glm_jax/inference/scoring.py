@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from glm_jax import configs
 from glm_jax.batch import DTYPES, OBJECTIVES, Batch
 from glm_jax.inference import prompts
-from glm_jax.inference.engine import Request
+from glm_jax.inference.engine import Request, check_context
 from glm_jax.text.vocabulary import Vocabulary
 
 
@@ -61,12 +62,49 @@ def lay_out(
   return Row(tokens, targets, scored, positions, blocks, 0 if config.causal else n)
 
 
-def document(config: Any, vocabulary: Vocabulary, text: str) -> Row:
-  """A text of a causal model, as it is trained on: all of it is scored, and its end."""
-  ids = prompts.encode(config, vocabulary, text)
-  opens = max(1, len(vocabulary.prefix))
-  begins = prompts.request(config, vocabulary, 0, ids[:opens])
-  return lay_out(config, vocabulary, begins, [ids[opens:]])
+def of_texts(
+  config: Any,
+  vocabulary: Vocabulary,
+  texts: Sequence[str],
+  answers: Sequence[Sequence[str]] | None,
+) -> Batch:
+  """Texts and what fills their blanks; without it, the first blank alone is opened.
+
+  Args:
+    config: of the model.
+    vocabulary: that it was trained with.
+    texts: at least one, with or without blanks.
+    answers: of each text, a text a blank.
+  """
+  made = []
+  for i, text in enumerate(texts):
+    ids = prompts.encode(config, vocabulary, text, bare=answers is None)
+    spans = [[]]
+    if answers is not None:
+      spans = prompts.encode_answers(config, vocabulary, text, answers[i])
+    request = prompts.request(config, vocabulary, 0, ids)
+    made.append(lay_out(config, vocabulary, request, spans))
+    check_context(config, len(made[-1].tokens) * config.causal)
+  objective = 'causal' if config.causal else 'blank'
+  return batch(made, objective, vocabulary.specials.pad)
+
+
+def document(config: Any, vocabulary: Vocabulary, text: str) -> list[int]:
+  """Token ids of a text as it is trained on, where names of masks are text."""
+  configs.check(bool(text), 'a document must hold some text', repr(text), 'give a text')
+  ids = [*vocabulary.prefix, *vocabulary.encode(text), vocabulary.specials.eos]
+  check_context(config, len(ids) - config.causal)
+  return ids
+
+
+def documents(config: Any, vocabulary: Vocabulary, texts: Sequence[str]) -> Batch:
+  """Texts of a causal model: all of each is scored, and its end."""
+  opens, made = max(1, len(vocabulary.prefix)), []
+  for text in texts:
+    *ids, _ = document(config, vocabulary, text)
+    begins = prompts.request(config, vocabulary, 0, ids[:opens])
+    made.append(lay_out(config, vocabulary, begins, [ids[opens:]]))
+  return batch(made, 'causal', vocabulary.specials.pad)
 
 
 def batch(rows: Sequence[Row], objective: str, pad: int) -> Batch:
