@@ -168,12 +168,20 @@ _STOPS = tuple(range(2, 12))
 
 
 @functools.cache
-def _engine(family, kind='plain', rows=12, **how):
-  variables = variables_of(family, kind)
-  allowed = np.arange(V) != SOP
+def _engine(family, kind='plain'):
+  """Of four prompts at a time; causal contexts in pieces."""
   return Engine(
-    FAMILIES[family], variables, stops=_STOPS, allowed=allowed, rows=rows, **how
+    FAMILIES[family],
+    variables_of(family, kind),
+    stops=_STOPS,
+    allowed=np.arange(V) != SOP,
+    rows=12,
+    piece=8,
   )
+
+
+def _search(engine, requests):
+  return [*engine.search(requests, most=MOST, least=1, config=_HOW)]
 
 
 def _check(config, variables, requests, answers):
@@ -194,13 +202,21 @@ def _check(config, variables, requests, answers):
       at += len(made) + 1
 
 
-@pytest.mark.parametrize('kind', ['plain', 'int4', 'prefix'])
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize(
+  'family,kind',
+  [
+    ('glm', 'int4'),
+    ('glm', 'prefix'),
+    ('chatglm', 'plain'),
+    ('chatglm2', 'plain'),
+    ('chatglm2', 'prefix'),
+  ],
+)
 def test_scores_are_those_of_teacher_forcing(family, kind):
-  """Of contexts of all lengths, some in pieces, and of a second blank after the first."""
+  """Of contexts of all lengths, and of a second blank after the best text of the first."""
   config = FAMILIES[family]
   requests = _requests(config)
-  answers = [*_engine(family, kind, piece=8).search(requests, most=MOST, config=_HOW)]
+  answers = _search(_engine(family, kind), requests)
   _check(config, variables_of(family, kind), requests, answers)
   assert [a.read for a in answers] == [len(r.context) for r in requests]
   lengths = {len(span) for a in answers for span in a.spans}
@@ -227,23 +243,39 @@ def _close(some, others):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_rows_do_not_disturb_each_other(family):
   requests, engine = _requests(FAMILIES[family]), _engine(family)
-  search = functools.partial(engine.search, most=MOST, config=_HOW)
-  together, backwards = [*search(requests)], _sorted(search(requests[::-1]))
-  alone = [answer for request in requests for answer in search([request])]
+  together, backwards = _search(engine, requests), _sorted(_search(engine, requests[::-1]))
+  alone = [answer for request in requests for answer in _search(engine, [request])]
   for other in (backwards, alone):
     assert [a.spans for a in other] == [a.spans for a in together]
     _close(other, together)
+
+
+def test_of_a_cache_the_slots_of_a_span_follow_their_parents():
+  """Scales of int8, too; what stands before and behind stays."""
+  B, K, first, width = 2, 3, np.array([1, 4]), 2
+  config = FAMILIES['chatglm2']
+  cache = kv_cache.init(config, B * K, 7, 'int8')
+  cache = {name: jnp.arange(x.size).reshape(x.shape) for name, x in cache.items()}
+  parents = np.array([[2, 2, 0], [0, 1, 1]])
+  reordered = jax.jit(beam._reorder, static_argnums=3)(cache, parents, first, width)
+  assert {*reordered} == {'k', 'v', 'k_scale', 'v_scale'}
+  for name, x in jax.device_get(cache).items():
+    for row, beam_number in np.ndindex(B, K):
+      span = slice(first[row], first[row] + width)
+      expected = x[:, row * K + beam_number].copy()
+      expected[:, span] = x[:, row * K + parents[row, beam_number], span]
+      np.testing.assert_array_equal(reordered[name][:, row * K + beam_number], expected)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_eight_devices_find_what_one_does(family):
   config, variables = FAMILIES[family], variables_of(family, 'plain')
   requests = _requests(config)
-  expected = [*_engine(family).search(requests, most=MOST, config=_HOW)]
+  expected = _search(_engine(family), requests)
   layout = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
   with sharding.active(layout):
     engine = _engine.__wrapped__(family)
-    answers = [*engine.search(requests, most=MOST, config=_HOW)]
+    answers = _search(engine, requests)
     # The beams of a prompt are on one device, so that no part of a cache moves.
     cache = engine._spread(kv_cache.init(config, 4, 64), 3)
     assert cache['k'].sharding.shard_shape(cache['k'].shape)[1] == 3
