@@ -15,7 +15,7 @@ from variants import FAMILIES, variables_of
 from glm_jax import sharding
 from glm_jax.inference import beam
 from glm_jax.inference.beam import BeamConfig
-from glm_jax.inference.engine import Engine
+from glm_jax.inference.engine import Engine, Request, Span
 from glm_jax.inference.filling import Filler
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
@@ -107,7 +107,7 @@ def _one_by_one(log_probs, most, stops, least, config):
     (2, 2, 0.0, True, 0),
     (3, 1, 2.0, True, 1),
     (5, 3, -1.0, False, 0),
-    (4, 2, 0.6, False, 0),
+    (2, 0, 2.0, False, 0),
   ],
 )
 def test_a_search_over_rows_is_that_of_each_row_in_plain_python(
@@ -115,8 +115,10 @@ def test_a_search_over_rows_is_that_of_each_row_in_plain_python(
 ):
   """Two stop tokens, a least length, both ways to end, n-grams that would repeat."""
   most, stops, rng = 6, (1, 4), np.random.default_rng(K)
-  # So peaked that texts would repeat themselves, and end at all lengths.
-  log_probs = _log_softmax(rng.normal(0, 1.5, (24, most, 9, 9)).astype('f4'))
+  # So peaked that texts would repeat themselves; often all the best tokens are stops.
+  logits = rng.normal(0, 1.5, (24, most, 9, 9)).astype('f4')
+  logits[..., stops] += 1
+  log_probs = _log_softmax(logits)
   rows = np.arange(len(log_probs))[:, None]
 
   def log_probs_of(tokens_BKT, count):
@@ -216,6 +218,11 @@ def test_scores_are_those_of_teacher_forcing(family, kind):
   """Of contexts of all lengths, and of a second blank after the best text of the first."""
   config = FAMILIES[family]
   requests = _requests(config)
+  if not config.causal:
+    # A text that goes on in positions of its own, and a blank after it.
+    places = (dict(position=None, stride=1), dict(position=3, stride=0))
+    spans = [Span(first=SOP, **place) for place in places]
+    requests.append(Request(number=len(requests), context=range(20, 30), spans=spans))
   answers = _search(_engine(family, kind), requests)
   _check(config, variables_of(family, kind), requests, answers)
   assert [a.read for a in answers] == [len(r.context) for r in requests]
