@@ -149,13 +149,13 @@ def step(
     length=candidates.length + 1,
     tokens=put(candidates.tokens, token_BC),
   )
-  score_BK, index_BK = jax.lax.top_k(go_on.score, K)
+  index_BK = jax.lax.top_k(go_on.score, K)[1]
   now_live = _of(go_on, index_BK)
   parent_BK = jnp.take_along_axis(parent_BC, index_BK, axis=1)
-  # 4. Are K texts as good as the best candidate is by now? Where none goes on, too.
+  # 4. Are K texts as good as the best candidate is by now?
   worst_B = now_ended.score[:, -1]
   enough_B = config.early_stopping | (worst_B >= by_length_BC[:, 0])
-  now_done = (worst_B > -jnp.inf) & enough_B | (score_BK[:, 0] == -jnp.inf)
+  now_done = (worst_B > -jnp.inf) & enough_B
   # A row that is done keeps what it has.
   kept = lambda old, new: jax.tree.map(
     lambda x, y: jnp.where(done_B.reshape(-1, *[1] * (x.ndim - 1)), x, y), old, new
@@ -211,8 +211,8 @@ def _repeated(tokens_BKT: jax.Array, count: jax.Array, n: int, V: int) -> jax.Ar
   return jnp.zeros((B, K, V), bool).at[batch, text, ids].set(True, mode='drop')
 
 
-class Spans(NamedTuple):
-  """The span that each row is to say; all [B].
+class Openings(NamedTuple):
+  """How the span opens that each row is to say; all [B].
 
   Attributes:
     token: int32, that opens it.
@@ -238,7 +238,7 @@ def search(
   model: Any,
   variables: Any,
   cache: Cache,
-  spans: Spans,
+  openings: Openings,
   *,
   least: Any,
   most: int,
@@ -253,7 +253,7 @@ def search(
     variables: its collections.
     cache: [L, B K, S, ...], what was read before; see `spread`. Of a row that is asked for
       a span there are `most` slots behind that of its first token.
-    spans: of B rows.
+    openings: of the spans of B rows.
     least: tokens of a span before a stop token is allowed.
     most: longest span.
     config: how.
@@ -265,7 +265,7 @@ def search(
   """
   K = config.num_beams
   of_beams = lambda x_B: jnp.repeat(x_B, K)
-  token, position, stride, slot = map(of_beams, spans[:4])
+  token, position, stride, slot = map(of_beams, openings[:4])
 
   def unfinished(carry):
     count, _, beams = carry
@@ -293,10 +293,10 @@ def search(
       least=least,
     )
     # What stands before the span is the same in all beams.
-    cache = _reorder(cache, parent_BK, spans.slot + 1, most)
+    cache = _reorder(cache, parent_BK, openings.slot + 1, most)
     return count + 1, cache, beams
 
-  beams = start(spans.done, config, most)
+  beams = start(openings.done, config, most)
   _, cache, beams = jax.lax.while_loop(unfinished, one, (jnp.int32(0), cache, beams))
   # Every process looks at what was found, wherever its rows were.
   whole = lambda x: nn.with_logical_constraint(x, (None,) * x.ndim)
@@ -323,7 +323,7 @@ def read_spans(
   model: Any,
   variables: Any,
   cache: Cache,
-  spans: Spans,
+  openings: Openings,
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
 ) -> Cache:
@@ -336,7 +336,7 @@ def read_spans(
     model: a Flax module.
     variables: its collections.
     cache: [L, B K, S, ...], as `search` leaves it.
-    spans: that were searched.
+    openings: of the spans that were searched.
     tokens_BT: the texts, padded at the end.
     lengths_B: tokens of each.
   """
@@ -344,8 +344,10 @@ def read_spans(
   of_beams = lambda x: jnp.repeat(x, K, axis=0)
   count = 1 + jnp.arange(T)
   inside = count <= lengths_B[:, None]
-  end = jnp.where(inside, spans.slot[:, None] + count + 1, 0)
-  position = jnp.where(inside, spans.position[:, None] + spans.stride[:, None] * count, 0)
+  end = jnp.where(inside, openings.slot[:, None] + count + 1, 0)
+  position = jnp.where(
+    inside, openings.position[:, None] + openings.stride[:, None] * count, 0
+  )
   _, cache = model.apply(
     variables,
     of_beams(tokens_BT),
@@ -353,7 +355,7 @@ def read_spans(
     of_beams(jnp.where(inside, 1 + count, 0)),
     Visibility(of_beams(jnp.zeros_like(end)), of_beams(end)),
     cache=cache,
-    cache_start=of_beams(spans.slot + 1),
+    cache_start=of_beams(openings.slot + 1),
     head=lambda x_BTD, weight_VD: None,
   )
   return cache

@@ -20,7 +20,7 @@ import numpy as np
 from glm_jax import attention, configs, models, sharding
 from glm_jax.inference import beam as beam_lib
 from glm_jax.inference import decode
-from glm_jax.inference.beam import BeamConfig, Spans
+from glm_jax.inference.beam import BeamConfig, Openings
 from glm_jax.inference.decode import Rows
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
@@ -235,7 +235,7 @@ class Engine:
     """Answers requests with beam search, in their order.
 
     A later span of a request goes on from the best text of the one before it. A batch has
-    as many beams as `generate` has rows.
+    as many beams as `generate` has rows, and all those of a prompt.
 
     Args:
       requests: what is asked.
@@ -275,7 +275,7 @@ class Engine:
     for number in range(max(len(r.spans) for r in requests)):
       # 1. The next span of each request that has one. What a device was given may not be
       # written to: it may look at it later.
-      rows = Spans(*np.zeros((3, B), np.int32), slot=slot, done=np.ones(B, bool))
+      rows = Openings(*np.zeros((3, B), np.int32), slot=slot, done=np.ones(B, bool))
       asked = [row for row, r in enumerate(requests) if number < len(r.spans)]
       for row in asked:
         span, following = requests[row].spans[number], slot[row] - self.virtual
