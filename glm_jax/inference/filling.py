@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax import configs, models
+from glm_jax.inference.beam import BeamConfig
 from glm_jax.inference.engine import Answer, Engine, Request, Span
 from glm_jax.inference.sampling import Sampling
 from glm_jax.text.vocabulary import Vocabulary
@@ -133,20 +134,28 @@ class Filler:
     max_new_tokens: int = 64,
     min_new_tokens: int = 0,
     sampling: Sampling = Sampling(),
+    beam: BeamConfig | None = None,
     seed: int = 0,
     first: int = 0,
     watch: Callable[[int, list[int]], bool] | None = None,
   ) -> Iterator[Answer]:
     """Answers, in the order in which they are done; `number` says whose they are.
 
+    With `beam`, the best text is searched for, of each blank after the one before it.
+
     Args:
       prompts: token ids with mask pieces, as `encode` gives them.
       max_new_tokens: longest span.
       min_new_tokens: tokens of a span before it may end.
-      sampling: how tokens are chosen.
+      sampling: how tokens are chosen; as it is by default with `beam`.
+      beam: how texts are searched; None to choose one token after the other.
       seed: of sampling; a prompt's random numbers come from it and its number.
       first: the number of the first prompt.
-      watch: see `Engine.generate`.
+      watch: see `Engine.generate`; None with `beam`.
+
+    Raises:
+      UserError: a prompt or span longer than the model's positions, or a search that is to
+        sample.
     """
     requests = [self._request(first + i, prompt) for i, prompt in enumerate(prompts)]
     configs.check(
@@ -155,6 +164,17 @@ class Filler:
       str(min_new_tokens),
       'ask for fewer',
     )
+    if beam is not None:
+      configs.check(
+        sampling == Sampling() and watch is None,
+        'beam search must be without temperature, top_k, top_p, min_p, repetition_penalty'
+        ' and stop strings',
+        str(sampling) if watch is None else 'a stop string',
+        'leave these out, or the beams',
+      )
+      return self.engine.search(
+        requests, most=max_new_tokens, least=min_new_tokens, config=beam
+      )
     return self.engine.generate(
       requests,
       most=max_new_tokens,
