@@ -19,6 +19,7 @@ from glm_jax import cli, configs, startup
 from glm_jax.configs import UserError
 
 _SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+_BEAM = ('num_beams', 'length_penalty', 'early_stopping', 'no_repeat_ngram_size')
 _GENERATION = ('samples', 'gmask', 'max_new_tokens', 'min_new_tokens', 'seed')
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.inference.generation import Generation
   from glm_jax.models.cache import DTYPES
 
-  how = {name: getattr(flags, name) for name in (*_SAMPLING, *_GENERATION)}
+  how = {name: getattr(flags, name) for name in (*_SAMPLING, *_BEAM, *_GENERATION)}
   how['stop_strings'] = tuple(flags.stop_strings)
   Generation.of(**how)
   configs.check_value('--batch_size', flags.batch_size, configs.at_least(1))
@@ -228,6 +229,26 @@ def _flags() -> argparse.ArgumentParser:
     type=float,
     default=1.0,
     help='above 1: makes tokens less probable that were there before (1)',
+  )
+  flags.add_argument(
+    '--num_beams', type=int, default=1, help='texts that beam search keeps; 1: none (1)'
+  )
+  flags.add_argument(
+    '--length_penalty',
+    type=float,
+    default=1.0,
+    help='of beam search: more is longer, 0 compares plain log-probabilities (1)',
+  )
+  flags.add_argument(
+    '--early_stopping',
+    action='store_true',
+    help='beam search ends with as many texts as it keeps',
+  )
+  flags.add_argument(
+    '--no_repeat_ngram_size',
+    type=int,
+    default=0,
+    help='n-grams of this size stand in a span once; 0: no such rule (0)',
   )
   flags.add_argument(
     '--stop_strings',

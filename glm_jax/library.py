@@ -17,6 +17,7 @@ from glm_jax import accelerators, configs, models, opening, sharding
 from glm_jax.batch import Batch
 from glm_jax.configs import at_least
 from glm_jax.inference import scoring
+from glm_jax.inference.beam import BeamConfig
 from glm_jax.inference.engine import Answer
 from glm_jax.inference.filling import Filler
 from glm_jax.inference.forward import Forward, Loss, Scores
@@ -222,8 +223,9 @@ class LanguageModel:
       prompts: texts with [MASK] (a few words), [sMASK] (a sentence) or [gMASK] (the rest);
         any text, for a causal model.
       skip: (number, sample) of answers that are not wanted.
-      **how: of `glm_jax.inference.generation.Generation` and of `sampling.Sampling` beside
-        it: max_new_tokens, samples, temperature (0 takes the most probable token), ...
+      **how: of `glm_jax.inference.generation.Generation`, and of `sampling.Sampling` and
+        `beam.BeamConfig` beside it: max_new_tokens, samples, temperature (0 takes the most
+        probable token), num_beams, ...
 
     Raises:
       UserError: a prompt that cannot be filled, or settings out of their range.
@@ -243,6 +245,7 @@ class LanguageModel:
       max_new_tokens=asked.max_new_tokens,
       min_new_tokens=asked.min_new_tokens,
       sampling=asked.sampling,
+      beam=None if asked.beam == BeamConfig() else asked.beam,
       seed=asked.seed,
       stop_strings=asked.stop_strings,
     )
@@ -263,8 +266,8 @@ class LanguageModel:
     """The most probable fillings of a text that are found, best first.
 
     They are the `top` most probable, by the model's own probabilities and all blanks taken
-    together, of the different ones among the greedy filling and `drawn` that are drawn.
-    There may be fewer.
+    together, of the different ones among the greedy filling, what a search with `top` beams
+    finds, and `drawn` that are drawn. There may be fewer.
 
     Args:
       text: with one or more blanks; a causal model goes on with it.
@@ -277,6 +280,8 @@ class LanguageModel:
     configs.check_value('drawn', drawn, at_least(1))
     how = {'max_new_tokens': max_new_tokens, 'seed': seed}
     found = self.generate([text], **how)
+    # Without a penalty, the search compares plain log-probabilities.
+    found += self.generate([text], num_beams=top, length_penalty=0.0, **how)
     # At temperature 1, log-probabilities are the model's.
     found += self.generate([text], samples=drawn, temperature=1.0, **how)
     found.sort(key=lambda answer: answer.log_prob)

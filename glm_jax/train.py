@@ -119,9 +119,6 @@ def train(
     say(f'resumed {config.model_dir} at step {saved_step}')
   first = int(current['step'])
   say(program.in_words(built, config, layout))
-  if distributed.is_leader():
-    for line in data.describe(first, config.train_steps):
-      say(line)
 
   # Steps. Each waits for the one before it, while the next is being computed.
   meta = {
@@ -181,6 +178,10 @@ def train(
       # Validation, saving and writing a profile do not count as training time.
       meter.stop()
       profile.ended(number)
+      # Counted over many batches, for which the first step does not wait.
+      if number == first + 1 and distributed.is_leader():
+        for line in data.describe(first, config.train_steps):
+          say(line)
       # An older validation says nothing of this checkpoint.
       scores = validate(number) if validates else {}
       if saves or stop.over:

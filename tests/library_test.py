@@ -156,7 +156,11 @@ def test_fillings_are_the_most_probable_found(loaded):
   values = [f.log_prob for f in found]
   assert values == sorted(values, reverse=True) and values[0] >= greedy.log_prob
   assert all(len(f.spans) == 2 and f.text.startswith('one') for f in found)
-  assert len(model.fill(prompt, top=100, drawn=3, max_new_tokens=3)) <= 4
+  assert len(model.fill(prompt, top=4, drawn=1, max_new_tokens=3)) <= 3
+  # What a search finds is more probable than what is most probable at each token.
+  [searched] = model.generate(prompt, num_beams=4, length_penalty=0.0, max_new_tokens=3)
+  assert values[0] >= searched.log_prob
+  assert model.fill('x [MASK]', top=4, max_new_tokens=3)[0].text.startswith('x')
 
 
 @pytest.mark.parametrize('family', stored.FAMILIES)
@@ -274,6 +278,7 @@ def test_a_released_folder_is_read_as_it_is(folders, tmp_path, bits):
     (lambda m: m.generate('[MASK]', seed=-1), 'must be a number of 32 bits'),
     (lambda m: m.loss('x' * 90), 'at most 81 tokens'),
     (lambda m: m.loss('a text', 'causal'), "must be one of \\('blank'"),
+    (lambda m: m.generate('[MASK]', num_beams=2, top_k=3), 'must be without temperature'),
     (lambda m: m.fill('[MASK]', top=0), 'top must be 1 or more'),
   ],
 )

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import attention, configs, models, sharding
+from glm_jax.inference import beam as beam_lib
 from glm_jax.inference import decode
+from glm_jax.inference.beam import BeamConfig, Openings
 from glm_jax.inference.decode import RowStates
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
@@ -71,12 +73,14 @@ class Answer:
     number: of the request.
     spans: token ids of each, without what ended it.
     log_probs: of these tokens, and behind them that of the stop token, if there was one.
+    scores: of each span that was searched with beams, see `beam`; of others there are none.
     read: tokens of context that were read for it.
   """
 
   number: int
   spans: list[list[int]] = dataclasses.field(default_factory=list)
   log_probs: list[list[float]] = dataclasses.field(default_factory=list)
+  scores: list[float] = dataclasses.field(default_factory=list)
   read: int = 0
 
 
@@ -118,6 +122,15 @@ class Engine:
       functools.partial(decode.advance, self.model, stops=self._stops),
       donate_argnums=1,
       static_argnames='sampling',
+    )
+    self._spread = jax.jit(beam_lib.spread, static_argnums=1)
+    self._search = jax.jit(
+      functools.partial(beam_lib.search, self.model, stops=self._stops),
+      donate_argnums=1,
+      static_argnames=('most', 'config'),
+    )
+    self._read_spans = jax.jit(
+      functools.partial(beam_lib.read_spans, self.model), donate_argnums=1
     )
 
   def _read_contexts(self, variables, cache, tokens_RT, lengths_R, rows_R):
@@ -161,7 +174,7 @@ class Engine:
     self.check(requests, most)
     if not requests:
       return
-    B = self._batch(len(requests))
+    B = self._batch(len(requests), self.rows)
     longest = max(self._slots(r, most) for r in requests)
     cache = kv_cache.init(self.config, B, bucket(longest), self.cache_dtype)
     penalized = sampling.repetition_penalty != 1
@@ -244,10 +257,91 @@ class Engine:
     )
     return cache, had, jax.tree.map(np.array, jax.device_get(rows))
 
-  def _batch(self, requests: int) -> int:
-    """B: few shapes, and as many rows on every device."""
+  def search(
+    self, requests: Sequence[Request], *, most: int, least: int = 0, config: BeamConfig
+  ) -> Iterator[Answer]:
+    """Answers requests with beam search, in their order.
+
+    A later span of a request goes on from the best text of the one before it. A batch has
+    as many beams as `generate` has rows, and all those of a prompt.
+
+    Args:
+      requests: what is asked.
+      most: longest span.
+      least: tokens of a span before a stop token is allowed.
+      config: of the search.
+
+    Raises:
+      UserError: a context or a span that the model has no positions for, or a span that
+        would have to repeat n-grams.
+    """
+    if not requests:
+      return
+    self.check(requests, most)
+    slots = bucket(max(self._slots(r, most) for r in requests))
+    B = self._batch(len(requests), self.rows // config.num_beams)
+    for first in range(0, len(requests), B):
+      yield from self._search_batch(
+        requests[first : first + B], B, slots, most, least, config
+      )
+
+  def _search_batch(
+    self,
+    requests: Sequence[Request],
+    B: int,
+    slots: int,
+    most: int,
+    least: int,
+    config: BeamConfig,
+  ) -> list[Answer]:
+    """Answers of at most B requests, whose first spans are searched, then their second."""
+    cache = kv_cache.init(self.config, B, slots, self.cache_dtype)
+    cache = self._spread(self.read(cache, [*enumerate(requests)]), config.num_beams)
+    answers = [Answer(number=r.number, read=len(r.context)) for r in requests]
+    slot = np.zeros(B, np.int32)
+    slot[: len(requests)] = [self.virtual + len(r.context) for r in requests]
+    for number in range(max(len(r.spans) for r in requests)):
+      # 1. The next span of each request that has one. What a device was given may not be
+      # written to: it may look at it later.
+      rows = Openings(*np.zeros((3, B), np.int32), slot=slot, done=np.ones(B, bool))
+      asked = [row for row, r in enumerate(requests) if number < len(r.spans)]
+      for row in asked:
+        span, following = requests[row].spans[number], slot[row] - self.virtual
+        rows.token[row], rows.stride[row], rows.done[row] = span.first, span.stride, False
+        rows.position[row] = following if span.position is None else span.position
+      cache, texts = self._search(
+        self.variables,
+        cache,
+        rows,
+        least=least,
+        most=most,
+        config=config,
+        allowed_V=self.allowed,
+      )
+      # 2. The best text of each.
+      best = jax.tree.map(lambda x: x[:, 0], jax.device_get(texts))
+      configs.check(
+        bool((best.score[asked] > -np.inf).all()),
+        'a span must have a text without a repeated n-gram',
+        f'none of {least} tokens or more with no_repeat_ngram_size='
+        f'{config.no_repeat_ngram_size}',
+        'let n-grams be longer, or ask for fewer tokens',
+      )
+      for row in asked:
+        answers[row].spans.append(best.tokens[row, : best.length[row]].tolist())
+        log_probs = best.log_probs[row]
+        answers[row].log_probs.append(log_probs[~np.isnan(log_probs)].tolist())
+        answers[row].scores.append(float(best.score[row]))
+      # 3. Later spans see it.
+      if any(len(r.spans) > number + 1 for r in requests):
+        cache = self._read_spans(self.variables, cache, rows, best.tokens, best.length)
+        slot = slot + ~rows.done * (1 + best.length)
+    return answers
+
+  def _batch(self, requests: int, most: int) -> int:
+    """B, about `most`: few shapes, and as many rows on every device."""
     parts = sharding.axis_size('act_batch')
-    wanted = min(self.rows, 2 ** (max(requests, 1) - 1).bit_length())
+    wanted = min(max(most, 1), 2 ** (max(requests, 1) - 1).bit_length())
     return -(-wanted // parts) * parts
 
   def read(self, cache: Any, taken: Sequence[tuple[int, Request]]) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 
 from glm_jax import configs, models
 from glm_jax.inference import prompts as prompt_lib
+from glm_jax.inference.beam import BeamConfig
 from glm_jax.inference.engine import Answer, Engine
 from glm_jax.inference.sampling import Sampling
 from glm_jax.text.vocabulary import Vocabulary
@@ -92,6 +93,7 @@ class Filler:
     max_new_tokens: int = 64,
     min_new_tokens: int = 0,
     sampling: Sampling = Sampling(),
+    beam: BeamConfig | None = None,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
@@ -99,16 +101,23 @@ class Filler:
   ) -> Iterator[Answer]:
     """Answers, in the order in which they are done; `number` says whose they are.
 
+    With `beam`, the best text is searched for, of each blank after the one before it.
+
     Args:
       prompts: token ids with mask pieces, as `encode` gives them.
       max_new_tokens: longest span.
       min_new_tokens: tokens of a span before it may end.
-      sampling: how tokens are chosen.
+      sampling: how tokens are chosen; as it is by default with `beam`.
+      beam: how texts are searched; None to choose one token after the other.
       seed: of sampling; a prompt's random numbers come from it and its number.
       numbers: of the prompts; None counts them.
       stop_strings: texts that end a span, too: its last token is the one that spells the
         first of them to its end. They are looked for every few tokens.
-      watch: see `Engine.generate`.
+      watch: see `Engine.generate`; None with `beam`.
+
+    Raises:
+      UserError: a prompt or span longer than the model's positions, or a search that is to
+        sample.
     """
     c, v = self._config, self._vocabulary
     numbers = range(len(prompts)) if numbers is None else numbers
@@ -123,6 +132,17 @@ class Filler:
     )
     # At once, and not when the first answer is asked for.
     self.engine.check(requests, max_new_tokens)
+    if beam is not None:
+      configs.check(
+        sampling == Sampling() and not (watch or stop_strings),
+        'beam search must be without temperature, top_k, top_p, min_p, repetition_penalty'
+        ' and stop strings',
+        str(sampling) if sampling != Sampling() else 'a stop string',
+        'leave these out, or the beams',
+      )
+      return self.engine.search(
+        requests, most=max_new_tokens, least=min_new_tokens, config=beam
+      )
 
     def cut(number: int, made: list[int]) -> int:
       if not self._holds(made, stop_strings):

@@ -9,9 +9,8 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.configs import SEED, at_least
+from glm_jax.inference.beam import BeamConfig
 from glm_jax.inference.sampling import Sampling
-
-_OF_SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,7 @@ class Generation:
     stop_strings: texts that end a span, and are left out of it.
     seed: of sampling: an answer depends on it, its prompt's number and its own.
     sampling: how tokens are chosen.
+    beam: how texts are searched, if it is not as by default.
   """
 
   samples: Annotated[int, at_least(1)] = 1
@@ -36,6 +36,7 @@ class Generation:
   # JAX takes 32 bits of a seed, and would drop the others.
   seed: Annotated[int, SEED] = 0
   sampling: Sampling = Sampling()
+  beam: BeamConfig = BeamConfig()
 
   def __post_init__(self):
     configs.check_fields(self)
@@ -60,15 +61,18 @@ class Generation:
 
   @classmethod
   def of(cls, **fields: Any) -> Generation:
-    """From its fields and those of `Sampling`, side by side.
+    """From its fields and those of `Sampling` and `BeamConfig`, side by side.
 
     Example:
       >>> Generation.of(seed=3, top_k=5).sampling.top_k
       5
     """
-    sampling = {name: fields.pop(name) for name in _OF_SAMPLING if name in fields}
+    of = lambda kind: kind(
+      **{f.name: fields.pop(f.name) for f in dataclasses.fields(kind) if f.name in fields}
+    )
+    sampling, beam = of(Sampling), of(BeamConfig)
     fields['stop_strings'] = tuple(fields.get('stop_strings', ()))
-    return cls(**fields, sampling=Sampling(**sampling))
+    return cls(**fields, sampling=sampling, beam=beam)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
