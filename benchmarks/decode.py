@@ -32,7 +32,8 @@ from benchmarks import readme
 from benchmarks.step import cpu_name
 from glm_jax import cli, sharding
 from glm_jax.checkpoints import slices
-from glm_jax.inference.engine import Engine, Request, Span
+from glm_jax.inference.engine import Engine
+from glm_jax.inference.request import Request, Span
 from glm_jax.models import ChatGLM2Config, ComputeConfig, quantized
 from glm_jax.models import config as model_config
 from glm_jax.training import state

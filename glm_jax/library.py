@@ -18,10 +18,10 @@ from glm_jax.batch import Batch
 from glm_jax.configs import at_least
 from glm_jax.inference import scoring
 from glm_jax.inference.beam import BeamConfig
-from glm_jax.inference.engine import Answer
 from glm_jax.inference.filling import Filler
 from glm_jax.inference.forward import Forward, Loss, Scores
 from glm_jax.inference.generation import Completion, Generation
+from glm_jax.inference.request import Answer
 from glm_jax.models.cache import DTYPES
 
 

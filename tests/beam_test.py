@@ -15,8 +15,9 @@ from variants import FAMILIES, variables_of
 from glm_jax import sharding
 from glm_jax.inference import beam
 from glm_jax.inference.beam import BeamConfig
-from glm_jax.inference.engine import Engine, Request, Span
+from glm_jax.inference.engine import Engine
 from glm_jax.inference.filling import Filler
+from glm_jax.inference.request import Request, Span
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
 

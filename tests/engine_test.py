@@ -11,7 +11,8 @@ from variants import FAMILIES, KINDS, variables_of
 
 from glm_jax import sharding
 from glm_jax.batch import Visibility, prefix_visibility
-from glm_jax.inference.engine import Engine, Request, Span
+from glm_jax.inference.engine import Engine
+from glm_jax.inference.request import Request, Span
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import virtual
 

@@ -13,7 +13,8 @@ from foreign import arrays_of, config_json, exported, imported
 from glm_jax import models
 from glm_jax.batch import Visibility
 from glm_jax.inference import decode
-from glm_jax.inference.engine import Engine, Request, Span
+from glm_jax.inference.engine import Engine
+from glm_jax.inference.request import Request, Span
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, chatglm, chatglm2, layers
 from glm_jax.models import cache as kv_cache
 from glm_jax.training import losses

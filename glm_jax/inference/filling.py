@@ -10,7 +10,8 @@ import numpy as np
 from glm_jax import configs, models
 from glm_jax.inference import prompts as prompt_lib
 from glm_jax.inference.beam import BeamConfig
-from glm_jax.inference.engine import Answer, Engine
+from glm_jax.inference.engine import Engine
+from glm_jax.inference.request import Answer
 from glm_jax.inference.sampling import Sampling
 from glm_jax.text.vocabulary import Vocabulary
 

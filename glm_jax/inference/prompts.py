@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from glm_jax import configs
-from glm_jax.inference.engine import Request, Span, check_context
+from glm_jax.inference.request import Request, Span, check_context
 from glm_jax.text.vocabulary import Vocabulary
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from glm_jax import configs
 from glm_jax.batch import DTYPES, OBJECTIVES, Batch
 from glm_jax.inference import prompts
-from glm_jax.inference.engine import Request, check_context
+from glm_jax.inference.request import Request, check_context
 from glm_jax.text.vocabulary import Vocabulary
 
 

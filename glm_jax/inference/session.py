@@ -13,7 +13,8 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.inference import engine as engines
-from glm_jax.inference.engine import Engine, Request, Span
+from glm_jax.inference.engine import Engine
+from glm_jax.inference.request import Request, Span
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
 
