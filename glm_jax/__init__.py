@@ -24,8 +24,8 @@ In Python, `model = glm_jax.load(PATH)` (library) has `config`, `vocabulary`, `p
   loss                the training loss of texts
   rows, logits        texts as the model reads them; what it says at each token
 
-Commands: `python -m glm_jax.train`, `.preview`, `.generate`, `.convert`, `.make_shards`,
-`.tune`, `.plan`; each has `--help`.
+Commands: `python -m glm_jax.train`, `.preview`, `.generate`, `.chat`, `.convert`,
+`.quantize`, `.make_shards`, `.tune`, `.plan`; each has `--help`.
 """
 
 import importlib
