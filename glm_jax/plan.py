@@ -261,7 +261,7 @@ def _flags() -> argparse.ArgumentParser:
   group.add_argument('--rows', type=int, default=8, metavar='B', help='of the batch (8)')
   group.add_argument('--cache', type=int, default=1024, metavar='S', help='tokens (1024)')
   group.add_argument(
-    '--bits', type=int, default=0, choices=(0, 4, 8), help='of integers; 0: none (0)'
+    '--bits', type=int, choices=(4, 8), help='of weights that are integers'
   )
   group.add_argument('--group', type=int, default=0, metavar='N', help='see quantize (0)')
   group.add_argument('--json', default='plan.json', metavar='FILE', help='results as JSON')

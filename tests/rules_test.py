@@ -17,6 +17,7 @@ from glm_jax import models, sharding
 from glm_jax.attention import api
 from glm_jax.batch import Batch
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig, layers
+from glm_jax.models.products import Factor
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import losses, state
 
@@ -211,8 +212,8 @@ def test_a_product_over_a_cut_weight_equals_that_over_the_whole(rules):
 
   def f(x, w, out, table):
     x = x + look_up.apply({'params': {'weight': table}}, ids)
-    [h] = layers.einsum('BTD,DF->BTF', x, [w], [('embed', 'mlp')])
-    [y] = layers.einsum('BTF,FD->BTD', jnp.tanh(h), [out], [('mlp', 'embed')])
+    [h] = layers.einsum('BTD,DF->BTF', x, [Factor(w, ('embed', 'mlp'))])
+    [y] = layers.einsum('BTF,FD->BTD', jnp.tanh(h), [Factor(out, ('mlp', 'embed'))])
     return (jnp.sin(y) * jnp.arange(8)[:, None, None]).sum(), layers.logits(y, table)
 
   def run(x, w, out, table):
