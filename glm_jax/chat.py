@@ -106,20 +106,14 @@ def main(argv: Sequence[str]) -> None:
   # JAX only after the flags are known to be good.
   import jax
 
-  from glm_jax import checkpoints, sharding
-  from glm_jax.checkpoints import variables
+  from glm_jax import opening, sharding
   from glm_jax.inference.chatting import Chat
   from glm_jax.inference.filling import Filler
   from glm_jax.inference.sampling import Sampling
   from glm_jax.inference.session import Session
   from glm_jax.models import ComputeConfig
-  from glm_jax.models import config as model_config
   from glm_jax.text import chat as templates
-  from glm_jax.training import start, state
 
-  startup.find_devices()
-  configs.check_value('--checkpoint', flags.checkpoint, configs.READABLE)
-  configs.check_value('--seed', flags.seed, configs.SEED)
   sampling = Sampling(
     temperature=flags.temperature,
     top_k=flags.top_k,
@@ -127,19 +121,21 @@ def main(argv: Sequence[str]) -> None:
     min_p=flags.min_p,
     repetition_penalty=flags.repetition_penalty,
   )
-  folder = checkpoints.find(flags.checkpoint)
-  meta = checkpoints.read_meta(folder)
-  config = model_config.from_dict(meta['model'])
-  vocabulary = start.vocabulary_of(folder, meta)
+  configs.check_value('--seed', flags.seed, configs.SEED)
+  for name in ('max_new_tokens', 'window'):
+    configs.check_value(f'--{name}', getattr(flags, name), configs.POSITIVE)
+  startup.find_devices()
+  source = opening.find(flags.checkpoint)
   family = flags.template
-  if not family and getattr(config, 'sandwich_norms', False):
+  if not family and getattr(source.config, 'sandwich_norms', False):
     family = 'glm4-0414'
-  template = templates.template_for(vocabulary, family)
+  template = templates.template_for(source.vocabulary, family)
+  # One device: a conversation is a row of its own.
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])
-  read = variables.read(folder, state.abstract_params(config, mesh))
   with sharding.active(mesh):
     compute = ComputeConfig(dtype=flags.dtype)
-    filler = Filler(config, read, vocabulary, compute, rows=1)
+    weights = source.read(mesh)
+    filler = Filler(source.config, weights, source.vocabulary, compute, rows=1)
     chat = Chat(
       Session(filler.engine, flags.window),
       template,

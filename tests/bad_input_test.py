@@ -233,7 +233,17 @@ def test_a_command_that_is_started_refuses_in_one_line(module, arguments, words,
 
 @pytest.mark.parametrize(
   'module',
-  ['train', 'preview', 'generate', 'convert', 'quantize', 'plan', 'make_shards', 'tune'],
+  [
+    'train',
+    'preview',
+    'generate',
+    'chat',
+    'convert',
+    'quantize',
+    'plan',
+    'make_shards',
+    'tune',
+  ],
 )
 def test_help_shows_an_example(module):
   done = in_process(module, '--help')

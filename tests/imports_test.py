@@ -106,7 +106,16 @@ def test_no_folder_imports_another_in_a_circle(depth):
 
 
 def test_nothing_imports_a_command():
-  assert {'train', 'plan', 'generate', 'convert', 'quantize', 'tune', 'preview'} <= COMMANDS
+  assert {
+    'train',
+    'plan',
+    'generate',
+    'chat',
+    'convert',
+    'quantize',
+    'tune',
+    'preview',
+  } <= COMMANDS
   for path in MODULES:
     rooms = {_room(m) for name in _imports(path) if (m := _module(name))}
     assert not rooms & COMMANDS, path

@@ -17,7 +17,17 @@ from glm_jax.recipes import CONFIGURABLES
 from glm_jax.tune import TuneConfig
 
 COMMANDS = (
-  *('train', 'preview', 'generate', 'convert', 'quantize', 'make_shards', 'plan', 'tune'),
+  *(
+    'train',
+    'preview',
+    'generate',
+    'chat',
+    'convert',
+    'quantize',
+    'make_shards',
+    'plan',
+    'tune',
+  ),
 )
 QUICKSTART = (f'--gin_file={ROOT}/gin_configs/quickstart.gin',)
 # What a command needs besides; all of it can be read, or is refused later than flags are.
@@ -25,6 +35,7 @@ NEEDED = {
   'train': QUICKSTART,
   'preview': QUICKSTART,
   'generate': ('--checkpoint=nowhere', '--prompt=[MASK]'),
+  'chat': ('--checkpoint=nowhere',),
   'convert': ('nowhere', 'out'),
   'quantize': ('nowhere', 'out', '--bits=4'),
   'make_shards': (*QUICKSTART, '--output_dir=out'),
@@ -217,6 +228,13 @@ GIVEN = {
   'convert': [
     ('', "SRC must be a folder with a checkpoint, got 'nowhere'"),
     ('third', 'unrecognized arguments: third'),
+  ],
+  'chat': [
+    ('', 'must be a folder'),
+    ('--seed=-1', '32 bits, got -1'),
+    ('--temperature=-1', 'Sampling.temperature must be'),
+    ('--max_new_tokens=0', '--max_new_tokens must be'),
+    ('--window=0', '--window must be'),
   ],
   'quantize': [
     ('', 'a checkpoint must be a folder with params and meta'),
