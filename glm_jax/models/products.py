@@ -152,9 +152,10 @@ def einsum(
     for names in stored
   ]
   # 3. The width goes last, 'DNH' -> 'NHD': elsewhere, XLA makes a sum over all devices of a
-  # large scatter.
+  # large scatter. One device would only copy for it.
   axes = factors[0].axes
-  width = axes.index('embed') if 'embed' in axes else None
+  gathers = 'embed' in axes and not sharding.alone()
+  width = axes.index('embed') if gathers else None
   width_last = letters
   if width is not None:
     width_last = letters[:width] + letters[width + 1 :] + letters[width]

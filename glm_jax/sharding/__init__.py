@@ -2,6 +2,7 @@
 
 from glm_jax.sharding.arrays import batch_sharding, place, replicated, row_share, shardings
 from glm_jax.sharding.devices import (
+  alone,
   axes_of,
   axis_size,
   gather_length,
@@ -25,6 +26,7 @@ __all__ = [
   'Layout',
   'MeshConfig',
   'active',
+  'alone',
   'axes_of',
   'axis_size',
   'batch_sharding',

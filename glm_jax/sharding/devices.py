@@ -19,10 +19,19 @@ from glm_jax.sharding.mesh import as_tuple
 
 
 def axes_of(logical: str) -> tuple[str, ...]:
-  """The mesh axes that stand for a logical one here; () without a mesh."""
-  if jax.sharding.get_abstract_mesh().empty:
+  """The mesh axes that stand for a logical one here; () where there is one device."""
+  if alone():
     return ()
   return as_tuple(nn.logical_to_mesh_axes((logical,))[0])
+
+
+def alone() -> bool:
+  """Whether there is no mesh here, or one of a single device: nothing moves, or is cut.
+
+  XLA's CPU compiler would keep gathers and sums over one device, and copy for them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or mesh.size == 1
 
 
 def axis_size(logical: str) -> int:
@@ -34,7 +43,7 @@ def axis_size(logical: str) -> int:
 def per_device(
   f: Callable[..., Any], in_axes: Any, out_axes: Any, *, kernels: bool = False
 ) -> Callable[..., Any]:
-  """`f` on each device's part of its arguments; without a mesh, `f` itself.
+  """`f` on each device's part of its arguments; where there is one device, `f` itself.
 
   Args:
     f: may use collectives over `axes_of(...)`.
@@ -44,7 +53,7 @@ def per_device(
     kernels: whether `f` calls kernels or has a derivative of its own, so that JAX cannot
       tell which axes its results vary over.
   """
-  if jax.sharding.get_abstract_mesh().empty:
+  if alone():
     return f
 
   def spec(axes: Any) -> PartitionSpec:
