@@ -2,7 +2,7 @@
 
 python -m benchmarks.decode [--only=TEXT] [--table]
 
-A ChatGLM2 of 37 M parameters, random: its checkpoint is exported by `convert --to=glm` and
+A ChatGLM2 of 31 M parameters, random: its checkpoint is exported by `convert --to=glm` and
 loaded by transformers in this process, on the CPU or the one GPU that JAX sees. Both
 generate the same number of tokens from the same prompts, greedily, in turn. Then the same
 model as integers, and 64 prompts of unlike lengths, continuously and in batches that wait
@@ -13,9 +13,9 @@ Results are kept by device and date in benchmarks/decode/; --table only writes t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -29,26 +29,17 @@ import jax
 import numpy as np
 
 from benchmarks import readme
-from benchmarks.step import cpu_name
+from benchmarks.step import SMALL_CHATGLM2, cpu_name
 from glm_jax import cli, sharding
 from glm_jax.checkpoints import slices
 from glm_jax.inference.engine import Engine
 from glm_jax.inference.request import Request, Span
-from glm_jax.models import ChatGLM2Config, ComputeConfig, quantized
+from glm_jax.models import ComputeConfig, quantized
 from glm_jax.models import config as model_config
 from glm_jax.training import state
 
 RESULTS = Path(__file__).parent / 'decode'
-MODEL = ChatGLM2Config(
-  num_layers=8,
-  hidden_size=512,
-  num_heads=8,
-  num_kv_heads=2,
-  head_size=64,
-  mlp_size=1408,
-  vocab_size=8192,
-  max_positions=2048,
-)
+MODEL = dataclasses.replace(SMALL_CHATGLM2, max_positions=2048)
 PROMPT, NEW = 32, 64
 KINDS = {'float32': 0, 'int8': 8, 'int4': 4}
 
@@ -234,14 +225,7 @@ def table(results: dict[str, Any]) -> list[str]:
 
 def write_tables() -> None:
   """The section of benchmarks/README.md, from the newest results of each device."""
-  newest = {
-    results['device']: results
-    for path in sorted(RESULTS.glob('*.json'))
-    for results in [json.loads(path.read_text(encoding='utf-8'))]
-  }
-  lines = [line for results in newest.values() for line in ['', *table(results)]]
-  command = '(Written by `python -m benchmarks.decode`.)'
-  readme.write_section('decode', [*lines, '', command])
+  readme.write_results('decode', RESULTS, table, 'benchmarks.decode')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -266,9 +250,7 @@ def main(argv: Sequence[str]) -> None:
     'transformers': transformers.__version__,
     'rows': measure(flags.rounds, flags.only),
   }
-  name = re.sub(r'[^a-z0-9]+', '-', results['device'].lower()).strip('-')
-  path = flags.folder / f'{name}-{results["date"]}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = readme.path_of(flags.folder, results)
   path.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
   print('\n'.join(table(results)))
   if flags.folder == RESULTS:

@@ -91,6 +91,19 @@ class Case:
 _NO_DROPOUT = {'embedding_dropout': 0.0, 'attention_dropout': 0.0, 'output_dropout': 0.0}
 
 
+SMALL_CHATGLM2 = ChatGLM2Config(
+  num_layers=8,
+  hidden_size=512,
+  num_heads=8,
+  num_kv_heads=2,
+  head_size=64,
+  mlp_size=1408,
+  vocab_size=8192,
+  max_positions=512,
+)
+"""31 million parameters; `benchmarks.decode` generates with it, too."""
+
+
 def cpu_cases() -> list[Case]:
   """25 to 60 million parameters, float32, 1,024 tokens a step."""
   glm = GLMConfig(
@@ -101,20 +114,10 @@ def cpu_cases() -> list[Case]:
     max_positions=512,
     **_NO_DROPOUT,
   )
-  chatglm2 = ChatGLM2Config(
-    num_layers=8,
-    hidden_size=512,
-    num_heads=8,
-    num_kv_heads=2,
-    head_size=64,
-    mlp_size=1408,
-    vocab_size=8192,
-    max_positions=512,
-  )
   return [
     Case(name=name, model=model, rows=1024 // length, length=length, documents=documents)
     for length in (256, 512)
-    for name, model, documents in (('GLM', glm, 2), ('ChatGLM2', chatglm2, 0))
+    for name, model, documents in (('GLM', glm, 2), ('ChatGLM2', SMALL_CHATGLM2, 0))
   ]
 
 
@@ -312,16 +315,7 @@ def table(results: dict[str, Any]) -> list[str]:
 
 def write_tables() -> None:
   """The README's section, from the newest results of each device."""
-  newest: dict[str, dict[str, Any]] = {}
-  for path in sorted(RESULTS.glob('*.json')):
-    results = json.loads(path.read_text(encoding='utf-8'))
-    kept = newest.get(results['device'])
-    if kept is None or kept['date'] <= results['date']:
-      newest[results['device']] = results
-  lines = []
-  for results in newest.values():
-    lines += ['', *table(results)]
-  readme.write_section('step', [*lines, '', '(Written by `python -m benchmarks.step`.)'])
+  readme.write_results('step', RESULTS, table, 'benchmarks.step')
 
 
 def cases(flags: argparse.Namespace) -> list[Case]:
@@ -370,9 +364,7 @@ def main(argv: Sequence[str]) -> None:
     'torch': torch.__version__,
     'rows': [],
   }
-  name = re.sub(r'[^a-z0-9]+', '-', results['device'].lower()).strip('-')
-  path = flags.folder / f'{name}-{results["date"]}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = readme.path_of(flags.folder, results)
   began = time.monotonic()
   for number, case in enumerate(chosen):
     if time.monotonic() - began > 60 * flags.minutes:

@@ -161,9 +161,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     # Losses are means since the line before, of which a run that is resumed has other ones.
     'same_bits': killed['parameters'] == whole['parameters'],
   }
-  name = results['device'].lower().replace(' ', '-')
-  path = flags.folder / f'{name}-{results["date"]}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = readme.path_of(flags.folder, results)
   path.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
   return results
 
@@ -256,14 +254,7 @@ def _run(flags: argparse.Namespace, name: str, kill: bool = False) -> dict[str, 
 
 def write_tables() -> None:
   """The section of benchmarks/README.md, from the newest results of each device."""
-  newest = {
-    results['device']: results
-    for path in sorted(RESULTS.glob('*-20*.json'))
-    for results in [json.loads(path.read_text(encoding='utf-8'))]
-  }
-  lines = [line for results in newest.values() for line in ['', *table(results)]]
-  command = '(Written by `python -m benchmarks.train_on_card`.)'
-  readme.write_section('train on card', [*lines, '', command])
+  readme.write_results('train on card', RESULTS, table, 'benchmarks.train_on_card')
 
 
 def main(argv: Sequence[str]) -> None:

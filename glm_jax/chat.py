@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -114,13 +115,8 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.models import ComputeConfig
   from glm_jax.text import chat as templates
 
-  sampling = Sampling(
-    temperature=flags.temperature,
-    top_k=flags.top_k,
-    top_p=flags.top_p,
-    min_p=flags.min_p,
-    repetition_penalty=flags.repetition_penalty,
-  )
+  fields = (field.name for field in dataclasses.fields(Sampling))
+  sampling = Sampling(**{name: getattr(flags, name) for name in fields})
   configs.check_value('--seed', flags.seed, configs.SEED)
   for name in ('max_new_tokens', 'window'):
     configs.check_value(f'--{name}', getattr(flags, name), configs.POSITIVE)
@@ -158,7 +154,10 @@ def _flags() -> argparse.ArgumentParser:
     'python -m glm_jax.chat --checkpoint=runs/chatglm3 --temperature=0.8',
   )
   flags.add_argument(
-    '--checkpoint', required=True, metavar='DIR', help='a MODEL_DIR or a checkpoint'
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a MODEL_DIR, a checkpoint, or a released model',
   )
   flags.add_argument(
     '--template',
@@ -171,20 +170,7 @@ def _flags() -> argparse.ArgumentParser:
   flags.add_argument(
     '--window', type=int, default=8192, metavar='N', help='most tokens of history (8192)'
   )
-  flags.add_argument(
-    '--temperature', type=float, default=0.0, help='0 takes the most probable token (0)'
-  )
-  flags.add_argument('--top_k', type=int, default=0, help='sample among so many; 0: all')
-  flags.add_argument('--top_p', type=float, default=1.0, help='or by probability (1)')
-  flags.add_argument('--min_p', type=float, default=0.0, help='or by that of the best (0)')
-  flags.add_argument('--repetition_penalty', type=float, default=1.0, help='1 for none')
-  flags.add_argument('--seed', type=int, default=0, help='of sampling (0)')
-  flags.add_argument(
-    '--dtype',
-    choices=('float32', 'bfloat16'),
-    default='float32',
-    help='of activations (float32)',
-  )
+  cli.add_sampling_flags(flags)
   return flags
 
 

@@ -170,6 +170,39 @@ def add_process_flags(flags: argparse.ArgumentParser) -> None:
   )
 
 
+def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
+  """Flags of `glm_jax.inference.sampling.Sampling`, its seed, and the dtype."""
+  flags.add_argument(
+    '--temperature', type=float, default=0.0, help='0 takes the most probable token (0)'
+  )
+  flags.add_argument('--top_k', type=int, default=0, help='sample among so many; 0: all')
+  flags.add_argument(
+    '--top_p',
+    type=float,
+    default=1.0,
+    help='sample among the most probable that reach this share (1)',
+  )
+  flags.add_argument(
+    '--min_p',
+    type=float,
+    default=0.0,
+    help='sample among those at least this share as probable as the most probable (0)',
+  )
+  flags.add_argument(
+    '--repetition_penalty',
+    type=float,
+    default=1.0,
+    help='above 1: makes tokens less probable that were there before (1)',
+  )
+  flags.add_argument('--seed', type=int, default=0, help='of sampling (0)')
+  flags.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    default='float32',
+    help='of activations (float32)',
+  )
+
+
 def split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """Separates `--gin.NAME=value` arguments, as gin bindings, from the others.
 

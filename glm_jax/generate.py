@@ -208,28 +208,7 @@ def _flags() -> argparse.ArgumentParser:
   flags.add_argument(
     '--min_new_tokens', type=int, default=0, help='tokens before a span may end (0)'
   )
-  flags.add_argument(
-    '--temperature', type=float, default=0.0, help='0 takes the most probable token (0)'
-  )
-  flags.add_argument('--top_k', type=int, default=0, help='sample among so many; 0: all')
-  flags.add_argument(
-    '--top_p',
-    type=float,
-    default=1.0,
-    help='sample among the most probable that reach this share (1)',
-  )
-  flags.add_argument(
-    '--min_p',
-    type=float,
-    default=0.0,
-    help='sample among those at least this share as probable as the most probable (0)',
-  )
-  flags.add_argument(
-    '--repetition_penalty',
-    type=float,
-    default=1.0,
-    help='above 1: makes tokens less probable that were there before (1)',
-  )
+  cli.add_sampling_flags(flags)
   flags.add_argument(
     '--num_beams', type=int, default=1, help='texts that beam search keeps; 1: none (1)'
   )
@@ -257,15 +236,8 @@ def _flags() -> argparse.ArgumentParser:
     metavar='TEXT',
     help='a text that ends a span, and is left out of it; may be repeated',
   )
-  flags.add_argument('--seed', type=int, default=0, help='of sampling (0)')
   flags.add_argument(
     '--batch_size', type=int, default=8, help='prompts that are worked on at a time (8)'
-  )
-  flags.add_argument(
-    '--dtype',
-    choices=('float32', 'bfloat16'),
-    default='float32',
-    help='of activations (float32)',
   )
   flags.add_argument(
     '--cache_dtype',

@@ -4,23 +4,12 @@ import json
 import re
 
 import pytest
+import small
 from commands import in_process, refused
 
 from glm_jax import sharding
-from glm_jax.models import ChatGLM2Config
 from glm_jax.planning import decoding, topologies
 from glm_jax.sharding import MeshConfig
-
-CHATGLM2_6B = ChatGLM2Config(
-  num_layers=28,
-  hidden_size=4096,
-  num_heads=32,
-  num_kv_heads=2,
-  head_size=128,
-  mlp_size=13696,
-  vocab_size=65024,
-  max_positions=32768,
-)
 
 
 @pytest.fixture
@@ -35,13 +24,13 @@ def v5e(monkeypatch):
 def test_integers_are_read_as_integers(v5e, bits, weights, peak):
   """ChatGLM2-6B, 8 rows and 1,024 slots on a v5e: no weight is copied as bfloat16."""
   quantized = {'bits': bits, 'group': 0}
-  result = decoding.predict(CHATGLM2_6B, v5e, rows=8, slots=1024, quantized=quantized)
+  result = decoding.predict(small.CHATGLM2_6B, v5e, rows=8, slots=1024, quantized=quantized)
   gib = {k: v / 2**30 for k, v in result.memory.items()}
   # A loop over tokens.
   assert gib['weights'] < weights and gib['peak'] < peak
   # To unpack four bits costs more than to read them.
   assert result.roofline_seconds < result.predicted_seconds < 10 * result.roofline_seconds
-  token, _, _ = decoding.lower(CHATGLM2_6B, v5e, 8, 1024, quantized, 'bfloat16')
+  token, _, _ = decoding.lower(small.CHATGLM2_6B, v5e, 8, 1024, quantized, 'bfloat16')
   compiled = token.compile()
   peak_of_token = compiled.memory_analysis().peak_memory_in_bytes / 2**30
   assert peak_of_token < {4: 4.2, 8: 6.9}[bits]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 from commands import TINY, gin, in_process, refused, snapshot
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -154,16 +155,7 @@ def test_a_matrix_is_scaled_as_by_optax_and_heads_are_one_axis():
   ],
 )
 def test_bytes_of_moments_a_parameter(fields, least, most):
-  config = models.ChatGLM2Config(
-    num_layers=28,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=2,
-    head_size=128,
-    mlp_size=13696,
-    vocab_size=65024,
-    max_positions=32768,
-  )
+  config = small.CHATGLM2_6B
   params = state.abstract_params(config)
   opt_state = jax.eval_shape(make_optimizer(OptimizerConfig(**fields), 10).init, params)
   held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))

@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from glm_jax import checkpoints, sharding
 from glm_jax.checkpoints import slices, variables
-from glm_jax.models import ChatGLM2Config, GLMConfig, quantized
+from glm_jax.models import GLMConfig, quantized
 from glm_jax.training import state
 
 CONFIG = GLMConfig(
@@ -107,16 +107,7 @@ def test_integers_are_small_on_disk_and_computed_once(tmp_path, monkeypatch):
 
 
 def test_weights_of_chatglm2_6b_take_under_four_gigabytes():
-  config = ChatGLM2Config(
-    num_layers=28,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=2,
-    head_size=128,
-    mlp_size=13696,
-    vocab_size=65024,
-    max_positions=32768,
-  )
+  config = small.CHATGLM2_6B
   found = variables.abstract(state.abstract_params(config), {'bits': 4, 'group': 0})
 
   def size(leaf):  # what is not quantised is bfloat16, as it is released

@@ -271,16 +271,6 @@ def test_greedy_tokens_are_those_of_transformers(golden, name):
 
 # Rotary positions at the released sizes.
 
-CHATGLM2_6B = ChatGLM2Config(
-  num_layers=28,
-  hidden_size=4096,
-  num_heads=32,
-  num_kv_heads=2,
-  head_size=128,
-  mlp_size=13696,
-  vocab_size=65024,
-  max_positions=32768,
-)
 CHATGLM_6B = ChatGLMConfig(
   num_layers=28,
   hidden_size=4096,
@@ -299,7 +289,7 @@ def _table(phases):
 
 def test_chatglm2_phases_are_the_released_tables():
   arrays, _ = arrays_of('chatglm2')
-  phases = chatglm2.rotary_phases(CHATGLM2_6B, POSITIONS)
+  phases = chatglm2.rotary_phases(small.CHATGLM2_6B, POSITIONS)
   # XLA's and PyTorch's cosines differ in their last bits.
   np.testing.assert_allclose(_table(phases), arrays['rope/real_fp32'], atol=3e-7)
   # ChatGLM3 computes in float32 and rounds the table.
@@ -307,7 +297,7 @@ def test_chatglm2_phases_are_the_released_tables():
   np.testing.assert_allclose(rounded, arrays['rope/chatglm3_fp16'], atol=1e-3)
   assert (rounded == arrays['rope/chatglm3_fp16']).mean() > 0.999
   # ChatGLM2 in float16 computes the angles in float16, too.
-  half = dataclasses.replace(CHATGLM2_6B, rope_phase_dtype='float16')
+  half = dataclasses.replace(small.CHATGLM2_6B, rope_phase_dtype='float16')
   table = _table(chatglm2.rotary_phases(half, POSITIONS))
   np.testing.assert_allclose(table, arrays['rope/real_fp16'], atol=1e-3)
   assert (table == arrays['rope/real_fp16']).mean() > 0.999
@@ -329,9 +319,11 @@ def test_chatglm_phases_in_float16_are_the_released_table():
 
 
 def test_positions_are_divided_where_the_checkpoint_says_so():
-  stretched = dataclasses.replace(CHATGLM2_6B, rope_ratio=4.0, rope_scaling='positions')
+  stretched = dataclasses.replace(
+    small.CHATGLM2_6B, rope_ratio=4.0, rope_scaling='positions'
+  )
   there = chatglm2.rotary_phases(stretched, 4 * POSITIONS)
-  here = chatglm2.rotary_phases(CHATGLM2_6B, POSITIONS)
+  here = chatglm2.rotary_phases(small.CHATGLM2_6B, POSITIONS)
   np.testing.assert_allclose(there[0], here[0], atol=1e-6)
 
 
