@@ -14,7 +14,7 @@ from glm_jax.batch import Visibility, prefix_visibility
 from glm_jax.inference.engine import Engine
 from glm_jax.inference.request import Request, Span
 from glm_jax.inference.sampling import Sampling
-from glm_jax.models import virtual
+from glm_jax.models import stack, virtual
 
 V, MOST, SOP = 64, 6, 1
 STOPS = (2, 3)
@@ -209,7 +209,7 @@ def test_contexts_are_read_by_the_kernel_of_training():
   """They attend to themselves, and not to slots of the cache."""
   engine = _engine('glm', 'plain')
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
-  cache = {n: jax.ShapeDtypeStruct((2, 4, 256, 4, 8), jnp.float32) for n in ('k', 'v')}
+  cache = jax.eval_shape(lambda: engine.cache(4, 256))
   text = str(
     jax.make_jaxpr(engine._read_contexts)(
       engine.variables, cache, shape(4, 64), shape(4), shape(4)
@@ -231,3 +231,30 @@ def test_few_shapes_are_compiled():
     [*engine.generate(_requests(engine.config, lengths), most=MOST)]
   # Batches of four rows, and of two; contexts of all rows, or of one.
   assert engine._insert._cache_size() <= 4 and engine._advance._cache_size() <= 2
+
+
+def test_on_one_cpu_layers_are_apart_in_the_memory_of_the_stack():
+  """A product with one token would take as long as to copy its weight out of the stack."""
+  variables = variables_of('chatglm2', 'int8')
+  engine = _engine.__wrapped__('chatglm2', 'int8')
+  assert stack.are_apart(engine.variables)
+  for name, collection in variables.items():
+    stacked = jax.tree.map(np.asarray, collection['layers'])
+    for number in range(engine.config.num_layers):
+      layer = engine.variables[name][f'layers_{number}']
+      jax.tree.map(
+        lambda x, whole, n=number: np.testing.assert_array_equal(x, whole[n]),
+        layer,
+        stacked,
+      )
+  # Arrays of a size that is a multiple of 64 bytes are views.
+  stacked = jax.tree.map(jnp.asarray, variables)
+  apart = stack.apart(stacked)['params']['layers_1']['mlp']['down']['weight']
+  whole = stacked['params']['layers']['mlp']['down']['weight']
+  assert apart.unsafe_buffer_pointer() - whole.unsafe_buffer_pointer() == apart.nbytes
+
+
+def test_where_a_mesh_has_devices_layers_are_a_stack():
+  with sharding.active(sharding.make_mesh(sharding.MeshConfig(data=8))):
+    engine = _engine.__wrapped__('chatglm2', 'plain')
+  assert not stack.are_apart(engine.variables)

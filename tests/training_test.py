@@ -385,6 +385,26 @@ def test_gradients_in_bfloat16_are_those_of_float32(config, batch):
     assert jnp.linalg.norm(near - right) <= 0.03 * jnp.linalg.norm(right) + 1e-6, path
 
 
+@pytest.mark.parametrize(
+  'equation,shape',
+  [('BTD,DNH->BTNH', (6, 4, 3)), ('BTNH,NHD->BTD', (4, 3, 6)), ('BTD,VD->BTV', (9, 6))],
+)
+def test_on_one_device_a_product_is_one_of_matrices(equation, shape):
+  """Nothing is transposed, and it is what einsum computes."""
+  tokens, _, _ = products.letters_of(equation)
+  sizes = dict(B=2, T=5, D=6, N=4, H=3)
+  random = np.random.default_rng(0).normal
+  x = jnp.asarray(random(size=[sizes[letter] for letter in tokens]), jnp.float32)
+  weight = jnp.asarray(random(size=shape), jnp.float32)
+  axes = ('heads',) * len(shape)
+  ours = lambda x, w: products.einsum(equation, x, [products.Factor(w, axes)])[0]
+  np.testing.assert_allclose(
+    ours(x, weight), jnp.einsum(equation, x, weight), rtol=1e-5, atol=1e-5
+  )
+  text = str(jax.make_jaxpr(ours)(x, weight))
+  assert text.count('dot_general') == 1 and 'transpose' not in text
+
+
 def test_sums_over_many_tokens_do_not_saturate():
   """In bfloat16, 256 + 1 is 256: a frequent piece, and a bias, are in every token."""
   T = 4096

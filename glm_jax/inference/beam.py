@@ -28,6 +28,7 @@ from glm_jax import configs
 from glm_jax.batch import Visibility
 from glm_jax.configs import at_least, within
 from glm_jax.inference import decode
+from glm_jax.models import cache as kv_cache
 from glm_jax.models.cache import Cache
 
 
@@ -340,7 +341,8 @@ def read_spans(
     tokens_BT: the texts, padded at the end.
     lengths_B: tokens of each.
   """
-  K, T = cache['k'].shape[1] // len(tokens_BT), tokens_BT.shape[1]
+  B, T = tokens_BT.shape
+  K = kv_cache.shape(cache)[0] // B
   of_beams = lambda x: jnp.repeat(x, K, axis=0)
   count = 1 + jnp.arange(T)
   inside = count <= lengths_B[:, None]

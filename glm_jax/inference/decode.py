@@ -21,6 +21,7 @@ from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
 from glm_jax.models import layers, virtual
 from glm_jax.models.cache import Cache
+from glm_jax.models.stack import are_apart
 
 
 class RowStates(NamedTuple):
@@ -94,7 +95,7 @@ def read_context(
     jnp.where(inside, slots - P, 0),
     jnp.zeros_like(tokens),
     Visibility(jnp.zeros_like(end), end),
-    cache=kv_cache.init(model.config, R, T, dtype),
+    cache=kv_cache.init(model.config, R, T, dtype, apart=are_apart(variables)),
     head=head,
   )
   return cache, result
@@ -108,7 +109,7 @@ def insert(cache: Cache, contexts: Cache, rows_R: jax.Array) -> Cache:
     contexts: [L, R, T, ...], T at most S.
     rows_R: int32, the row of each; B for one that is left out.
   """
-  T = contexts['k'].shape[2]
+  _, T = kv_cache.shape(contexts)
   put = lambda old, new: old.at[:, rows_R, :T].set(new, mode='drop')
   return jax.tree.map(put, cache, contexts)
 

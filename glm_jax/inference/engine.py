@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,10 +27,11 @@ from glm_jax.inference.decode import RowStates
 from glm_jax.inference.request import Answer, Request, Span, check_context
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
-from glm_jax.models import virtual
+from glm_jax.models import stack, virtual
+from glm_jax.models.cache import Cache
 
 # Contexts are padded to this times a power of two, so that few shapes are compiled.
-_BUCKET = 64
+_BUCKET = 32
 # Tokens between looks of the host, which costs a few microseconds each.
 _STEPS = 16
 
@@ -61,7 +63,9 @@ class Engine:
       piece: tokens of a causal context that are read at a time.
     """
     self.model = models.build(config, _with_kernel(config, compute))
-    self.config, self.variables, self.rows = config, variables, rows
+    on_cpu = sharding.alone() and all(map(_on_one_cpu, jax.tree.leaves(variables)))
+    self.variables = stack.apart(variables) if on_cpu else variables
+    self.config, self.rows = config, rows
     self.virtual = virtual.count(variables)
     self._stops, self.allowed = tuple(stops), jnp.asarray(allowed)
     self.cache_dtype, self.piece = cache_dtype or compute.dtype, piece
@@ -93,6 +97,11 @@ class Engine:
       dtype=self.cache_dtype,
     )
     return decode.insert(cache, contexts, rows_R)
+
+  def cache(self, rows: int, slots: int) -> Cache:
+    """An empty cache for the model."""
+    apart = stack.are_apart(self.variables)
+    return kv_cache.init(self.config, rows, slots, self.cache_dtype, apart=apart)
 
   def generate(
     self,
@@ -126,7 +135,7 @@ class Engine:
       return
     B = self._batch(len(requests), self.rows)
     longest = max(self._slots(r, most) for r in requests)
-    cache = kv_cache.init(self.config, B, bucket(longest), self.cache_dtype)
+    cache = self.cache(B, bucket(longest))
     penalized = sampling.repetition_penalty != 1
     had = np.zeros((B, self.config.vocab_size), bool) if penalized else None
     rows = no_rows(B, most)
@@ -245,7 +254,7 @@ class Engine:
     config: BeamConfig,
   ) -> list[Answer]:
     """Answers of at most B requests, whose first spans are searched, then their second."""
-    cache = kv_cache.init(self.config, B, slots, self.cache_dtype)
+    cache = self.cache(B, slots)
     cache = self._spread(self.read(cache, [*enumerate(requests)]), config.num_beams)
     answers = [Answer(number=r.number, read=len(r.context)) for r in requests]
     slot = np.zeros(B, np.int32)
@@ -291,15 +300,16 @@ class Engine:
   def _batch(self, requests: int, most: int) -> int:
     """B, about `most`: few shapes, and as many rows on every device."""
     parts = sharding.axis_size('act_batch')
-    wanted = min(max(most, 1), 2 ** (max(requests, 1) - 1).bit_length())
+    wanted = min(max(most, 1), _power_of_2(requests))
     return -(-wanted // parts) * parts
 
   def read(self, cache: Any, taken: Sequence[tuple[int, Request]]) -> Any:
     """The cache, with the contexts of requests in their rows."""
-    B = cache['k'].shape[1]
-    # Two shapes: one row, or all. Where a batch is spread over devices, so are contexts.
-    whole = sharding.axis_size('act_batch') > 1
-    R = B if whole or len(taken) > 1 else 1
+    B, S = kv_cache.shape(cache)
+    # Few shapes: 1, 4, 16, … rows, or all. Where a batch is spread over devices, so are
+    # contexts.
+    spread = sharding.axis_size('act_batch') > 1
+    R = B if spread else min(B, 4 ** math.ceil(math.log(len(taken), 4)))
     numbers = np.full(R, B, np.int32)
     numbers[: len(taken)] = [row for row, _ in taken]
     contexts = [request.context for _, request in taken]
@@ -307,7 +317,7 @@ class Engine:
     if self.config.causal:
       first = min(first, self.piece)
     tokens, lengths = padded([c[:first] for c in contexts], R, bucket(first))
-    room = cache['k'].shape[2] - self.virtual
+    room = S - self.virtual
     cache = self._insert(self.variables, cache, tokens[:, :room], lengths, numbers)
     # The rest of long causal contexts, a piece after the other.
     for start in range(first, max(map(len, contexts)), self.piece):
@@ -320,7 +330,7 @@ class Engine:
     """The cache after more tokens of causal rows, which hold `start` tokens of context."""
     slots = np.full(len(numbers), self.virtual + start, np.int32)
     # A piece may be wider than what is left of the cache, whose end it would be moved to.
-    room = cache['k'].shape[2] - self.virtual - start
+    room = kv_cache.shape(cache)[1] - self.virtual - start
     tokens = tokens[:, :room]
     return self._extend(self.variables, cache, tokens, lengths, numbers, slots)[0]
 
@@ -354,14 +364,24 @@ def _with_kernel(config: Any, compute: models.ComputeConfig) -> models.ComputeCo
   return dataclasses.replace(compute, attention=backend) if kernel else compute
 
 
+def _on_one_cpu(x: Any) -> bool:
+  devices = x.devices() if isinstance(x, jax.Array) else jax.devices()[:1]
+  return len(devices) == 1 and all(device.platform == 'cpu' for device in devices)
+
+
 def bucket(length: int) -> int:
   """The least padded length.
 
   Example:
     >>> [bucket(n) for n in (0, 64, 65, 200)]
-    [64, 64, 128, 256]
+    [32, 64, 128, 256]
   """
-  return _BUCKET * 2 ** max(0, -(-length // _BUCKET) - 1).bit_length()
+  return _BUCKET * _power_of_2(-(-length // _BUCKET))
+
+
+def _power_of_2(number: int) -> int:
+  """The least that is not below it."""
+  return 2 ** max(0, number - 1).bit_length()
 
 
 def padded(contexts: Sequence[Sequence[int]], R: int, width: int) -> tuple[Any, Any]:

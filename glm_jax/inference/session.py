@@ -41,7 +41,7 @@ class Session:
     self.window = min(window, engine.config.max_positions + 1)
     self._engine = engine
     slots = engines.bucket(engine.virtual + self.window + 1)
-    self._cache = kv_cache.init(engine.config, 1, slots, engine.cache_dtype)
+    self._cache = engine.cache(1, slots)
     self.held: list[int] = []
     self.read = 0
 
@@ -109,7 +109,7 @@ class Session:
     engine, cache = self._engine, self._cache
     row = np.zeros(1, np.int32)
     while same < len(context):
-      room = cache['k'].shape[2] - engine.virtual - same
+      room = kv_cache.shape(cache)[1] - engine.virtual - same
       piece = context[same : same + min(engine.piece, room)]
       width = min(-(-len(piece) // _PIECE) * _PIECE, room)
       if same == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,14 +12,18 @@ from jax.sharding import PartitionSpec
 
 from glm_jax import sharding
 
-Cache = dict[str, jax.Array]
+Layer = dict[str, jax.Array]
+Cache = Layer | tuple[Layer, ...]
 """{'k', 'v'}: [L, B, S, K, H] each, S slots a row; of int8 also {'k_scale', 'v_scale'}:
-[L, B, S, K], a scale for each key and head. A layer sees its part, without L."""
+[L, B, S, K], a scale for each key and head. A layer sees its part, without L. Where layers
+are apart (`glm_jax.models.stack.apart`), a tuple of one such dict a layer, with L = 1."""
 
 DTYPES = ('float32', 'bfloat16', 'int8')
 
 
-def init(config: Any, rows: int, slots: int, dtype: str = 'float32') -> Cache:
+def init(
+  config: Any, rows: int, slots: int, dtype: str = 'float32', *, apart: bool = False
+) -> Cache:
   """An empty cache, spread over the mesh as activations are: rows, and heads.
 
   Args:
@@ -26,7 +31,11 @@ def init(config: Any, rows: int, slots: int, dtype: str = 'float32') -> Cache:
     rows: B.
     slots: S.
     dtype: of `DTYPES`.
+    apart: whether layers are.
   """
+  if apart:
+    alone = dataclasses.replace(config, num_layers=1)
+    return tuple(init(alone, rows, slots, dtype) for _ in range(config.num_layers))
   shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_size)
   spread = spec(config, rows)
   make = lambda n, dtype: _zeros(shape[:n], jnp.dtype(dtype), PartitionSpec(*spread[:n]))
@@ -55,9 +64,15 @@ def _zeros(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.Array
   return jax.lax.with_sharding_constraint(zeros, spec) if any(spec) else zeros
 
 
+def shape(cache: Cache) -> tuple[int, int]:
+  """B and S."""
+  _, B, S = jax.tree.leaves(cache)[0].shape[:3]
+  return B, S
+
+
 def write(
-  cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array | None
-) -> Cache:
+  cache: Layer, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array | None
+) -> Layer:
   """The cache of a layer with new keys and values.
 
   Args:
@@ -85,7 +100,7 @@ def write(
   return {name: update(cache[name], x, start_B, 0) for name, x in new.items()}
 
 
-def read(cache: Cache, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def read(cache: Layer, dtype: Any) -> tuple[jax.Array, jax.Array]:
   """Keys and values [B, S, K, H] of a layer, for attention in `dtype`."""
 
   def values(name: str) -> jax.Array:

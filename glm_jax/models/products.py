@@ -8,6 +8,7 @@ stand in `glm_jax.sharding`. Flax's DenseGeneral cannot hold such weights under
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -165,6 +166,7 @@ def einsum(
   cut = mesh_axes(of(by_letter[0], tokens))
   ended = ''.join(letter for letter in letters if letter not in result)
   left = ''.join(letter for letter in letters if letter in result)
+  multiply = _of_matrices if sharding.alone() else jnp.einsum
 
   def local_products(x: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     # 4. Each device along tensor has heads of its own but the same x, whose gradient is
@@ -184,7 +186,7 @@ def einsum(
         local_x = varying if mesh_axes(letter_axes.values()) - cut else x
         local = f'{tokens},{width_last}->{result}'
         if factors[number].scales is None:
-          y = jnp.einsum(local, local_x, weight, preferred_element_type=dtype)
+          y = multiply(local, local_x, weight, preferred_element_type=dtype)
         else:
           y = _of_integers(local, local_x, weight, next(scales), ended + left)
         # 6. A letter that ends in the product, D, is summed over the mesh axes it is cut
@@ -210,6 +212,26 @@ def einsum(
   run = sharding.per_device(local_products, in_axes, [of(a, result) for a in by_letter])
   weights = [factor.weight for factor in factors]
   return list(run(x, *weights, *(scales for scales, _ in of_scales.values())))
+
+
+def _of_matrices(equation: str, x: jax.Array, weight: jax.Array, **how: Any) -> jax.Array:
+  """`jnp.einsum`, as a product of matrices whose axes keep their order.
+
+  Otherwise XLA's CPU backend would copy 'NHD' as 'HND' each time, since einsum sorts axes
+  that end by letter; and multiply with the vector of a single token on one core.
+  """
+  tokens, letters, _ = letters_of(equation)
+  ended = [letter for letter in tokens if letter in letters]
+  sizes = dict(zip(letters, weight.shape, strict=True))
+  size = math.prod(sizes.pop(letter) for letter in ended)
+  last = letters[-1] in ended
+  product = jax.lax.dot_general(
+    x.reshape(-1, size),
+    weight.reshape((-1, size) if last else (size, -1)),
+    (((1,), (int(last),)), ((), ())),
+    **how,
+  )
+  return product.reshape(*x.shape[: -len(ended)], *sizes.values())
 
 
 def _of_integers(

@@ -1,4 +1,9 @@
-"""The blocks of a model: a scan over stacked weights, under a rematerialisation policy."""
+"""The blocks of a model: a scan over stacked weights, under a rematerialisation policy.
+
+Or, for a decoder on a CPU, one after the other over weights that are apart: XLA's CPU
+backend copies the weights of a layer out of the stack before it multiplies with them,
+which takes as long as the product with one token.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from glm_jax import attention, sharding
 from glm_jax.batch import Visibility
@@ -63,7 +69,8 @@ def stack(
     compute: how it is computed.
     deterministic: no dropout.
     x_BTD: input of the first.
-    cache: see `glm_jax.models.cache`; or None.
+    cache: see `glm_jax.models.cache`; or None. One whose layers are apart says that the
+      weights are, too (see `apart`).
     visibility: intervals into the T keys; with `cache_start`, into the slots of the cache.
     cache_start: [B] int32; None where rows attend to themselves.
     *by_token: trees of [B, T, ...], which every block is given alike.
@@ -82,6 +89,16 @@ def stack(
   if compute.remat != 'none':
     # Without prevent_cse's barriers: inside a scan nothing is merged across the passes.
     block = nn.remat(block, prevent_cse=False, policy=_REMAT[compute.remat])
+  if isinstance(cache, tuple):
+    caches = []
+    for number, layer in enumerate(cache):
+      x_BTD, layer = block(config, compute, deterministic, name=f'layers_{number}')(
+        x_BTD, jax.tree.map(lambda x: x[0], layer), seen, cache_start, *by_token
+      )
+      caches.append(jax.tree.map(lambda x: x[None], layer))
+    # Behind a barrier: fused with what a search does to the cache next, XLA's CPU backend
+    # would overwrite slots that are yet to be read.
+    return x_BTD, jax.lax.optimization_barrier(tuple(caches))
   x_BTD, cache = nn.scan(
     block,
     # A model has `params`, and may have those of `products` and `layers.Attention`.
@@ -96,3 +113,27 @@ def stack(
     config, compute, deterministic, name='layers'
   )(x_BTD, cache, seen, cache_start, *by_token)
   return sharding.unspread(x_BTD) if spread else x_BTD, cache
+
+
+def apart(variables: dict[str, Any]) -> dict[str, Any]:
+  """The collections of a model on one CPU, each layer's weights an array of their own.
+
+  Args:
+    variables: {collection: {'layers': {...}, ...}}, weights of layers [L, ...].
+
+  Returns:
+    {collection: {'layers_0': {...}, ...}}, in the same memory.
+  """
+  result = {}
+  for name, collection in variables.items():
+    result[name] = {k: v for k, v in collection.items() if k != 'layers'}
+    stacked = jax.tree.map(np.asarray, collection.get('layers', {}))
+    for number in range(len(jax.tree.leaves(stacked)[0]) if stacked else 0):
+      of_layer = lambda x, number=number: jax.device_put(x[number], may_alias=True)
+      result[name][f'layers_{number}'] = jax.tree.map(of_layer, stacked)
+  return result
+
+
+def are_apart(variables: dict[str, Any]) -> bool:
+  """Whether they are what `apart` made."""
+  return 'layers_0' in variables['params']

@@ -47,7 +47,8 @@ def prefix(config: Any, encoder: dict[str, Any]) -> dict[str, Any]:
 def count(variables: dict[str, Any]) -> int:
   """P, virtual tokens of a model's variables; 0 without any."""
   learnt = variables.get('prefix')
-  return learnt['layers']['attention']['k'].shape[1] if learnt else 0
+  # [L, P, K, H], or without L where layers are apart.
+  return jax.tree.leaves(learnt)[0].shape[-3] if learnt else 0
 
 
 def opened(x_BT: jax.Array, value: int, P: int) -> jax.Array:
