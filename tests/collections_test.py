@@ -1,6 +1,7 @@
 """What a weight is: integers, low-rank factors, learnt keys of virtual tokens."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from variants import FAMILIES
 from glm_jax import models, sharding
 from glm_jax.batch import Visibility
 from glm_jax.configs import UserError
-from glm_jax.models import quantized, virtual
+from glm_jax.models import products, quantized, virtual
 from glm_jax.training import losses
 
 B, T = 4, 16
@@ -209,3 +210,31 @@ def test_virtual_tokens_of_packed_documents_are_each_its_own(config):
   # They matter, and do so through every layer's keys and values.
   other = {**variables, 'prefix': jax.tree.map(lambda x: -x, variables['prefix'])}
   assert np.abs(_logits(config, other, apart) - alone)[:, P:].max() > 1e-3
+
+
+@pytest.mark.parametrize('group', [0, 4])
+def test_a_cpu_multiplies_a_few_tokens_and_integers_as_integers(group):
+  """Floats of the weight would be as large as one that is not quantised."""
+  random = np.random.default_rng(0).normal
+  weight, scales = quantized.quantize(random(size=(8, 3, 6)), 2, 8, group)
+  factor = products.Factor(
+    jnp.asarray(weight), ('heads', 'head_dim', 'embed'), jnp.asarray(scales)
+  )
+  product = jax.jit(lambda x: products.einsum('BTNH,NHD->BTD', x, [factor])[0])
+  # Tokens of unlike size, one of them nothing, each with its own scale.
+  few = jnp.asarray(random(size=(4, 1, 8, 3)) * [[[[1]]], [[[1e4]]], [[[1e-4]]], [[[0]]]])
+  few = few.astype(jnp.float32)
+  exact = np.einsum(
+    'BTNH,NHD->BTD',
+    np.asarray(few, np.float64),
+    quantized.dequantize(weight, scales, 2).astype(np.float64),
+  )
+  size = np.abs(exact).max(-1, keepdims=True)
+  assert (np.abs(product(few) - exact) <= 2e-6 * size).all()
+  many = jnp.zeros((4, 8, 8, 3), jnp.float32)
+  text = lambda x, platform: (
+    product.trace(x).lower(lowering_platforms=(platform,)).as_text()
+  )
+  casts = re.compile(r'stablehlo.convert .*xi8>\) -> tensor<.*xf32>')
+  assert not casts.search(text(few, 'cpu')) and 'xi32>' in text(few, 'cpu')
+  assert casts.search(text(many, 'cpu')) and casts.search(text(few, 'tpu'))
