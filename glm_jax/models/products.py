@@ -255,24 +255,29 @@ def _of_integers(
   tokens, stored, result = letters_of(equation)
   outputs = [letter for letter in stored if letter in result]
   ended = len(letters) - len(outputs)
+  kept = ''.join(letter for letter in tokens if letter in result)
+  few = math.prod(x.shape[: len(kept)]) <= _FEW
   if scales.ndim == len(outputs):
     multiply = functools.partial(_of_matrices if sharding.alone() else jnp.einsum, equation)
-    return (_times_integers(multiply, x, weight, ended) * scales).astype(x.dtype)
+    return (_times_integers(multiply, x, weight, ended, few) * scales).astype(x.dtype)
   # Partial sums by group: 'BTD,DNH->BTNH' is 'BTgi,giNH->BTgNH', times [g, N, H], summed.
   weight = jnp.einsum(f'{stored}->{letters}', weight)
   groups = scales.shape[0]
   weight = weight.reshape(groups, -1, *weight.shape[ended:])
-  kept = ''.join(letter for letter in tokens if letter in result)
   x_groups = x.reshape(*x.shape[: len(kept)], groups, -1)
   left = ''.join(outputs)
   by_group = f'...{kept}gi,gi{left}->...{kept}g{left}'
   multiply = functools.partial(jnp.einsum, by_group)
-  partial = _times_integers(multiply, x_groups, weight, 1)
+  partial = _times_integers(multiply, x_groups, weight, 1, few)
   return jnp.einsum(f'{kept}g{left},g{left}->{result}', partial, scales).astype(x.dtype)
 
 
 def _times_integers(
-  multiply: Callable[..., jax.Array], x: jax.Array, weight: jax.Array, ended: int
+  multiply: Callable[..., jax.Array],
+  x: jax.Array,
+  weight: jax.Array,
+  ended: int,
+  few: bool,
 ) -> jax.Array:
   """`multiply(x, weight)`, float32; `x` may have an axis before the others.
 
@@ -283,7 +288,7 @@ def _times_integers(
   floats = lambda x, weight: multiply(
     x, weight.astype(x.dtype), preferred_element_type=jnp.float32
   )
-  if not sharding.alone() or math.prod(x.shape[:-ended]) > _FEW:
+  if not (few and sharding.alone()):
     return floats(x, weight)
   digits = functools.partial(_of_digits, multiply, ended=ended)
   return jax.lax.platform_dependent(x, weight, cpu=digits, default=floats)
