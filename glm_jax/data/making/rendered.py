@@ -76,8 +76,8 @@ def _conversation(
   _refuse(rule, len(ids), longest, where)
   if rule == 'drop':
     return [], [], True
-  # Whole rounds from the left; what is left may be of answers without loss alone.
-  kept, left_out = template.fit(messages, longest)
+  # Whole rounds from the left.
+  kept = template.fit(messages, longest)[0]
   if kept:
     return *template.encode_masked(kept), True
   if rule == 'truncate_answer':
