@@ -342,7 +342,13 @@ def test_a_batch_holds_each_document_as_plain_python_has_it(case):
 
 
 @pytest.mark.parametrize(
-  'case', [('chatglm3', 'chatglm3', ''), ('chatglm', 'chatglm', ''), CASES[5]], ids=str
+  'case',
+  [
+    ('chatglm3', 'chatglm3', ''),
+    pytest.param(('chatglm', 'chatglm', ''), marks=pytest.mark.slow),
+    pytest.param(CASES[5], marks=pytest.mark.slow),
+  ],
+  ids=str,
 )
 def test_a_packed_document_has_the_loss_it_has_alone(case):
   config, vocabulary, plan, pieces = _case(*case)
@@ -483,7 +489,9 @@ def _stream(count, batch_size=8, split='train', **more):
   return [*itertools.islice(stream.as_numpy_iterator(), count)]
 
 
-@pytest.mark.parametrize('family', ['chatglm3', 'chatglm'])
+@pytest.mark.parametrize(
+  'family', ['chatglm3', pytest.param('chatglm', marks=pytest.mark.slow)]
+)
 def test_text_is_mixed_in_by_its_share(family, tmp_path):
   prepared, *_ = _prepared(tmp_path, family)
   batches = _stream(125)

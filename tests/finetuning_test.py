@@ -34,6 +34,7 @@ def _losses(run):
   return {record['step']: record['loss'] for record in writer.read(str(run), 'train')}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_tuned_on_conversations_and_answers(place):
   answers = ('AnswerConfig.examples=6', 'AnswerConfig.max_new_tokens=8')
   done = tuned.run('train', place, *answers, 'EvaluationConfig.at_start=True')

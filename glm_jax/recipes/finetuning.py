@@ -135,10 +135,12 @@ class Finetuning(Pretraining):
     return template
 
   def of_shards(self, corpora: Mapping[str, str]) -> list[str]:
-    answers = {name: shards for name, shards in corpora.items() if name != 'text'}
+    from glm_jax.data.prepare_answers import TEXT
+
+    answers = dict(corpora)
+    text = [f'Finetuning.text="{answers.pop(TEXT)!r}"'] if self.text else []
     if not self.mixture.corpora:
       answers = {'': next(iter(answers.values()))}
-    text = [f'Finetuning.text="{corpora["text"]!r}"'] if self.text else []
     return [*super().of_shards(answers), *text]
 
   def prepare(
