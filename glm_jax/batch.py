@@ -17,7 +17,7 @@ import numpy as np
 
 MIXED = ('blank', 'document', 'sentence')
 """The objectives that are mixed by (alpha, beta, gamma)."""
-OBJECTIVES = (*MIXED, 'causal')
+OBJECTIVES = (*MIXED, 'causal', 'answer')
 """Names of `Batch.objective` values, in order."""
 
 

@@ -40,11 +40,10 @@ def main(argv: Sequence[str]) -> None:
   folder = epath.Path(os.path.expanduser(flags.output_dir))
   # Imported below the flags: a mistake in them is told at once.
   with startup.silenced_stderr():
-    from glm_jax.data import prepare
-    from glm_jax.data.corpora import corpus, sources
+    from glm_jax.data.corpora import sources
     from glm_jax.data.making import shard_job
   # One corpus fills the folder; those of a mixture have a folder each in it.
-  corpora = prepare.corpora_of(recipe.corpus, recipe.mixture)
+  corpora = recipe.corpora()
   folders = {name: folder / name if name else folder for name in corpora}
   for name, named in corpora.items():
     configs.check(
@@ -61,28 +60,19 @@ def main(argv: Sequence[str]) -> None:
     )
   left = shard_job.unfinished(list(folders.values()))
   config, vocabulary, _ = start.resolve(config)
-  if vocabulary is None:
-    vocabulary = corpus.load_or_train_vocabulary(recipe.vocabulary, [*corpora.values()])
-  packed, why = recipe.corpus.packed, ''
-  if packed is None:
-    packed, why = prepare.decide_packed([*corpora.values()])
-  plan = prepare.row_plan(
-    recipe.task, recipe.length, recipe.objectives, vocabulary, packed=packed
-  )
+  vocabulary = vocabulary or recipe.own_vocabulary()
+  corpora, plans, why = recipe.row_plans(config, vocabulary)
   if why:
     print(why, flush=True)
   for name, named in corpora.items():
     if folders[name] in left:
-      _make(named, folders[name], vocabulary, plan, flags)
+      _make(named, folders[name], vocabulary, plans[name], flags)
     else:
-      shard_job.check_same(folders[name], vocabulary, plan)
+      shard_job.check_same(folders[name], vocabulary, plans[name])
       print(f'{folders[name]}: as an earlier call made it', flush=True)
   print('train with')
-  of_shards = {name: f'shards:{path}' for name, path in folders.items()}
-  if recipe.mixture.corpora:
-    print(f'  --gin.MixtureConfig.corpora="{of_shards}"')
-  else:
-    print(f'  --gin.CorpusConfig.corpus="\'{of_shards[""]}\'"')
+  for binding in recipe.of_shards({n: f'shards:{path}' for n, path in folders.items()}):
+    print(f'  --gin.{binding}')
 
 
 def _make(

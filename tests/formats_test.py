@@ -163,7 +163,7 @@ def test_fields_by_name(item, keys, wanted):
     ('a.parquet.gz', 'text', r'must end in .*all but the last also'),
     ('a.gz', 'text', 'must end in'),
     ('a', 'text', 'must end in'),
-    ('a.jsonl', '{"messages": [{"role": "user"}]}', 'conversations come with fine-tuning'),
+    ('a.jsonl', '{"messages": [{"role": "user"}]}', 'conversations are for fine-tuning'),
     ('a.json', '[{"conversations": [{"from": "human"}]}]', "the field 'conversations'"),
     ('a.jsonl', '{"prompt": "a", "response": "b", "history": [["c", "d"]]}', "'history'"),
     ('a.jsonl', '{"prompt": "a", "response": null}', r"'response' must be text, got null"),

@@ -55,6 +55,13 @@ OF_CLASS = {
     f'--gin_file={ROOT}/gin_configs/runs/continue.gin',
     *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'"),
   ),
+  **dict.fromkeys(
+    ('Finetuning', 'AnswerConfig'),
+    (
+      f'--gin_file={ROOT}/gin_configs/runs/sft.gin',
+      *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'"),
+    ),
+  ),
   'TuneConfig': NEEDED['tune'],
 }
 FIELDS = [

@@ -179,6 +179,40 @@ def test_z_loss_is_the_square_of_the_logsumexp(config, batch):
   assert _largest_difference(*both) <= 1e-3
 
 
+def test_label_smoothing_spreads_a_share_of_the_target(config, batch):
+  """(1 - e) * ce + e * mean(-log p), in training alone, and its gradient."""
+  params = small.params(config)
+  rows = batch._replace(index=None)
+  model = models.build(config)
+  inputs = (rows.tokens, rows.positions, rows.block_positions, rows.visibility)
+
+  def plain(params):
+    log_p = jax.nn.log_softmax(small.logits(config, params, *inputs))
+    chosen = jnp.take_along_axis(log_p, jnp.asarray(batch.targets)[..., None], -1)[..., 0]
+    smoothed = 0.9 * -chosen + 0.1 * -log_p.mean(-1)
+    return (smoothed * batch.loss_weights).sum(), -(chosen * batch.loss_weights).sum()
+
+  (wanted, unsmoothed), gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+  for chunks in (0, 4):
+    made = losses.pretraining_loss(
+      model, LossConfig(label_smoothing=0.1, vocab_chunks=chunks)
+    )
+    run = jax.value_and_grad(
+      lambda p, made=made: made({'params': p}, rows, jax.random.key(0)), has_aux=True
+    )
+    (total, found), others = jax.jit(run)(params)
+    assert float(total) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(found['loss'][0]) == pytest.approx(float(unsmoothed), rel=1e-6)
+    assert float(found['label_smoothing'][0]) == pytest.approx(
+      float(wanted - unsmoothed), rel=1e-3
+    )
+    assert _largest_difference(gradients, others) <= 1e-3
+    # What is validated can be compared with other runs.
+    total, found = jax.jit(lambda p, made=made: made({'params': p}, rows, None))(params)
+    assert float(total) == pytest.approx(float(unsmoothed), rel=1e-6)
+    assert 'label_smoothing' not in found
+
+
 @pytest.mark.parametrize(
   'computed',
   [

@@ -85,6 +85,12 @@ def prepare(
     UserError: a task that is not registered; bad text or shards (see `corpus`,
       `shards`), or shards that are made for something else.
   """
+  configs.check(
+    task not in tasks.ANSWERS,
+    'fine-tuning must have a recipe of its own',
+    f'MIXTURE_OR_TASK_NAME={task!r} in pretraining',
+    'use gin_configs/runs/sft.gin',
+  )
   if task not in tasks.NAMES:
     return _registered_task(task)
   # 1. Corpora and the vocabulary. A run without a mixture has one corpus, without a name.
@@ -111,12 +117,12 @@ def prepare(
     'train': row_plan(task, length, objectives, vocabulary, packed=packed),
     'validation': row_plan(task, length, evaluation, vocabulary, packed=packed),
   }
-  rows = {name: _rows_of(source, vocabulary, plans) for name, source in named.items()}
-  notes += [_left_out(named[name], r['train'].stats) for name, r in rows.items()]
+  rows = {name: rows_of(source, vocabulary, plans) for name, source in named.items()}
+  notes += [left_out(named[name], r['train'].stats) for name, r in rows.items()]
   shares = mixture.shares({name: len(r['train']) for name, r in rows.items()})
   # A corpus without a share is not read.
   corpora = [Corpus(name, rows[name], share) for name, share in shares.items() if share]
-  _check_alike(corpora)
+  check_alike(corpora)
   # 3. The tasks over them.
   if task == tasks.CAUSAL:
     tasks.register_causal(corpora, vocabulary)
@@ -127,7 +133,7 @@ def prepare(
   has_validation = any('validation' in c.rows for c in corpora)
   return Prepared(
     vocabulary=vocabulary,
-    fingerprint=_fingerprint(corpora),
+    fingerprint=fingerprint(corpora),
     evaluation_tasks=evaluation_tasks if has_validation else {},
     corpora=tuple(corpora),
     packed=packed,
@@ -135,7 +141,7 @@ def prepare(
   )
 
 
-def _left_out(corpus: CorpusConfig, stats: Mapping[str, Any]) -> str:
+def left_out(corpus: CorpusConfig, stats: Mapping[str, Any]) -> str:
   """What a person is told of a corpus whose pairs are often too long; '' of others."""
   dropped, all_of_it = stats['dropped'], stats['dropped'] + stats['documents']
   if dropped <= _MANY_LEFT_OUT * all_of_it:
@@ -242,9 +248,10 @@ def _registered_task(task: str) -> Prepared:
   )
 
 
-def _rows_of(
+def rows_of(
   config: CorpusConfig, vocabulary: Vocabulary, plans: dict[str, RowPlan]
 ) -> dict[str, shards.StoredRows]:
+  """Rows by split of a corpus, made or found, with a plan for each split."""
   source = sources.of(config)
   if not isinstance(source, sources.Shards):
     return {
@@ -266,6 +273,13 @@ def _rows_of(
 
 
 def _check_plan(path: str, stored: RowPlan, planned: RowPlan) -> None:
+  asks = [f'{plan.template or plan.blank or "text"}' for plan in (stored, planned)]
+  configs.check(
+    asks[0] == asks[1],
+    f'the shards in {path} must be of what this run reads, {asks[1]}',
+    asks[0],
+    'make them again with this configuration',
+  )
   kind = {True: 'packed documents', False: 'a stream cut into rows'}
   configs.check(
     stored.packed == planned.packed,
@@ -291,7 +305,8 @@ def _check_plan(path: str, stored: RowPlan, planned: RowPlan) -> None:
   )
 
 
-def _check_alike(corpora: Sequence[Corpus]) -> None:
+def check_alike(corpora: Sequence[Corpus]) -> None:
+  """Raises UserError for corpora that cannot share a stream."""
   layouts = {c.name: c.rows['train'].layout.row_length for c in corpora}
   configs.check(
     len({*layouts.values()}) == 1 and len({c.rows['train'].plan for c in corpora}) == 1,
@@ -301,7 +316,8 @@ def _check_alike(corpora: Sequence[Corpus]) -> None:
   )
 
 
-def _fingerprint(corpora: Sequence[Corpus]) -> str:
+def fingerprint(corpora: Sequence[Corpus]) -> str:
+  """Tells the rows and shares of a run from those of another."""
   if len(corpora) == 1:
     return corpora[0].rows['train'].stats['digest']
   parts = [[c.name, c.share, c.rows['train'].stats['digest']] for c in corpora]

@@ -1,4 +1,5 @@
-"""The registered tasks: glm_blank, glm_document, glm_sentence, glm_mixture, glm_causal."""
+"""The registered tasks: of pretraining, glm_blank, glm_document, glm_sentence, glm_mixture
+and glm_causal; of fine-tuning, glm_conversations and glm_pairs."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import seqio
 
 from glm_jax.batch import MIXED
 from glm_jax.data import preprocessors
+from glm_jax.data.examples.answers import MixedText, answers
 from glm_jax.data.examples.causal import causal
 from glm_jax.data.examples.objective_config import ObjectiveConfig
 from glm_jax.data.stream.source import Corpus, IndexedRows
@@ -19,6 +21,8 @@ from glm_jax.text.vocabulary import Vocabulary
 MIXTURE = 'glm_mixture'
 CAUSAL = 'glm_causal'
 NAMES = (*(f'glm_{name}' for name in MIXED), MIXTURE, CAUSAL)
+CONVERSATIONS, PAIRS = 'glm_conversations', 'glm_pairs'
+ANSWERS = (CONVERSATIONS, PAIRS)
 EVALUATION = '_evaluation'
 """Ends the names of tasks whose losses can be compared between runs."""
 
@@ -60,6 +64,37 @@ def register_causal(corpora: Sequence[Corpus], vocabulary: Vocabulary) -> None:
   _register(CAUSAL, corpora, vocabulary, make)
   if held_out := _held_out(corpora):
     _register(f'{CAUSAL}{EVALUATION}', held_out, vocabulary, make)
+
+
+def register_answers(
+  name: str,
+  corpora: Sequence[Corpus],
+  vocabulary: Vocabulary,
+  *,
+  causal: bool,
+  two_positions: bool,
+  text: MixedText | None,
+) -> None:
+  """(Re-)registers a task of answers over these rows, and that of validation.
+
+  Args:
+    name: of `ANSWERS`.
+    corpora: of the rows.
+    vocabulary: of the tokens.
+    causal: whether the model is.
+    two_positions: whether it has two positions.
+    text: the corpus that is text, if one is.
+  """
+  how = dict(vocabulary=vocabulary, causal=causal, two_positions=two_positions)
+  _register(name, corpora, vocabulary, functools.partial(answers, text=text, **how))
+  if held_out := _held_out(corpora):
+    if text is not None:
+      # Shards of another corpus may lack the split.
+      names = [corpus.name for corpus in held_out]
+      number = names.index(text.name) if text.name in names else -1
+      text = text._replace(number=number, config=text.config.for_evaluation())
+    make = functools.partial(answers, text=text, **how)
+    _register(f'{name}{EVALUATION}', held_out, vocabulary, make)
 
 
 def _held_out(corpora: Sequence[Corpus]) -> list[Corpus]:

@@ -137,7 +137,7 @@ class Chat:
     configs.check(
       bool(kept),
       f'a message must fit into {room} tokens, the window without its answer',
-      f'{len(template.encode(messages[-1:], opening=True))} tokens',
+      f'{len(template.vocabulary.encode(messages[-1].content))} tokens',
       'shorten it',
     )
     # Once turns are left out, they stay so: what is read would change with every turn.

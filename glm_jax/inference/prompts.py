@@ -8,6 +8,7 @@ from typing import Any
 
 from glm_jax import configs
 from glm_jax.inference.request import Request, Span, check_context
+from glm_jax.text import asking
 from glm_jax.text.vocabulary import Vocabulary
 
 
@@ -52,17 +53,13 @@ def encode(
   if goes_on:
     # Encoded with its mask: the space before one is not always the text's.
     ids = v.encode_marked(prompt + '[gMASK]', [*known])
-  has_blank = bool(blanks(v, ids))
-  ids = [*v.prefix, *ids]
-  if not goes_on and not config.causal:
-    configs.check(
-      bare or has_blank,
-      'the prompt must hold a blank: [MASK], [sMASK] or [gMASK]',
-      repr(prompt),
-      'mark one, or continue the text with --gmask',
-    )
-    # [gMASK] at the end is a text to be continued: nothing follows it, as with `gmask`.
-    ids = ids if ids[-1] == s.gmask else [*ids, *v.suffix]
+  configs.check(
+    bare or config.causal or bool(blanks(v, ids)),
+    'the prompt must hold a blank: [MASK], [sMASK] or [gMASK]',
+    repr(prompt),
+    'mark one, or continue the text with --gmask',
+  )
+  ids = [*v.prefix, *ids] if config.causal else asking.around(v, ids)
   check_context(config, len(ids) - config.causal)
   return ids
 
@@ -96,11 +93,10 @@ def encode_answers(
   encoded = []
   for i, (text, answer) in enumerate(zip(before, answers, strict=True)):
     configs.check(bool(answer), 'an answer must hold some text', repr(answer), 'give one')
-    stays = text.rstrip()
-    own_space = answer[0].isspace() or not (known and v.takes_space_before)
-    space = '' if own_space else text[len(stays) :]
-    inside = stays or i
-    encoded.append(v.encode_inside(space + answer) if inside else v.encode(answer))
+    # Without a mask, the space before an answer stays in the text.
+    before = text if known else text.rstrip()
+    inside = i > 0 or bool(text.strip())
+    encoded.append(asking.encode_answer(v, answer, before, inside=inside))
   return encoded
 
 

@@ -1,10 +1,14 @@
 """Stages of training, a file each, and how a seqio task becomes a run's data."""
 
 from glm_jax.models.config import ONCE_FIELDS
-from glm_jax.recipes import pretraining
+from glm_jax.recipes import finetuning, pretraining
 from glm_jax.training import config
 
-CONFIGURABLES = (*config.CONFIGURABLES, *pretraining.CONFIGURABLES)
+CONFIGURABLES = (
+  *config.CONFIGURABLES,
+  *pretraining.CONFIGURABLES,
+  *finetuning.CONFIGURABLES,
+)
 """What gin may bind in a run."""
 
 MOVED = {

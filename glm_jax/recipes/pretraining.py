@@ -15,9 +15,11 @@ from glm_jax.batch import MIXED, Visibility
 from glm_jax.checkpoints import folder
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
+from glm_jax.data.rows.table import RowPlan
 from glm_jax.data.stream.mixing import MixtureConfig
 from glm_jax.recipes import samples
 from glm_jax.recipes.reading import TaskData
+from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import losses, recipe
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossConfig, LossFn
@@ -117,22 +119,50 @@ class Pretraining(recipe.Recipe):
     prepare.check_batch(data.prepared, config.batch_size)
     prepare.verify(data.prepared, self.corpus, jax.process_index(), jax.process_count())
 
+  def own_vocabulary(self) -> Vocabulary:
+    """That which the recipe says, where no checkpoint does."""
+    from glm_jax.data.corpora import corpus
+
+    return corpus.load_or_train_vocabulary(self.vocabulary, [*self.corpora().values()])
+
+  def corpora(self) -> dict[str, CorpusConfig]:
+    """What is read, by name; '' where there is one alone."""
+    from glm_jax.data import prepare
+
+    return prepare.corpora_of(self.corpus, self.mixture)
+
+  def row_plans(
+    self, config: TrainConfig, vocabulary: Vocabulary
+  ) -> tuple[dict[str, CorpusConfig], dict[str, RowPlan], str]:
+    """How the training rows of each corpus are made.
+
+    Args:
+      config: of the run, its model resolved.
+      vocabulary: of the tokens.
+
+    Returns:
+      The corpora as they are read, their plans, and what was decided, in words.
+    """
+    from glm_jax.data import prepare
+
+    corpora, packed, why = self.corpora(), self.corpus.packed, ''
+    if packed is None:
+      packed, why = prepare.decide_packed([*corpora.values()])
+    plan = prepare.row_plan(
+      self.task, self.length, self.objectives, vocabulary, packed=packed
+    )
+    return corpora, dict.fromkeys(corpora, plan), why
+
+  def of_shards(self, corpora: Mapping[str, str]) -> list[str]:
+    """gin bindings to read the shards of each corpus instead."""
+    if self.mixture.corpora:
+      return [f'MixtureConfig.corpora="{dict(corpora)}"']
+    return [f'CorpusConfig.corpus="{corpora[""]!r}"']
+
   def _check_model(self, config: TrainConfig, data: TaskData) -> None:
     model, vocabulary = config.model, data.vocabulary
     name = type(model).__name__
-    if self.task.startswith('glm_'):
-      configs.check(
-        model.causal == (self.task == _CAUSAL),
-        'MIXTURE_OR_TASK_NAME must be glm_causal for a causal model, and for no other',
-        f'{self.task!r} for {name}',
-        'use glm_causal with a causal model, and glm_mixture with any other',
-      )
-      configs.check(
-        model.causal or model.two_positions == self.objectives.block_positions,
-        "ObjectiveConfig.block_positions must be the model's two_positions",
-        f'{self.objectives.block_positions} and {model.two_positions}',
-        f'set ObjectiveConfig.block_positions = {model.two_positions}',
-      )
+    self._check_task(config)
     configs.check(
       vocabulary.size <= model.vocab_size,
       "the model's vocab_size must hold the vocabulary",
@@ -147,6 +177,29 @@ class Pretraining(recipe.Recipe):
       "rows must fit the model's position table",
       f'rows of {self.length} positions, max_positions={model.max_positions}',
       f'raise {name}.max_positions or shorten TASK_FEATURE_LENGTHS',
+    )
+
+  def _check_task(self, config: TrainConfig) -> None:
+    model = config.model
+    name = type(model).__name__
+    if self.task.startswith('glm_'):
+      configs.check(
+        model.causal == (self.task == _CAUSAL),
+        'MIXTURE_OR_TASK_NAME must be glm_causal for a causal model, and for no other',
+        f'{self.task!r} for {name}',
+        'use glm_causal with a causal model, and glm_mixture with any other',
+      )
+      if not model.causal:
+        self.check_positions(config)
+
+  def check_positions(self, config: TrainConfig) -> None:
+    """Raises UserError for objectives with other positions than the model's."""
+    two = config.model.two_positions
+    configs.check(
+      two == self.objectives.block_positions,
+      "ObjectiveConfig.block_positions must be the model's two_positions",
+      f'{self.objectives.block_positions} and {two}',
+      f'set ObjectiveConfig.block_positions = {two}',
     )
 
   def _text_length(self, packed: bool) -> int:

@@ -43,7 +43,8 @@ class ChatGLM2Template(Template):
     return f'[Round {self.first + i}]{self.line}问：{message.content}{self.line}答：'
 
   def examples(self, messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    return [(*messages[: i + 1],) for i in range(1, len(messages), 2)]
+    answers = range(1, len(messages), 2)
+    return [(*messages[: i + 1],) for i in answers if not messages[i].without_loss]
 
   def _encode(self, messages: Sequence[Message], opening: bool) -> list[int]:
     return [*self.vocabulary.prefix, *self.vocabulary.encode(self.text(messages))]
@@ -95,7 +96,7 @@ class GLM4Template(Template):
     return self.vocabulary.control[f'<|{role}|>']
 
   def examples(self, messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    answers = [i for i, message in enumerate(messages) if message.role == 'assistant']
+    answers = [i for i, message in enumerate(messages) if _is_learnt(message)]
     return [(*messages[: answers[-1] + 1],)] if answers else []
 
   def decode_answer(self, ids: Sequence[int]) -> tuple[Message, ...]:
@@ -132,12 +133,12 @@ class GLM4Template(Template):
       turn = self.turn(message)
       ids += turn
       # The piece of the next role is what ends an answer (finetune_hf.py of ChatGLM3).
-      answers = message.role == 'assistant'
-      scored += [ends] + [answers] * (len(turn) - 1)
-      ends = answers
+      learnt = _is_learnt(message)
+      scored += [ends] + [learnt] * (len(turn) - 1)
+      ends = learnt
     # Behind a call, what the tool gives back comes next.
     end = self._role('observation') if messages[-1].calls else self.stops[0]
-    return [*ids, end], [*scored, True]
+    return [*ids, end], [*scored, ends]
 
   def _with_tools(
     self, messages: tuple[Message, ...], tools: Sequence[Mapping[str, Any]]
@@ -161,6 +162,9 @@ class ChatGLM3Template(GLM4Template):
     head = self.vocabulary.encode(self._head(message))
     return [self._role(message.role), *head, *self.vocabulary.encode(message.content)]
 
+  def call(self, name: str, arguments: Mapping[str, Any]) -> Message:
+    return Message('assistant', chat_tools.in_python(arguments), name)
+
   def _with_tools(
     self, messages: tuple[Message, ...], tools: Sequence[Mapping[str, Any]]
   ) -> tuple[Message, ...]:
@@ -168,6 +172,10 @@ class ChatGLM3Template(GLM4Template):
     if messages and messages[0].role == 'system':
       said, rest = messages[0].content, messages[1:]
     return (Message('system', f'{said}\n{chat_tools.to_json(tools)}'), *rest)
+
+
+def _is_learnt(message: Message) -> bool:
+  return message.role == 'assistant' and not message.without_loss
 
 
 # Each with the kinds of vocabularies that it can be written in; the first kind's default.
@@ -179,6 +187,11 @@ FAMILIES = {
   'glm4': (GLM4Template, ('glm4',)),
   'glm4-0414': (GLM40414Template, ('glm4',)),
 }
+
+
+def form_of(family: str) -> Template:
+  """A family's template without a vocabulary: for `check`, `with_tools` and `call`."""
+  return FAMILIES[family][0](family, None)
 
 
 def template_for(vocabulary: Vocabulary, family: str = '') -> Template:

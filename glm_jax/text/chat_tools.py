@@ -81,6 +81,17 @@ def call_arguments(content: str) -> dict[str, Any]:
   )
 
 
+def in_python(arguments: Mapping[str, Any]) -> str:
+  """ChatGLM3's way to write a call (PROMPT.md), which `call_arguments` reads.
+
+  Example:
+    >>> in_python({'city': '北京', 'days': 2})
+    "```python\\ntool_call(city='北京', days=2)\\n```"
+  """
+  named = ', '.join(f'{name}={value!r}' for name, value in arguments.items())
+  return f'```python\ntool_call({named})\n```'
+
+
 def to_json(value: Any) -> str:
   """As transformers' templates write it with tojson(indent=4)."""
   return json.dumps(value, ensure_ascii=False, indent=4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,11 +26,13 @@ class Message:
     role: 'system', 'user', 'assistant', or 'observation': what a tool gave back.
     content: its text.
     metadata: of an assistant's turn that calls a tool, the tool's name.
+    without_loss: of an assistant's turn that is read in training and not learnt.
   """
 
   role: str
   content: str
   metadata: str = ''
+  without_loss: bool = False
 
   @property
   def calls(self) -> bool:
@@ -54,8 +57,7 @@ class Template:
 
   Attributes:
     family: its name in `FAMILIES`.
-    vocabulary: of the model.
-    stops: ids that end an answer.
+    vocabulary: of the model; None where nothing is encoded, see `chat.form_of`.
     roles: that the family knows.
     reads_again: a prefix model, which reads a conversation anew for each answer; what it
       has read and answered cannot be continued by `encode_next`.
@@ -64,9 +66,14 @@ class Template:
   roles: tuple[str, ...]
   reads_again = False
 
-  def __init__(self, family: str, vocabulary: Vocabulary):
-    self.family, self.vocabulary = family, vocabulary
-    self.stops = vocabulary.stops
+  def __init__(self, family: str, vocabulary: Vocabulary | None):
+    self.family = family
+    self.vocabulary: Any = vocabulary
+
+  @property
+  def stops(self) -> tuple[int, ...]:
+    """Ids that end an answer."""
+    return self.vocabulary.stops
 
   def encode(self, messages: Sequence[Message], *, opening: bool) -> list[int]:
     """Token ids of a conversation, from the pieces that open every text on.
@@ -106,7 +113,8 @@ class Template:
 
     The piece that ends an answer is one of them, that which opens it is not. Of a
     conversation in rounds only the last answer is: earlier ones have no end in what the
-    model reads. `examples` gives what to call this with for each answer once.
+    model reads. `examples` gives what to call this with for each answer once. Answers
+    without loss are no answers here.
 
     Args:
       messages: the last is an answer.
@@ -119,8 +127,15 @@ class Template:
     return self._encode_masked(messages)
 
   def examples(self, messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    """Conversations for `encode_masked` in which each answer of one is scored once."""
+    """Conversations for `encode_masked` in which each answer of one is scored once.
+
+    Each ends with an answer that is learnt; there is none where no answer is.
+    """
     raise NotImplementedError
+
+  def call(self, name: str, arguments: Mapping[str, Any]) -> Message:
+    """The turn that calls a tool, as the family was taught to write it."""
+    return Message('assistant', json.dumps(arguments, ensure_ascii=False), name)
 
   def fit(self, messages: Sequence[Message], limit: int) -> tuple[tuple[Message, ...], int]:
     """The end of a conversation that has room, whole, behind its system messages.

@@ -121,7 +121,7 @@ def check(config: TrainConfig, data: Data, built: Program, layout: Layout) -> No
 
 
 def line(values: Mapping[str, float], split: bool = True) -> str:
-  """One line for a person: the losses by objective, or what else was validated.
+  """One line for a person: the losses by objective, and what else was validated.
 
   Args:
     values: of the validation.
@@ -132,6 +132,8 @@ def line(values: Mapping[str, float], split: bool = True) -> str:
     'validation loss  blank 2.000  document 3.000'
     >>> line({'loss': 2.5, 'loss/blank': 2.5, 'corpus/a/loss': 2.0, 'corpus/b/loss': 3.0})
     'validation loss  blank 2.500  (corpora: a 2.000  b 3.000)'
+    >>> line({'loss': 2.5, 'loss/answer': 2.5, 'accuracy': 0.5})
+    'validation loss  answer 2.500  accuracy 0.500'
     >>> line({'loss': 2.5, 'accuracy': 0.5})
     'validation  accuracy 0.500  loss 2.500'
   """
@@ -143,8 +145,10 @@ def line(values: Mapping[str, float], split: bool = True) -> str:
     if k.startswith('corpus/')
   }
   losses = {k.removeprefix('loss/'): v for k, v in values.items() if k.startswith('loss/')}
-  others = {k: v for k, v in values.items() if not k.startswith('corpus/')}
-  parts = [f'{k} {v:.3f}' for k, v in sorted((losses or others).items())]
+  others = {k: v for k, v in values.items() if not k.startswith(('corpus/', 'loss/'))}
+  if losses:  # whose mean it is
+    others.pop('loss', None)
+  parts = [f'{k} {v:.3f}' for part in (losses, others) for k, v in sorted(part.items())]
   if corpora:
     parts.append(f'(corpora: {"  ".join(f"{k} {v:.3f}" for k, v in corpora.items())})')
   return '  '.join(['validation loss' if losses else 'validation', *parts])

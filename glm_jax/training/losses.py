@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from glm_jax import configs, sharding
 from glm_jax.attention.dense import MASKED
 from glm_jax.batch import OBJECTIVES, Batch
-from glm_jax.configs import at_least
+from glm_jax.configs import at_least, within
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """name -> (sum, count): they add up over micro-batches, devices and batches."""
@@ -42,12 +42,16 @@ class LossConfig:
   Attributes:
     vocab_chunks: parts of the vocabulary that are worked on one after the other, so that
       no [B, T, V] array of logits exists; 0 for all at once, which is a little faster.
+    label_smoothing: share of the target that is spread evenly over the vocabulary, in
+      training: (1 - e) * ce + e * mean(-log p) (GLM, finetune of tasks/seq2seq; 0.1 there).
+      What it adds is reported apart from the loss.
     z_loss: weight of `logsumexp(logits) ** 2`, which keeps logits from drifting (PaLM,
       section 5; 1e-4 there); reported apart from the loss.
   """
 
   vocab_chunks: Annotated[int, _OFF_OR_MORE] = 0
   z_loss: Annotated[float, _OFF_OR_MORE] = 0.0
+  label_smoothing: Annotated[float, within('[0, 1)')] = 0.0
 
   def __post_init__(self):
     configs.check_fields(self)
@@ -214,8 +218,15 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
     del counts  # one division by the weights of the whole batch is enough
     head = {}
     if config.vocab_chunks:
-      head['head'] = lambda x, weight: chunked_cross_entropy(
-        x, weight, batch.targets, config.vocab_chunks
+      head['head'] = lambda x, weight: (
+        *chunked_cross_entropy(x, weight, batch.targets, config.vocab_chunks),
+        # The mean of products with the rows of the head is that with their mean.
+        jnp.einsum(
+          'BTD,D->BT',
+          x,
+          weight.astype(jnp.float32).mean(0),
+          preferred_element_type=jnp.float32,
+        ),
       )
     result, _ = model.apply(
       variables,
@@ -229,10 +240,11 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
     )
     with jax.named_scope('loss'):
       if config.vocab_chunks:
-        losses_BT, total_BT = result
+        losses_BT, total_BT, mean_BT = result
       else:
         losses_BT = cross_entropy(result, batch.targets)
         total_BT = jax.nn.logsumexp(result, axis=-1)
+        mean_BT = result.mean(-1, dtype=jnp.float32)
       weighted = losses_BT * batch.loss_weights
       metrics = {'loss': (weighted.sum(), batch.loss_weights.sum())}
       # By position, since a packed row can hold examples of several objectives.
@@ -247,6 +259,12 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
         z = config.z_loss * (jnp.square(total_BT) * batch.loss_weights).sum()
         metrics['z_loss'] = (z, batch.loss_weights.sum())
         total += z
+      if config.label_smoothing and key is not None:
+        # -log p is logsumexp less the logit.
+        spread = total_BT - mean_BT - losses_BT
+        smoothing = config.label_smoothing * (spread * batch.loss_weights).sum()
+        metrics['label_smoothing'] = (smoothing, batch.loss_weights.sum())
+        total += smoothing
     return total, metrics
 
   return loss

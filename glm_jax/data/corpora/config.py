@@ -7,6 +7,7 @@ from typing import Annotated
 
 from glm_jax import configs
 from glm_jax.configs import LOCAL, NOT_EMPTY, READABLE, at_least, one_of, within
+from glm_jax.text.chat import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class CorpusConfig:
     too_long: what becomes of a pair longer than a packed row: its prompt loses its
       beginning ('truncate_prompt_left') or its answer its end ('truncate_answer'), which
       is followed by the end token all the same; it is left out ('drop'), as where nothing
-      of one or the other would remain; or it stops the run ('error').
+      of one or the other would remain; or it stops the run ('error'). A conversation
+      loses its first rounds with both of the former, and only its last answer an end.
     verify: compare shards with their checksums before training, each process its part.
     validation: a glob of held-out files; '' holds out `validation_fraction`.
     validation_fraction: share of the documents held out, by a hash of all of each; of
@@ -37,6 +39,8 @@ class CorpusConfig:
       '' for 'prompt'.
     answer_key: the field with loss of objects that are all pairs; '' takes `text_key`, or
       the pairs of `glm_jax.data.corpora.fields.PAIRS` where there is none.
+    conversations: the family (of `glm_jax.text.chat.FAMILIES`) in whose roles objects are
+      read as conversations; '' for texts and pairs. The task glm_conversations sets it.
     tfds_data_dir: where TFDS data sets are; '' for the TFDS default.
     cache_dir: where vocabularies and rows are kept between runs.
   """
@@ -55,6 +59,7 @@ class CorpusConfig:
   text_key: Annotated[str, NOT_EMPTY] = 'text'
   prompt_key: str = ''
   answer_key: str = ''
+  conversations: Annotated[str, one_of('', *FAMILIES)] = ''
   tfds_data_dir: Annotated[str, READABLE] = ''
   cache_dir: Annotated[str, LOCAL] = '~/.cache/glm_jax'
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from glm_jax import configs
 from glm_jax.configs import UserError
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.text.conversation import Message
 
 PAIRS = (
   ('instruction', 'output'),  # alpaca, whose `input` belongs to the prompt
@@ -29,11 +30,21 @@ CONVERSATIONS = ('messages', 'conversations', 'conversation', 'history')
 
 
 class Document(NamedTuple):
-  """A text, what precedes it without being learnt, and its tokens where it has them."""
+  """What a corpus is made of.
+
+  Attributes:
+    text: what is learnt; of a conversation, all of it as JSON, by which it is held out.
+    prompt: what precedes the text without being learnt.
+    ids: tokens, of a document that has them.
+    messages: of a conversation.
+    where: it stands, in words, for what is found wrong with it later.
+  """
 
   text: str
   prompt: str = ''
   ids: Sequence[int] | None = None
+  messages: tuple[Message, ...] = ()
+  where: Callable[[], str] = str
 
 
 def document(
@@ -51,10 +62,10 @@ def document(
 
   Example:
     >>> names = CorpusConfig(corpus='*.jsonl')
-    >>> document({'instruction': 'Add.', 'input': '1 and 2', 'output': '3'}, names)
-    Document(text='3', prompt='Add.\\n1 and 2', ids=None)
-    >>> document({'prompt': '', 'text': 'Once.'}, names)
-    Document(text='Once.', prompt='', ids=None)
+    >>> document({'instruction': 'Add.', 'input': '1 and 2', 'output': '3'}, names)[:2]
+    ('3', 'Add.\\n1 and 2')
+    >>> document({'prompt': '', 'text': 'Once.'}, names)[:2]
+    ('Once.', '')
   """
   if not isinstance(fields, Mapping):
     raise UserError(
@@ -98,10 +109,10 @@ def _known_pair(
   turns = next((name for name in CONVERSATIONS if fields.get(name)), None)
   configs.check(
     turns is None,
-    'a document must be a text or a pair; conversations come with fine-tuning',
+    'a document must be a text or a pair; conversations are for fine-tuning',
     f'the field {turns!r}{where()}',
-    'write {"prompt", "text"}, or name the fields of a pair with CorpusConfig.prompt_key '
-    'and answer_key',
+    'use gin_configs/runs/sft.gin, or write {"prompt", "text"}, or name the fields of a '
+    'pair with CorpusConfig.prompt_key and answer_key',
   )
   return next((pair for pair in PAIRS if {*pair} <= {*fields}), None)
 

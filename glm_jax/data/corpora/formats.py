@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from etils import epath
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.data.corpora import fields
+from glm_jax.data.corpora import turns
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import Document
 
@@ -158,6 +159,11 @@ def _likely_encoding(content: bytes) -> str:
   return ''
 
 
+def _line_in_words(path: epath.Path, number: int, before: Any) -> str:
+  """Where a line stands: `number` from 0, behind as many as `before` counts."""
+  return f' in {path} line {(before() if before else 0) + number + 1}'
+
+
 def _of_lines(
   content: Any, path: epath.Path, config: CorpusConfig, start: int = 0, before: Any = None
 ) -> Iterator[Document]:
@@ -167,8 +173,8 @@ def _of_lines(
     at += len(line) + 1
     if not text.strip():
       continue
-    where = lambda: f' in {path} line {(before() if before else 0) + number + 1}'
-    yield fields.document(
+    where = functools.partial(_line_in_words, path, number, before)
+    yield turns.read(
       _loads(text, where, 'a .jsonl file must have a JSON object a line'), config, where
     )
 
@@ -186,8 +192,8 @@ def _of_list(text: str, path: epath.Path, config: CorpusConfig) -> Iterator[Docu
     'write it as a list, or one object a line in a .jsonl file',
   )
   for number, item in enumerate(content):
-    where = lambda: f' in {path}, item {number + 1}'
-    yield fields.document(item, config, where)
+    where = functools.partial(' in {}, item {}'.format, path, number + 1)
+    yield turns.read(item, config, where)
 
 
 def _of_csv(text: str, path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
@@ -222,7 +228,8 @@ def _of_csv(text: str, path: epath.Path, config: CorpusConfig) -> Iterator[Docum
       f'{len(row)}{where()}',
       'put fields that hold a comma in quotes',
     )
-    yield fields.document(dict(zip(names, row, strict=True)), config, where)
+    last = functools.partial(_line_in_words, path, reader.line_num - 1, None)
+    yield turns.read(dict(zip(names, row, strict=True)), config, last)
 
 
 def _of_table(path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
@@ -236,7 +243,8 @@ def _of_table(path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
       for batch in table.iter_batches(_ROWS):
         for row in batch.to_pylist():
           number += 1
-          yield fields.document(row, config, lambda: f' in {path}, row {number}')
+          where = functools.partial(' in {}, row {}'.format, path, number)
+          yield turns.read(row, config, where)
     except (pa.ArrowException, OSError) as error:
       raise UserError(
         f'a .parquet file must be readable, got {path} '

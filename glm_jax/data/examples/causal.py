@@ -36,12 +36,17 @@ def causal(
     batch = causal_examples(*(rows[name] for name in names), pad)
     return {**batch, 'index': rows['index'], 'corpus': rows['corpus']}
 
+  check_rows(dataset, length)
+  return dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def check_rows(dataset: tf.data.Dataset, length: int) -> None:
+  """Raises UserError for rows that do not make `length` positions."""
   if dataset.element_spec['tokens'].shape.as_list()[1:] != [length + 1]:
     raise UserError(
       f'causal rows must have one token more than the feature length {length}, got '
       f'{dataset.element_spec["tokens"].shape}; plan them by prepare.row_plan.'
     )
-  return dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 def causal_examples(

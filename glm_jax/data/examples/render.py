@@ -11,6 +11,8 @@ import numpy as np
 from glm_jax.batch import OBJECTIVES
 from glm_jax.text.vocabulary import Vocabulary
 
+# What carries loss stands between them.
+_LEARNT = ('⟦', '⟧')
 # Characters a line.
 _WIDTH = 96
 
@@ -32,13 +34,17 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
     return '(an empty row)'
   # A packed row holds several examples; it is named by its first.
   name = OBJECTIVES[int(example['objective'][0])]
-  if name == 'causal':
+  if name in ('causal', 'answer'):
     # What a token sees begins with its document, so `key_start` changes where one begins.
     starts = np.flatnonzero(np.diff(example['key_start'][:length], prepend=-1))
     scored = int(example['loss_weights'].sum())
-    lines = [f'causal: {length} tokens, {len(starts)} document(s), {scored} scored']
+    lines = [f'{name}: {length} tokens, {len(starts)} document(s), {scored} scored']
+    if name == 'answer':
+      lines[0] += f', between {_LEARNT[0]} and {_LEARNT[1]}'
     for start, end in zip(starts, [*starts[1:], length], strict=True):
-      [text] = _texts([tokens[start:end]], vocabulary)
+      one = {k: v[start:end] for k, v in example.items() if v.ndim}
+      text = _answers(one, vocabulary) if name == 'answer' else ''
+      text = text or _texts([tokens[start:end]], vocabulary)[0]
       lines += _wrap(f'  {start}..{end - 1}:  ', text)
     return '\n'.join(lines)
   lines = [
@@ -50,6 +56,20 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
   for first, end in zip(firsts, [*firsts[1:], length], strict=True):
     lines += _example({k: v[first:end] for k, v in example.items() if v.ndim}, vocabulary)
   return '\n'.join(lines)
+
+
+def _answers(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
+  """A document as it is read, what carries loss marked; [n] arrays."""
+  tokens, targets = example['tokens'], example['targets']
+  learnt = np.append(False, example['loss_weights'] > 0)
+  # What ends a row is a target and no input.
+  ids = np.append(tokens, targets[-1])[: len(tokens) + learnt[-1]]
+  bounds = np.flatnonzero(np.diff(learnt[: len(ids)])) + 1
+  texts = _texts(np.split(ids, bounds), vocabulary)
+  return ''.join(
+    _LEARNT[0] + text + _LEARNT[1] if number % 2 else text
+    for number, text in enumerate(texts)
+  )
 
 
 def _example(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> list[str]:
@@ -115,12 +135,14 @@ def statistics(batch: Mapping[str, np.ndarray], skipped: int) -> str:
     rows = objective == number
     if not rows.any():
       continue
-    if name == 'causal':
+    if name in ('causal', 'answer'):
       # An empty row is -1 throughout, as is what is prepended: no document begins in it.
       starts = np.diff(np.where(inside, batch['key_start'], -1)[rows], prepend=-1)
       documents = ((starts != 0) & inside[rows]).sum() / rows.sum()
+      scored = (batch['loss_weights'][rows] > 0).sum() / max(inside[rows].sum(), 1)
       lines.append(
-        f'  causal: {rows.mean():.1%} of examples, {documents:.1f} documents each'
+        f'  {name}: {rows.mean():.1%} of examples, {documents:.1f} documents each, '
+        f'{scored:.1%} of tokens scored'
       )
       continue
     # A span of n tokens has n + 1 positions, or n where it runs to the end of its row.

@@ -22,9 +22,10 @@ from glm_jax.data.corpora import parts, sources
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import Document
 from glm_jax.data.corpora.sources import CorpusPart
+from glm_jax.data.making import rendered
 from glm_jax.data.making.order import Order
 from glm_jax.data.rows import pairs, shards
-from glm_jax.data.rows.table import Encoded, RowPlan, make_rows
+from glm_jax.data.rows.table import Encoded, RowPlan, make_rows, pack
 from glm_jax.text.vocabulary import Vocabulary
 
 # Counts up when the same text and plan would make other rows: caches are made again.
@@ -91,10 +92,15 @@ def part_rows(
   Returns:
     [n] uint64 keys, see `Order`; and [n, record_bytes] uint8 records.
   """
-  opening, eos = vocabulary.prefix, vocabulary.specials.eos
-  encoded = encode(documents, vocabulary, counts)
-  fitting = pairs.fit(encoded, opening, plan, config.too_long, counts)
-  table = make_rows(fitting, opening, eos, plan)
+  if plan.template or plan.blank:
+    table = pack(
+      [*rendered.pieces(documents, vocabulary, plan, config.too_long, counts)], plan
+    )
+  else:
+    opening, eos = vocabulary.prefix, vocabulary.specials.eos
+    encoded = encode(documents, vocabulary, counts)
+    fitting = pairs.fit(encoded, opening, plan, config.too_long, counts)
+    table = make_rows(fitting, opening, eos, plan)
   records = shards.layout_of(vocabulary, plan.row_length).encode(table)
   return order.keys(len(records), part.number, shards.SPLITS.index(split)), records
 
@@ -128,6 +134,7 @@ def cached_rows(
   # All that decides what is in the rows is in the name of their folder.
   key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split]
   key += [plan.row_length, plan.positions, plan.room, config.too_long]
+  key += [plan.template, plan.blank]
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
   folder = sources.cache_dir(config) / 'rows' / name
   if not (folder / shards.INDEX).exists():

@@ -292,6 +292,9 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
       row_length=int(fields['row_length']),
       positions=int(fields['positions']),
       room=tuple(map(int, fields['room'])),
+      # Older shards are of texts and pairs.
+      template=str(fields.get('template', '')),
+      blank=str(fields.get('blank', '')),
     )
     splits = {
       name: (tuple(File(**file) for file in split['files']), split)

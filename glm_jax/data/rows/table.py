@@ -12,7 +12,7 @@ Every document becomes `prefix prompt text <eos>`, where the prefix is the vocab
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,9 @@ _LEAST_PART = 16
 Encoded = tuple[np.ndarray, np.ndarray]
 """Ids of a document's prompt, which carries no loss, and of its text."""
 
+Piece = tuple[np.ndarray, np.ndarray]
+"""Ids of what stands whole in a packed row, [n] int32, and which carry loss, [n] bool."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
@@ -35,11 +38,16 @@ class RowPlan:
     positions: of a packed row when its documents have become examples; 0 for a stream.
     room: of a packed row: positions that a document of n tokens is given, by n; its
       length is one more than the longest document that fits.
+    template: family whose conversations the documents are; '' for texts and pairs.
+    blank: how a prompt becomes Part A, see `glm_jax.text.asking`; '' where prompt and
+      answer are one text.
   """
 
   row_length: int
   positions: int = 0
   room: tuple[int, ...] = ()
+  template: str = ''
+  blank: str = ''
 
   @property
   def packed(self) -> bool:
@@ -111,11 +119,11 @@ def stream_rows(
         at = table.new()
         # Inside a document: the row opens as one does, and starts a part of it.
         if done:
-          at = table.add(at, opening, len(opening), starts=True)
+          at = table.add(at, opening, _all_behind(len(opening), opening), starts=True)
       part = tokens[done : done + row_length - at]
       # With no prefix, a part begins at place 0 of its row; with one, it was marked above.
       starts = done == 0 or at == 0
-      at = table.add(at, part, max(0, unscored - done), starts=starts)
+      at = table.add(at, part, _all_behind(unscored - done, part), starts=starts)
       done += len(part)
   return table.finish()
 
@@ -131,14 +139,18 @@ def packed_rows(
     >>> packed_rows(documents, (), 2, plan).tokens.tolist()
     [[8, 9, 8, 9, 2, 0], [5, 6, 2, 7, 2, 0]]
   """
-  # 1. Cut what is longer than a row.
+  # What is longer than a row is cut.
   pieces = [
     piece
     for prompt, text in documents
     for piece in _cut(np.asarray(prompt), np.asarray(text), prefix, eos, plan.longest)
   ]
-  # 2. Place the longest first. `sorted` is stable, so the rows depend on the documents'
-  # order alone.
+  return pack(pieces, plan)
+
+
+def pack(pieces: Sequence[Piece], plan: RowPlan) -> RowTable:
+  """Pieces that each fit a row, several a row, by best fit: the largest first."""
+  # `sorted` is stable, so the rows depend on the pieces' order alone.
   order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))
   table = _Table(plan.row_length)
   # Rows by the positions that they have left. Bit p of `sizes_left` is set exactly where
@@ -150,7 +162,7 @@ def packed_rows(
   # and, where spans are masked, what these add.
   used: list[int] = []
   for i in order:
-    tokens, unscored = pieces[i]
+    tokens, scored = pieces[i]
     need = plan.room[len(tokens)]
     # Bit i: some row has need + i positions left. x & -x is the lowest bit of x, hence the
     # row that wastes the least.
@@ -163,7 +175,7 @@ def packed_rows(
     else:
       left, row = plan.positions, len(used)
       used.append(table.new())
-    used[row] = table.add(used[row], tokens, unscored, starts=True, row=row)
+    used[row] = table.add(used[row], tokens, scored, starts=True, row=row)
     left -= need
     # A full row is not kept: nothing needs 0 positions.
     if left:
@@ -174,8 +186,8 @@ def packed_rows(
 
 def _cut(
   prompt: np.ndarray, text: np.ndarray, prefix: tuple[int, ...], eos: int, longest: int
-) -> Iterator[tuple[np.ndarray, int]]:
-  """Parts of a document, each with a prefix, and how many tokens carry no loss.
+) -> Iterator[Piece]:
+  """Parts of a document, each with a prefix.
 
   All parts but the last are the longest, since equal parts of a little more than half a
   row leave room that few documents fit. A last part of a few tokens would hardly be an
@@ -189,8 +201,13 @@ def _cut(
   cuts[-1:] = np.minimum(cuts[-1:], len(body) - most // _LEAST_PART)
   for first, part in zip([0, *cuts], np.split(body, cuts), strict=True):
     # A long prompt may reach into several parts.
-    unscored = min(max(len(prompt) - first, 0), len(part))
-    yield np.concatenate([opening, part]), len(opening) + unscored
+    tokens = np.concatenate([opening, part])
+    yield tokens, _all_behind(len(opening) + max(len(prompt) - first, 0), tokens)
+
+
+def _all_behind(unscored: int, tokens: np.ndarray) -> np.ndarray:
+  """[n] bool: all tokens carry loss but the first so many."""
+  return np.arange(len(tokens)) >= unscored
 
 
 class _Table:
@@ -215,14 +232,13 @@ class _Table:
     return 0
 
   def add(
-    self, at: int, tokens: np.ndarray, unscored: int, *, starts: bool, row: int = -1
+    self, at: int, tokens: np.ndarray, scored: np.ndarray, *, starts: bool, row: int = -1
   ) -> int:
     """Writes tokens at a place in a row, by default the last; returns the place behind."""
     row = self._count - 1 if row < 0 else row
     end = at + len(tokens)
     self._tokens[row, at:end] = tokens
-    # What is unscored may reach beyond these tokens: then none of them is scored.
-    self._scored[row, min(at + unscored, end) : end] = True
+    self._scored[row, at:end] = scored
     if starts:
       self._starts[row, at] = True
     self._lengths[row] = end

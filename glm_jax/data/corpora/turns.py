@@ -1,0 +1,194 @@
+"""An object of a file as a conversation, whatever form its turns are in.
+
+- ChatGLM3: {"conversations": [{"role", "content", "loss"}], "tools"}, where the role 'tool'
+  holds a call and what came of it: {"name", "parameters", "observation"}
+- OpenAI and TRL: {"messages": [{"role", "content", "tool_calls"}], "tools"}
+- ShareGPT: {"conversations": [{"from", "value"}], "system", "tools"}
+- ChatGLM2: {"prompt", "response", "history": [[question, answer], ...]}, whose history is
+  read and not learnt: the answers in it have lines of their own
+- pairs, by the names that `glm_jax.data.corpora.fields` knows or is told: one round
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from glm_jax import configs
+from glm_jax.configs import UserError
+from glm_jax.data.corpora import fields
+from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.corpora.fields import Document
+from glm_jax.text.chat import form_of
+from glm_jax.text.conversation import Message, Template
+
+_TURNS = ('messages', 'conversations', 'conversation')
+# Of ShareGPT and OpenAI -> ours.
+_ROLES = {'human': 'user', 'gpt': 'assistant', 'function': 'observation'}
+_ROLES |= {'tool': 'observation'}
+
+
+def read(content: Any, config: CorpusConfig, where: Callable[[], str] = str) -> Document:
+  """The conversation of an object, or its text or pair, as `config.conversations` says."""
+  return (document if config.conversations else fields.document)(content, config, where)
+
+
+def document(
+  content: Any, config: CorpusConfig, where: Callable[[], str] = str
+) -> Document:
+  """The conversation of an object, checked as its family reads it.
+
+  Args:
+    content: of the object.
+    config: the family, and the names of fields of pairs.
+    where: the object stands, in words; called for a message alone.
+
+  Raises:
+    UserError: no conversation, roles that are unknown or out of order, an empty turn, tools
+      without a schema.
+
+  Example:
+    >>> config = CorpusConfig(corpus='*.jsonl', conversations='chatglm2')
+    >>> line = {'prompt': 'And 2?', 'response': '4', 'history': [['1?', '1']]}
+    >>> [m.content for m in document(line, config).messages if not m.without_loss]
+    ['1?', 'And 2?', '4']
+  """
+  template = form_of(config.conversations)
+  try:
+    configs.check(
+      isinstance(content, Mapping),
+      'a conversation must be an object',
+      type(content).__name__,
+      'write {"messages": [...]}',
+    )
+    # A table has null where a row lacks a field.
+    present = {k: v for k, v in content.items() if v is not None}
+    tools = _tools(present.pop('tools', None))
+    messages = (*_messages(present, config, template),)
+    template.check(messages)
+    messages = template.with_tools(messages, tools)
+    template.check(messages)
+  except UserError as error:
+    raise UserError(f'{str(error).removesuffix(".")}{where()}.') from error
+  text = json.dumps([vars(message) for message in messages], ensure_ascii=False)
+  return Document(text, messages=messages, where=where)
+
+
+def _messages(
+  content: dict[str, Any], config: CorpusConfig, template: Template
+) -> Iterator[Message]:
+  if system := content.pop('system', ''):
+    yield Message('system', system)
+  name = next((name for name in _TURNS if name in content), None)
+  if name is not None:
+    for turn in _list(content[name], name, 'write [{"role": ..., "content": ...}, ...]'):
+      yield from _turn(turn, template)
+    return
+  for past in _list(content.pop('history', ()), 'history', 'write [[question, answer]]'):
+    configs.check(
+      isinstance(past, Sequence) and not isinstance(past, str) and len(past) == 2,
+      'a round of a history must be a question and its answer',
+      f'{past!r:.80}',
+      'write [question, answer]',
+    )
+    yield Message('user', past[0])
+    yield Message('assistant', past[1], without_loss=True)
+  pair = fields.document(content, config)
+  configs.check(
+    bool(pair.prompt),
+    'a conversation must have a question',
+    f'the fields {sorted(map(str, content))}',
+    'name its fields with CorpusConfig.prompt_key and answer_key',
+  )
+  yield from (Message('user', pair.prompt), Message('assistant', pair.text))
+
+
+def _turn(turn: Any, template: Template) -> Iterator[Message]:
+  """The messages that one turn says, in order."""
+  configs.check(
+    isinstance(turn, Mapping) and ('role' in turn or 'from' in turn),
+    'a turn must be an object with a role',
+    f'{turn!r:.80}',
+    'write {"role": ..., "content": ...}',
+  )
+  turn = {k: v for k, v in turn.items() if v is not None}
+  role, text = str(turn.get('role', turn.get('from'))), turn.get('content', '')
+  text = turn.get('value', text)
+  learnt = turn.get('loss', bool(turn.get('weight', 1)))
+  configs.check(
+    isinstance(learnt, bool),
+    'the loss of a turn must be true or false',
+    repr(learnt),
+    'say',
+  )
+  unlearnt = {'without_loss': not learnt}
+  if role == 'function_call' or 'parameters' in turn:
+    call = turn if role != 'function_call' else _parsed(text, 'a call of a tool')
+    yield _call(call, template, unlearnt)
+    if 'observation' in turn:
+      seen = turn['observation']
+      yield Message('observation', seen if isinstance(seen, str) else _json(seen))
+    return
+  role = _ROLES.get(role, role)
+  calls = turn.get('tool_calls', ())
+  if role == 'assistant':
+    if text or not calls:
+      yield Message(role, text, turn.get('metadata', ''), **unlearnt)
+    for call in _list(calls, 'tool_calls', 'write a list'):
+      function = call.get('function', call) if isinstance(call, Mapping) else call
+      yield _call(function, template, unlearnt)
+  else:
+    yield Message(role, text)
+
+
+def _call(call: Any, template: Template, unlearnt: dict[str, bool]) -> Message:
+  arguments = None
+  if isinstance(call, Mapping):
+    arguments = call.get('arguments', call.get('parameters', {}))
+    if isinstance(arguments, str):
+      arguments = _parsed(arguments, 'arguments of a tool')
+  configs.check(
+    isinstance(arguments, Mapping) and isinstance(call.get('name'), str),
+    'a call of a tool must have its name, and arguments by name',
+    f'{call!r:.80}',
+    'write {"name": ..., "arguments": {...}}',
+  )
+  said = template.call(call['name'], arguments)
+  return Message(said.role, said.content, said.metadata, **unlearnt)
+
+
+def _tools(tools: Any) -> list[Any]:
+  if isinstance(tools, str):
+    tools = _parsed(tools, 'tools')
+  tools = [*_list(tools or (), 'tools', 'write a list')]
+  for tool in tools:
+    function = tool.get('function', tool) if isinstance(tool, Mapping) else {}
+    configs.check(
+      isinstance(function, Mapping) and isinstance(function.get('parameters'), Mapping),
+      'a tool must have a schema: an object with its name and parameters',
+      f'{tool!r:.80}',
+      'give {"name": …, "description": …, "parameters": {…}}',
+    )
+  return tools
+
+
+def _list(value: Any, name: str, remedy: str) -> Sequence[Any]:
+  configs.check(
+    isinstance(value, Sequence) and not isinstance(value, str),
+    f'the field {name!r} must be a list',
+    f'{value!r:.80}',
+    remedy,
+  )
+  return value
+
+
+def _parsed(text: Any, what: str) -> Any:
+  try:
+    return json.loads(text)
+  except (TypeError, ValueError, RecursionError) as error:
+    raise UserError(f'{what} must be JSON, got {text!r:.80}; mend it.') from error
+
+
+def _json(value: Any) -> str:
+  return json.dumps(value, ensure_ascii=False)
