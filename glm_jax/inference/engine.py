@@ -63,9 +63,7 @@ class Engine:
       piece: tokens of a causal context that are read at a time.
     """
     self.model = models.build(config, _with_kernel(config, compute))
-    on_cpu = sharding.alone() and all(map(_on_one_cpu, jax.tree.leaves(variables)))
-    self.variables = stack.apart(variables) if on_cpu else variables
-    self.config, self.rows = config, rows
+    self.config, self.variables, self.rows = config, variables, rows
     self.virtual = virtual.count(variables)
     self._stops, self.allowed = tuple(stops), jnp.asarray(allowed)
     self.cache_dtype, self.piece = cache_dtype or compute.dtype, piece
@@ -86,6 +84,16 @@ class Engine:
     self._read_spans = jax.jit(
       functools.partial(beam_lib.read_spans, self.model), donate_argnums=1
     )
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The collections of the model; on one CPU, each layer's weights are apart."""
+    return self._variables
+
+  @variables.setter
+  def variables(self, variables: dict[str, Any]) -> None:
+    on_cpu = sharding.alone() and all(map(_on_one_cpu, jax.tree.leaves(variables)))
+    self._variables = stack.apart(variables) if on_cpu else variables
 
   def _read_contexts(self, variables, cache, tokens_RT, lengths_R, rows_R):
     contexts, _ = decode.read_context(

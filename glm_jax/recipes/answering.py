@@ -103,6 +103,8 @@ class Answering:
         [question.prompt for question in self.questions],
         max_new_tokens=self._answers.max_new_tokens,
       )
+      # Nothing of them is kept: the next step's program writes to their memory.
+      self._filler.engine.variables = {}
     said = [self._text(made[0]) for made in spans]
     wanted = [self._text(question.answer) for question in self.questions]
     if distributed.is_leader():
