@@ -8,7 +8,7 @@ import small
 from commands import in_process, refused
 
 from glm_jax import sharding
-from glm_jax.planning import decoding, topologies
+from glm_jax.planning import decoding, prediction, topologies
 from glm_jax.sharding import MeshConfig
 
 
@@ -38,6 +38,26 @@ def test_integers_are_read_as_integers(v5e, bits, weights, peak):
   whole = set(re.findall(r'\b(\w+)\[([\d,]*)\]', compiled.as_text()))
   kinds = {dtype for dtype, shape in whole if {'4096', '13696'} <= {*shape.split(',')}}
   assert kinds == {f's{bits}'}
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_a_plan_too(v5e):
+  """64 rows of 8,192 slots: the compiler refuses, and says how much it would need."""
+  result = decoding.predict(small.CHATGLM2_6B, v5e, rows=64, slots=8192)
+  gib = {k: v / 2**30 for k, v in result.memory.items()}
+  assert gib['peak'] > gib['weights'] + gib['cache'] > gib['limit'] == 15.75
+  assert result.predicted_seconds is None and 'predicted' not in result.in_words('v5e')
+
+
+def test_what_does_not_fit_is_printed_and_refused(tmp_path, monkeypatch):
+  refusal = ((20 * 2**30, 16 * 2**30), None)
+  monkeypatch.setattr(prediction, 'compile_or_measure', lambda lowered: refusal)
+  tiny = ['--gin_file=gin_configs/chatglm2_tiny.gin', '--platform=cpu', '--decode']
+  done = in_process('plan', *tiny, f'--json={tmp_path}/plan.json')
+  refused(done, 'must fit into 16.00 GiB a device, got 20.00 GiB', '--rows')
+  assert 'peak 20.00 of 16.00 GiB' in done.stdout
+  plan = json.loads((tmp_path / 'plan.json').read_text())
+  assert plan['memory']['peak'] == 20 * 2**30 and plan['predicted_seconds'] is None
 
 
 def test_a_plan_of_generation_is_printed_and_written(tmp_path):
