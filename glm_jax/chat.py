@@ -62,7 +62,12 @@ def _answer(chat: Any, line: str) -> None:
   said = f'{chat.read} tokens read, {chat.written} written, {speed:.1f} tokens/s'
   gone = chat.left_out - left_out
   more = f'; {gone} messages left out, which do not fit the window' if gone else ''
-  print(f'[{said}{more}]', file=sys.stderr, flush=True)
+  _note(said + more)
+
+
+def _note(text: str) -> None:
+  """Tells a person what was done; answers alone are on stdout."""
+  print(f'[{text}]', file=sys.stderr, flush=True)
 
 
 def _command(chat: Any, line: str) -> None:
@@ -70,12 +75,15 @@ def _command(chat: Any, line: str) -> None:
   rest = rest.strip()
   if name == '/reset':
     chat.reset()
+    _note('begun anew')
   elif name == '/system':
     chat.reset(rest)
+    _note(f'begun anew, the model is told first: {rest!r}')
   elif name == '/save':
     configs.check(bool(rest), '/save must be given a file', "''", 'name one')
     try:
-      chat.save(Path(rest))
+      chat.save(Path(rest).expanduser())
+      _note(f'{len(chat.messages)} messages in {rest}')
     except OSError as error:
       raise configs.UserError(
         f'/save must be given a file that can be written, got {rest} '

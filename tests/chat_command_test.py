@@ -147,7 +147,8 @@ def _talk(chat, *lines, terminal=True):
   command.talk(chat, iter(lines), terminal=terminal)
 
 
-def test_commands_of_a_conversation(fillers, vocabulary, tmp_path, capsys):
+def test_commands_of_a_conversation(fillers, vocabulary, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
   chat, _ = _chat(fillers, vocabulary, sampling=HOT)
   path = tmp_path / 'a.json'
   _talk(chat, 'the fox', '', f'/save {path}', '/nonsense', '/save', '/quit', 'unheard')
@@ -157,10 +158,15 @@ def test_commands_of_a_conversation(fillers, vocabulary, tmp_path, capsys):
   assert messages[1]['content'] in said.out and 'unheard' not in said.out
   assert 'a command must be known, got /nonsense' in said.err
   assert '/save must be given a file' in said.err
+  assert f'[2 messages in {path}]' in said.err
   assert f'[{chat.read} tokens read, {chat.written} written' in said.err
   _talk(chat, f'/save {tmp_path}/no/folder', '/system be kind', '/reset')
-  assert 'can be written' in capsys.readouterr().err
-  assert not chat.messages and chat.system == 'be kind'
+  said = capsys.readouterr()
+  assert 'can be written' in said.err and 'messages in' not in said.err
+  assert "[begun anew, the model is told first: 'be kind']\n[begun anew]" in said.err
+  assert not chat.messages and chat.system == 'be kind' and not said.out
+  _talk(chat, '/save ~/b.json')
+  assert json.loads((tmp_path / 'b.json').read_text())['messages'][0]['role'] == 'system'
   with pytest.raises(UserError, match='a command must be known'):
     _talk(chat, '/nonsense', terminal=False)
 
@@ -183,6 +189,35 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(fillers, vocabulary, capsy
   assert capsys.readouterr().out.rstrip('\n').endswith(' …')
   _talk(chat, 'go on')
   assert [m.role for m in chat.messages] == ['user', 'assistant'] * 2
+
+
+@pytest.mark.parametrize('program', ['read', 'read_on', 'advance'])
+def test_ctrl_c_inside_a_program_keeps_the_session(
+  fillers, vocabulary, monkeypatch, capsys, program
+):
+  """The program has the cache by then, and nobody takes what it gives back."""
+  chat, _ = _chat(fillers, vocabulary, sampling=HOT)
+  if program == 'read_on':  # what follows a first message is read on to it
+    _talk(chat, 'the fox')
+  engine = fillers['causal'].engine
+  compute = getattr(engine, program)
+
+  def interrupted(*arguments, **more):
+    compute(*arguments, **more)
+    raise KeyboardInterrupt
+
+  before, ids = list(chat.messages), list(chat._ids)
+  with monkeypatch.context() as patch:
+    patch.setattr(engine, program, interrupted)
+    _talk(chat, 'the quick brown fox')
+  # An answer that nobody heard a word of is forgotten, and its question.
+  assert chat.messages == before and chat.written == 0
+  assert capsys.readouterr().out.rstrip('\n').endswith(' …')
+  said = ''.join(chat.say('go on'))
+  again, _ = _chat(fillers, vocabulary, sampling=HOT)
+  again.messages, again._turn = before, chat._turn - 1
+  again._ids, again._known = ids, len(before)
+  assert said and said == ''.join(again.say('go on'))
 
 
 def test_a_model_without_conversations_is_refused():
