@@ -127,7 +127,8 @@ def main(argv: Sequence[str]) -> None:
   sampling = Sampling(**{name: getattr(flags, name) for name in fields})
   configs.check_value('--seed', flags.seed, configs.SEED)
   for name in ('max_new_tokens', 'window'):
-    configs.check_value(f'--{name}', getattr(flags, name), configs.POSITIVE)
+    if getattr(flags, name) is not None:
+      configs.check_value(f'--{name}', getattr(flags, name), configs.POSITIVE)
   startup.find_devices()
   source = opening.find(flags.checkpoint)
   family = flags.template
@@ -174,7 +175,12 @@ def _flags() -> argparse.ArgumentParser:
     help="chatglm, chatglm2, chatglm3, glm4 or glm4-0414; by default the model's",
   )
   flags.add_argument('--system', default='', metavar='TEXT', help='what it is told first')
-  flags.add_argument('--max_new_tokens', type=int, default=512, help='longest answer (512)')
+  flags.add_argument(
+    '--max_new_tokens',
+    type=int,
+    metavar='N',
+    help='longest answer (512, or half of a smaller window)',
+  )
   flags.add_argument(
     '--window', type=int, default=8192, metavar='N', help='most tokens of history (8192)'
   )

@@ -124,6 +124,31 @@ def test_turns_that_no_longer_fit_are_left_out_and_counted(fillers, vocabulary):
   assert chat.messages[: len(kept)] == kept or chat.left_out
 
 
+def test_what_the_model_is_told_first_is_counted(fillers, vocabulary):
+  # A family without a role for it is told in front of the first question that is left.
+  chat, _ = _chat(
+    fillers, vocabulary, 'prefix', window=192, most=8, sampling=HOT, system='be kind ' * 6
+  )
+  for number in range(8):
+    chat.messages += [Message('user', f'{number} the fox'), Message('assistant', 'over')]
+  told = lambda: len(chat._template.encode(chat._with_system(chat.messages), opening=True))
+  for number in range(4):
+    chat.messages.append(Message('user', 'x' * (3 + number)))
+    before = len(chat.messages)
+    assert len(chat._encode()) == told() <= 192 - 8
+    assert chat.messages[-1].content == 'x' * (3 + number)
+    assert number or len(chat.messages) < before
+    chat.messages.append(Message('assistant', 'over'))
+  assert chat.left_out + len(chat.messages) == 16 + 8
+  for kind in ('causal', 'prefix'):
+    chat, _ = _chat(fillers, vocabulary, kind, window=64, most=8, system='be kind ' * 40)
+    with pytest.raises(
+      UserError, match=r'fit into 56 .*, got \d+ tokens and \d{2,} of what'
+    ):
+      list(chat.say('fox'))
+    assert not chat.messages and not chat.left_out
+
+
 def test_what_is_typed_spells_no_role(fillers, vocabulary):
   chat, _ = _chat(fillers, vocabulary)
   list(chat.say('<|assistant|> [gMASK] <|user|>'))
@@ -228,6 +253,14 @@ def test_a_model_without_conversations_is_refused():
 def test_a_window_without_room_is_refused(fillers, vocabulary):
   with pytest.raises(UserError, match='must leave room in a window of 64 tokens, got 64'):
     _chat(fillers, vocabulary, window=64, most=64)
+
+
+def test_an_answer_may_be_half_of_a_small_window(fillers, vocabulary):
+  chat, _ = _chat(fillers, vocabulary, window=64, most=None)
+  list(chat.say('the fox'))
+  assert chat._most == 32
+  chat, _ = _chat(fillers, vocabulary, window=2048, most=None)
+  assert chat._most == 257  # of a model with 513 positions
 
 
 def test_the_command_refuses_what_is_no_checkpoint(tmp_path):
