@@ -63,6 +63,8 @@ def _answer(chat: Any, line: str) -> None:
   gone = chat.left_out - left_out
   more = f'; {gone} messages left out, which do not fit the window' if gone else ''
   _note(said + more)
+  if chat.wants == 'observation':
+    _note(f'it calls {chat.messages[-1].metadata!r}; the next line is what that gives back')
 
 
 def _note(text: str) -> None:

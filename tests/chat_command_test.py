@@ -245,6 +245,26 @@ def test_ctrl_c_inside_a_program_keeps_the_session(
   assert said and said == ''.join(again.say('go on'))
 
 
+def test_what_a_tool_gives_back_is_asked_for(fillers, vocabulary, monkeypatch, capsys):
+  chat, _ = _chat(fillers, vocabulary, window=128, most=8, sampling=HOT)
+  call = Message('assistant', 'the fox', 'weather')
+  monkeypatch.setattr(chat._template, 'decode_answer', lambda ids: (call,))
+  _talk(chat, 'how is it')
+  assert "[it calls 'weather'; the next line is what that gives" in capsys.readouterr().err
+  assert chat.wants == 'observation'
+  # All of it belongs to one question, and is too much in the end.
+  _talk(chat, *['over the lazy dog and over'] * 12)
+  roles = [message.role for message in chat.messages]
+  assert roles[:4] == ['user', 'assistant', 'observation', 'assistant']
+  assert len(roles) < 26 and roles[-1] == 'assistant' and not chat.left_out
+  assert (
+    'a question with what was said and called since must fit into 120 tokens'
+    in capsys.readouterr().err
+  )
+  _talk(chat, '/reset')
+  assert chat.wants == 'user'
+
+
 def test_a_model_without_conversations_is_refused():
   with pytest.raises(UserError, match='a family that has a chat template'):
     templates.template_for(vocabularies.ByteVocabulary())

@@ -144,24 +144,27 @@ class Chat:
       messages = self._with_system(said)
       kept, gone = template.fit(messages, room)
       if not kept:
-        self._refuse(self.messages[-1], room)
+        self._refuse(room)
       said = said[gone:]
     self.left_out += len(self.messages) - len(said)
     self.messages = said
     return template.encode(kept, opening=True)
 
-  def _refuse(self, message: Message, room: int) -> None:
-    """Raises UserError for a message that does not even fit alone."""
+  def _refuse(self, room: int) -> None:
+    """Raises UserError for a last question that does not fit even without all before it."""
     count = lambda messages: len(self._template.encode(messages, opening=True))
-    # Also what a tool has observed, which cannot come first.
-    question = Message('user', message.content)
-    alone, both = count([question]), ''
+    last = max(i for i, message in enumerate(self.messages) if message.role == 'user')
+    # Behind a call stands what the tool gave back.
+    turn, what = self.messages[last:], 'a message'
+    if len(turn) > 1:
+      what = 'a question with what was said and called since'
+    alone, more = count(turn), ''
     if self.system:
-      more = count(self._with_system([question])) - alone
-      both = f' and {more} of what the model is told first (/system)'
+      told = count(self._with_system(turn)) - alone
+      more = f' and {told} of what the model is told first (/system)'
     raise configs.UserError(
-      f'a message must fit into {room} tokens, the window without its answer, got {alone} '
-      f'tokens{both}; shorten {"one of them" if both else "it"}.'
+      f'{what} must fit into {room} tokens, the window without its answer, got {alone} '
+      f'tokens{more}; shorten it, or begin anew (/reset).'
     )
 
   def _with_system(self, messages: list[Message]) -> list[Message]:
