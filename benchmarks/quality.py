@@ -172,7 +172,7 @@ def table(results: dict[str, Any]) -> list[str]:
   lines = [
     f'{results["device"]}, {results["date"]}; jax {results["jax"]}:',
     '',
-    '| model | weights | perplexity | × float32 | top-1 | MB | bytes a weight | '
+    '| model | weights | perplexity | beside float32 | top-1 | MB | bytes a weight | '
     'of integers | tokens/s |',
     '|---|---|---|---|---|---|---|---|---|',
   ]
