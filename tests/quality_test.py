@@ -94,6 +94,27 @@ def test_a_plan_of_what_does_not_fit_says_so():
   )
 
 
+def test_runs_that_were_not_asked_for_keep_their_rows(tmp_path, monkeypatch, capsys):
+  measured = {'perplexity': 2.0, 'top1': 0.5, 'megabytes': 1.0, 'bytes_a_weight': 4.0}
+  monkeypatch.setattr(quality, 'trained', lambda name, runs: runs / name)
+  monkeypatch.setattr(quality, 'held_out', lambda run: ('causal', []))
+  monkeypatch.setattr(
+    quality,
+    'measure',
+    lambda name, run, batches, rounds: {
+      'model': name,
+      'kinds': {'float32': {**measured, 'tokens_per_second': rounds}},
+    },
+  )
+  for only, rounds in (('25m', 7), ('quickstart', 8), ('25m', 9)):
+    argv = [f'--only={only}', f'--rounds={rounds}', f'--folder={tmp_path}']
+    assert cli.exit_code(quality.main, argv) == 0
+  [path] = tmp_path.iterdir()
+  found = json.loads(path.read_text())['rows']
+  assert [row['model'] for row in found] == ['quickstart', 'chatglm2_25m']
+  assert [row['kinds']['float32']['tokens_per_second'] for row in found] == [8, 9]
+
+
 def test_tables_are_written_without_measuring(tmp_path, monkeypatch):
   written = []
   monkeypatch.setattr(
