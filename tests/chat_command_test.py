@@ -246,7 +246,9 @@ def test_ctrl_c_inside_a_program_keeps_the_session(
 
 
 def test_what_a_tool_gives_back_is_asked_for(fillers, vocabulary, monkeypatch, capsys):
-  chat, _ = _chat(fillers, vocabulary, window=128, most=8, sampling=HOT)
+  chat, _ = _chat(
+    fillers, vocabulary, window=128, most=8, sampling=HOT, system='tools: weather'
+  )
   call = Message('assistant', 'the fox', 'weather')
   monkeypatch.setattr(chat._template, 'decode_answer', lambda ids: (call,))
   _talk(chat, 'how is it')
@@ -263,6 +265,37 @@ def test_what_a_tool_gives_back_is_asked_for(fillers, vocabulary, monkeypatch, c
   )
   _talk(chat, '/reset')
   assert chat.wants == 'user'
+
+
+@pytest.mark.parametrize(
+  ('said', 'system', 'expected'),
+  [
+    # No tool was described: a first line that could be the name of one is text.
+    ('weather\nthe fox', '', [('weather\nthe fox', '')]),
+    ('Yes\n', '', [('Yes', '')]),
+    ('Yes\n', 'tools: weather', [('Yes', '')]),
+    ('\nthe fox', '', [('the fox', '')]),
+    ('weather\nthe fox', 'tools: weather', [('the fox', 'weather')]),
+    ('\nwell<|>weather\nx', 'tools: weather', [('well', ''), ('x', 'weather')]),
+    # Nobody asked for a second answer, or has seen what the tool gives back.
+    ('\nwell<|>\nthe fox', 'tools: weather', [('well\nthe fox', '')]),
+    ('weather\nx<|>\nwell', 'tools: weather', [('weather\nx\nwell', '')]),
+    ('', '', []),
+  ],
+)
+def test_an_answer_is_messages_that_can_be_gone_on_from(
+  fillers, vocabulary, said, system, expected
+):
+  chat, _ = _chat(fillers, vocabulary, system=system)
+  ids = []
+  for number, part in enumerate(said.split('<|>')):
+    ids += [vocabulary.control['<|assistant|>']] * (number > 0)
+    ids += vocabulary.encode(part) if part else []
+  heard = chat._heard(ids)
+  assert [(m.content, m.metadata) for m in heard] == expected
+  if heard:
+    chat.messages = [Message('user', 'x'), *heard]
+    assert ''.join(chat.say('over the lazy dog')) and len(chat.messages) > 2
 
 
 def test_a_model_without_conversations_is_refused():

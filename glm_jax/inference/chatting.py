@@ -121,12 +121,23 @@ class Chat:
     finally:
       # Also where the listener has gone.
       self.written = len(made)
-      answers = [m for m in self._template.decode_answer(made) if m.content]
+      answers = self._heard(made)
       if answers:
         self.messages += answers
         self._ids, self._known = [*ids, *made], len(self.messages)
       else:
         self.messages, self._ids, self._known = before
+
+  def _heard(self, ids: list[int]) -> list[Message]:
+    """An answer as messages that a conversation can go on from; none if it is empty."""
+    said = self._template.decode_answer(ids)
+    # A first line that could be a tool's name is text where no tool was described; so is
+    # what follows a call, or an answer, without having been asked for.
+    called = bool(self.system) and all(message.content for message in said if message.calls)
+    if called and all(message.calls for message in said[1:]):
+      return [message for message in said if message.content]
+    lines = [line for m in said for line in (m.metadata, m.content) if line]
+    return [Message('assistant', '\n'.join(lines))] if lines else []
 
   def _encode(self) -> list[int]:
     """Ids of the conversation: what the model has of it, and what is new."""
