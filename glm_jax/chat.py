@@ -62,7 +62,14 @@ def _answer(chat: Any, line: str) -> None:
   said = f'{chat.read} tokens read, {chat.written} written, {speed:.1f} tokens/s'
   gone = chat.left_out - left_out
   more = f'; {gone} messages left out, which do not fit the window' if gone else ''
-  print(f'[{said}{more}]', file=sys.stderr, flush=True)
+  _note(said + more)
+  if chat.wants == 'observation':
+    _note(f'it calls {chat.messages[-1].metadata!r}; the next line is what that gives back')
+
+
+def _note(text: str) -> None:
+  """Tells a person what was done; answers alone are on stdout."""
+  print(f'[{text}]', file=sys.stderr, flush=True)
 
 
 def _command(chat: Any, line: str) -> None:
@@ -70,12 +77,15 @@ def _command(chat: Any, line: str) -> None:
   rest = rest.strip()
   if name == '/reset':
     chat.reset()
+    _note('begun anew')
   elif name == '/system':
     chat.reset(rest)
+    _note(f'begun anew, the model is told first: {rest!r}')
   elif name == '/save':
     configs.check(bool(rest), '/save must be given a file', "''", 'name one')
     try:
-      chat.save(Path(rest))
+      chat.save(Path(rest).expanduser())
+      _note(f'{len(chat.messages)} messages in {rest}')
     except OSError as error:
       raise configs.UserError(
         f'/save must be given a file that can be written, got {rest} '
@@ -119,7 +129,8 @@ def main(argv: Sequence[str]) -> None:
   sampling = Sampling(**{name: getattr(flags, name) for name in fields})
   configs.check_value('--seed', flags.seed, configs.SEED)
   for name in ('max_new_tokens', 'window'):
-    configs.check_value(f'--{name}', getattr(flags, name), configs.POSITIVE)
+    if getattr(flags, name) is not None:
+      configs.check_value(f'--{name}', getattr(flags, name), configs.POSITIVE)
   startup.find_devices()
   source = opening.find(flags.checkpoint)
   family = flags.template
@@ -166,7 +177,12 @@ def _flags() -> argparse.ArgumentParser:
     help="chatglm, chatglm2, chatglm3, glm4 or glm4-0414; by default the model's",
   )
   flags.add_argument('--system', default='', metavar='TEXT', help='what it is told first')
-  flags.add_argument('--max_new_tokens', type=int, default=512, help='longest answer (512)')
+  flags.add_argument(
+    '--max_new_tokens',
+    type=int,
+    metavar='N',
+    help='longest answer (512, or half of a smaller window)',
+  )
   flags.add_argument(
     '--window', type=int, default=8192, metavar='N', help='most tokens of history (8192)'
   )

@@ -37,13 +37,15 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   from glm_jax.planning import prediction, released, suggest, table
   from glm_jax.training import start
 
+  bits = _integers(config, flags) if flags.decode else None
   config, _, _ = start.resolve(config)
   where = flags.topology or f'{len(devices)} CPU devices'
   if flags.slices > 1:
     where = f'{flags.slices} slices of {where}'
   card = _card(flags)
   if flags.decode:
-    return _generation(config, sharding.make_mesh(config.mesh, devices), where, card, flags)
+    layout = sharding.make_mesh(config.mesh, devices)
+    return _generation(config, layout, bits, where, card, flags)
   stored = released.STORED if flags.released else 'float32'
   if flags.suggest:
     result, config = suggest.best(config, devices, flags.trials, print, card, stored)
@@ -65,13 +67,35 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   prediction.check_fits(result)
 
 
+def _integers(config: TrainConfig, flags: argparse.Namespace) -> dict[str, int] | None:
+  """Bits and group of the weights that generate: as asked for, or of the checkpoint."""
+  from glm_jax import checkpoints
+  from glm_jax.training.config import CheckpointModel
+
+  asked = {'bits': flags.bits, 'group': flags.group} if flags.bits else None
+  if not isinstance(config.model, CheckpointModel):
+    return asked
+  stored = checkpoints.read_meta(checkpoints.find(config.model.path)).get('quantized')
+  configs.check(
+    not stored or asked in (None, stored),
+    f'--bits and --group must be those of a checkpoint that is quantised, {stored}',
+    str(asked),
+    'leave them out, or plan for the checkpoint that it was made from',
+  )
+  return stored or asked
+
+
 def _generation(
-  config: TrainConfig, layout: Any, where: str, card: Chip | None, flags: argparse.Namespace
+  config: TrainConfig,
+  layout: Any,
+  bits: dict[str, int] | None,
+  where: str,
+  card: Chip | None,
+  flags: argparse.Namespace,
 ) -> None:
   """Prints what generating a token a row needs."""
   from glm_jax.planning import decoding
 
-  bits = {'bits': flags.bits, 'group': flags.group} if flags.bits else None
   result = decoding.predict(
     config.model,
     layout,

@@ -124,6 +124,31 @@ def test_turns_that_no_longer_fit_are_left_out_and_counted(fillers, vocabulary):
   assert chat.messages[: len(kept)] == kept or chat.left_out
 
 
+def test_what_the_model_is_told_first_is_counted(fillers, vocabulary):
+  # A family without a role for it is told in front of the first question that is left.
+  chat, _ = _chat(
+    fillers, vocabulary, 'prefix', window=192, most=8, sampling=HOT, system='be kind ' * 6
+  )
+  for number in range(8):
+    chat.messages += [Message('user', f'{number} the fox'), Message('assistant', 'over')]
+  told = lambda: len(chat._template.encode(chat._with_system(chat.messages), opening=True))
+  for number in range(4):
+    chat.messages.append(Message('user', 'x' * (3 + number)))
+    before = len(chat.messages)
+    assert len(chat._encode()) == told() <= 192 - 8
+    assert chat.messages[-1].content == 'x' * (3 + number)
+    assert number or len(chat.messages) < before
+    chat.messages.append(Message('assistant', 'over'))
+  assert chat.left_out + len(chat.messages) == 16 + 8
+  for kind in ('causal', 'prefix'):
+    chat, _ = _chat(fillers, vocabulary, kind, window=64, most=8, system='be kind ' * 40)
+    with pytest.raises(
+      UserError, match=r'fit into 56 .*, got \d+ tokens and \d{2,} of what'
+    ):
+      list(chat.say('fox'))
+    assert not chat.messages and not chat.left_out
+
+
 def test_what_is_typed_spells_no_role(fillers, vocabulary):
   chat, _ = _chat(fillers, vocabulary)
   list(chat.say('<|assistant|> [gMASK] <|user|>'))
@@ -147,7 +172,8 @@ def _talk(chat, *lines, terminal=True):
   command.talk(chat, iter(lines), terminal=terminal)
 
 
-def test_commands_of_a_conversation(fillers, vocabulary, tmp_path, capsys):
+def test_commands_of_a_conversation(fillers, vocabulary, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
   chat, _ = _chat(fillers, vocabulary, sampling=HOT)
   path = tmp_path / 'a.json'
   _talk(chat, 'the fox', '', f'/save {path}', '/nonsense', '/save', '/quit', 'unheard')
@@ -157,10 +183,15 @@ def test_commands_of_a_conversation(fillers, vocabulary, tmp_path, capsys):
   assert messages[1]['content'] in said.out and 'unheard' not in said.out
   assert 'a command must be known, got /nonsense' in said.err
   assert '/save must be given a file' in said.err
+  assert f'[2 messages in {path}]' in said.err
   assert f'[{chat.read} tokens read, {chat.written} written' in said.err
   _talk(chat, f'/save {tmp_path}/no/folder', '/system be kind', '/reset')
-  assert 'can be written' in capsys.readouterr().err
-  assert not chat.messages and chat.system == 'be kind'
+  said = capsys.readouterr()
+  assert 'can be written' in said.err and 'messages in' not in said.err
+  assert "[begun anew, the model is told first: 'be kind']\n[begun anew]" in said.err
+  assert not chat.messages and chat.system == 'be kind' and not said.out
+  _talk(chat, '/save ~/b.json')
+  assert json.loads((tmp_path / 'b.json').read_text())['messages'][0]['role'] == 'system'
   with pytest.raises(UserError, match='a command must be known'):
     _talk(chat, '/nonsense', terminal=False)
 
@@ -185,6 +216,88 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(fillers, vocabulary, capsy
   assert [m.role for m in chat.messages] == ['user', 'assistant'] * 2
 
 
+@pytest.mark.parametrize('program', ['read', 'read_on', 'advance'])
+def test_ctrl_c_inside_a_program_keeps_the_session(
+  fillers, vocabulary, monkeypatch, capsys, program
+):
+  """The program has the cache by then, and nobody takes what it gives back."""
+  chat, _ = _chat(fillers, vocabulary, sampling=HOT)
+  if program == 'read_on':  # what follows a first message is read on to it
+    _talk(chat, 'the fox')
+  engine = fillers['causal'].engine
+  compute = getattr(engine, program)
+
+  def interrupted(*arguments, **more):
+    compute(*arguments, **more)
+    raise KeyboardInterrupt
+
+  before, ids = list(chat.messages), list(chat._ids)
+  with monkeypatch.context() as patch:
+    patch.setattr(engine, program, interrupted)
+    _talk(chat, 'the quick brown fox')
+  # An answer that nobody heard a word of is forgotten, and its question.
+  assert chat.messages == before and chat.written == 0
+  assert capsys.readouterr().out.rstrip('\n').endswith(' …')
+  said = ''.join(chat.say('go on'))
+  again, _ = _chat(fillers, vocabulary, sampling=HOT)
+  again.messages, again._turn = before, chat._turn - 1
+  again._ids, again._known = ids, len(before)
+  assert said and said == ''.join(again.say('go on'))
+
+
+def test_what_a_tool_gives_back_is_asked_for(fillers, vocabulary, monkeypatch, capsys):
+  chat, _ = _chat(
+    fillers, vocabulary, window=128, most=8, sampling=HOT, system='tools: weather'
+  )
+  call = Message('assistant', 'the fox', 'weather')
+  monkeypatch.setattr(chat._template, 'decode_answer', lambda ids: (call,))
+  _talk(chat, 'how is it')
+  assert "[it calls 'weather'; the next line is what that gives" in capsys.readouterr().err
+  assert chat.wants == 'observation'
+  # All of it belongs to one question, and is too much in the end.
+  _talk(chat, *['over the lazy dog and over'] * 12)
+  roles = [message.role for message in chat.messages]
+  assert roles[:4] == ['user', 'assistant', 'observation', 'assistant']
+  assert len(roles) < 26 and roles[-1] == 'assistant' and not chat.left_out
+  assert (
+    'a question with what was said and called since must fit into 120 tokens'
+    in capsys.readouterr().err
+  )
+  _talk(chat, '/reset')
+  assert chat.wants == 'user'
+
+
+@pytest.mark.parametrize(
+  ('said', 'system', 'expected'),
+  [
+    # No tool was described: a first line that could be the name of one is text.
+    ('weather\nthe fox', '', [('weather\nthe fox', '')]),
+    ('Yes\n', '', [('Yes', '')]),
+    ('Yes\n', 'tools: weather', [('Yes', '')]),
+    ('\nthe fox', '', [('the fox', '')]),
+    ('weather\nthe fox', 'tools: weather', [('the fox', 'weather')]),
+    ('\nwell<|>weather\nx', 'tools: weather', [('well', ''), ('x', 'weather')]),
+    # Nobody asked for a second answer, or has seen what the tool gives back.
+    ('\nwell<|>\nthe fox', 'tools: weather', [('well\nthe fox', '')]),
+    ('weather\nx<|>\nwell', 'tools: weather', [('weather\nx\nwell', '')]),
+    ('', '', []),
+  ],
+)
+def test_an_answer_is_messages_that_can_be_gone_on_from(
+  fillers, vocabulary, said, system, expected
+):
+  chat, _ = _chat(fillers, vocabulary, system=system)
+  ids = []
+  for number, part in enumerate(said.split('<|>')):
+    ids += [vocabulary.control['<|assistant|>']] * (number > 0)
+    ids += vocabulary.encode(part) if part else []
+  heard = chat._heard(ids)
+  assert [(m.content, m.metadata) for m in heard] == expected
+  if heard:
+    chat.messages = [Message('user', 'x'), *heard]
+    assert ''.join(chat.say('over the lazy dog')) and len(chat.messages) > 2
+
+
 def test_a_model_without_conversations_is_refused():
   with pytest.raises(UserError, match='a family that has a chat template'):
     templates.template_for(vocabularies.ByteVocabulary())
@@ -193,6 +306,14 @@ def test_a_model_without_conversations_is_refused():
 def test_a_window_without_room_is_refused(fillers, vocabulary):
   with pytest.raises(UserError, match='must leave room in a window of 64 tokens, got 64'):
     _chat(fillers, vocabulary, window=64, most=64)
+
+
+def test_an_answer_may_be_half_of_a_small_window(fillers, vocabulary):
+  chat, _ = _chat(fillers, vocabulary, window=64, most=None)
+  list(chat.say('the fox'))
+  assert chat._most == 32
+  chat, _ = _chat(fillers, vocabulary, window=2048, most=None)
+  assert chat._most == 257  # of a model with 513 positions
 
 
 def test_the_command_refuses_what_is_no_checkpoint(tmp_path):

@@ -5,10 +5,11 @@ import re
 
 import pytest
 import small
-from commands import in_process, refused
+import stored
+from commands import gin, in_process, refused
 
 from glm_jax import sharding
-from glm_jax.planning import decoding, topologies
+from glm_jax.planning import decoding, prediction, topologies
 from glm_jax.sharding import MeshConfig
 
 
@@ -40,6 +41,26 @@ def test_integers_are_read_as_integers(v5e, bits, weights, peak):
   assert kinds == {f's{bits}'}
 
 
+@pytest.mark.slow
+def test_what_does_not_fit_is_a_plan_too(v5e):
+  """64 rows of 8,192 slots: the compiler refuses, and says how much it would need."""
+  result = decoding.predict(small.CHATGLM2_6B, v5e, rows=64, slots=8192)
+  gib = {k: v / 2**30 for k, v in result.memory.items()}
+  assert gib['peak'] > gib['weights'] + gib['cache'] > gib['limit'] == 15.75
+  assert result.predicted_seconds is None and 'predicted' not in result.in_words('v5e')
+
+
+def test_what_does_not_fit_is_printed_and_refused(tmp_path, monkeypatch):
+  refusal = ((20 * 2**30, 16 * 2**30), None)
+  monkeypatch.setattr(prediction, 'compile_or_measure', lambda lowered: refusal)
+  tiny = ['--gin_file=gin_configs/chatglm2_tiny.gin', '--platform=cpu', '--decode']
+  done = in_process('plan', *tiny, f'--json={tmp_path}/plan.json')
+  refused(done, 'must fit into 16.00 GiB a device, got 20.00 GiB', '--rows')
+  assert 'peak 20.00 of 16.00 GiB' in done.stdout
+  plan = json.loads((tmp_path / 'plan.json').read_text())
+  assert plan['memory']['peak'] == 20 * 2**30 and plan['predicted_seconds'] is None
+
+
 def test_a_plan_of_generation_is_printed_and_written(tmp_path):
   tiny = ['--gin_file=gin_configs/chatglm2_tiny.gin', '--platform=cpu', '--decode']
   path = tmp_path / 'plan.json'
@@ -48,6 +69,33 @@ def test_a_plan_of_generation_is_printed_and_written(tmp_path):
   assert '2 rows, a cache of 1,024 tokens each' in done.stdout
   memory = json.loads(path.read_text())['memory']
   assert 0 < memory['weights'] < memory['peak'] and memory['cache'] > 0
+
+
+def test_a_checkpoint_of_integers_is_planned_as_such(tmp_path, monkeypatch):
+  # Weights are counted from shapes: nothing needs to be compiled.
+  fits = ((2**30, 2**31), None)
+  monkeypatch.setattr(prediction, 'compile_or_measure', lambda lowered: fits)
+  plain = stored.checkpoint(tmp_path / 'plain', stored.FAMILIES['chatglm2'])
+  stored.quantize(plain, tmp_path / 'int4', '--bits=4', '--group=16')
+
+  def planned(checkpoint, *flags):
+    places = gin(f"INIT_FROM='{checkpoint}'", "MODEL_DIR='unused'", "CORPUS='unused'")
+    of_run = ['--gin_file=gin_configs/runs/continue.gin', '--platform=cpu', '--decode']
+    return in_process('plan', *of_run, *places, f'--json={tmp_path}/plan.json', *flags)
+
+  weights = []
+  for checkpoint, *flags in (
+    (tmp_path / 'int4',),
+    (tmp_path / 'int4', '--bits=4', '--group=16'),
+    (plain, '--bits=4', '--group=16'),
+    (plain,),
+  ):
+    done = planned(checkpoint, *flags)
+    assert done.returncode == 0, done.stderr
+    weights.append(json.loads((tmp_path / 'plan.json').read_text())['memory']['weights'])
+  assert weights[0] == weights[1] == weights[2] < weights[3]
+  done = planned(tmp_path / 'int4', '--bits=8')
+  refused(done, 'must be those of a checkpoint that is quantised', "'bits': 4", "'bits': 8")
 
 
 @pytest.mark.parametrize(

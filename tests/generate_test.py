@@ -190,6 +190,7 @@ def test_a_broken_file_is_refused_with_its_line(generate, tmp_path, name, conten
     ('--repetition_penalty=0', 'Sampling.repetition_penalty must be positive'),
     ('--num_beams=2 --temperature=1', 'beam search must be without temperature'),
     ('--num_beams=2 --stop_strings=x', 'and stop strings'),
+    ('--num_beams=2 --samples=2', 'one answer a prompt'),
     ('--num_beams=0', 'num_beams must be 1 or more'),
     ('--batch_size=0', '--batch_size must be 1 or more'),
     ('--cache_dtype=int4', '--cache_dtype must be one of'),

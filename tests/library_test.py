@@ -204,6 +204,9 @@ def test_a_stop_string_ends_a_span_there(loaded, penalty):
   at = next(i for i in range(3, 12) if max(tokens[i : i + 2]) < 128)
   stop = model.vocabulary.decode(tokens[at : at + 2])
   [answer] = model.generate(prompt, stop_strings=['never said', stop], **how)
+  # One text is one stop string, and not its letters.
+  [alone] = model.generate(prompt, stop_strings=stop, **how)
+  assert alone.text == answer.text
   decoded = model.vocabulary.decode(tokens)
   assert answer.spans[0] == decoded[: decoded.index(stop)]
   count = len(answer.tokens[0])
@@ -274,6 +277,8 @@ def test_a_released_folder_is_read_as_it_is(folders, tmp_path, bits):
     (lambda m: m.generate('[MASK]', samples=0), 'samples must be 1 or more'),
     (lambda m: m.generate('[MASK]', samples=2), 'temperature above 0'),
     (lambda m: m.generate('[MASK]', stop_strings=['']), 'must hold some text'),
+    (lambda m: m.generate('[MASK]', stop_strings=''), 'must hold some text'),
+    (lambda m: m.generate('[MASK]', num_beams=2, samples=2), 'one answer a prompt'),
     (lambda m: m.generate('[MASK]', max_new_tokens=81), 'must be in 1 .. 80'),
     (lambda m: m.generate('[MASK]', seed=-1), 'must be a number of 32 bits'),
     (lambda m: m.loss('x' * 90), 'at most 81 tokens'),

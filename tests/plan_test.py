@@ -164,9 +164,9 @@ def test_a_kernel_that_is_too_large_is_no_lack_of_hbm():
 
   kernel = 'vmem. Scoped allocation with size 127.50M and limit 32.00M exceeded'
   with pytest.raises(ValueError, match="a core's 32 MiB of VMEM, got 128 MiB"):
-    prediction._compile(Lowered(kernel))
+    prediction.compile_or_measure(Lowered(kernel))
   step = 'memory required for HLO temporaries (38.04G) exceeds available HBM (31.25G), vmem'
-  needed, compiled = prediction._compile(Lowered(step))
+  needed, compiled = prediction.compile_or_measure(Lowered(step))
   assert needed[1] == 31.25 * 2**30 and compiled is None
 
 

@@ -28,6 +28,7 @@ from glm_jax import configs
 from glm_jax.batch import Visibility
 from glm_jax.configs import at_least, within
 from glm_jax.inference import decode
+from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
 from glm_jax.models.cache import Cache
 
@@ -53,6 +54,17 @@ class BeamConfig:
 
   def __post_init__(self):
     configs.check_fields(self)
+
+
+def check_alone(sampling: Sampling, stops: bool) -> None:
+  """Raises UserError for a search that is to sample, or to be stopped by others' texts."""
+  configs.check(
+    sampling == Sampling() and not stops,
+    'beam search must be without temperature, top_k, top_p, min_p, repetition_penalty'
+    ' and stop strings',
+    str(sampling) if sampling != Sampling() else 'a stop string',
+    'leave these out, or the beams',
+  )
 
 
 class Texts(NamedTuple):

@@ -15,6 +15,8 @@ from glm_jax.text.conversation import Message, Template
 from glm_jax.text.vocabulary import Vocabulary
 
 _BROKEN = '\ufffd'
+# Tokens of an answer, unless the caller or a small window says fewer.
+_MOST = 512
 
 
 class Chat:
@@ -32,7 +34,7 @@ class Chat:
     session: Session,
     template: Template,
     *,
-    max_new_tokens: int = 512,
+    max_new_tokens: int | None = None,
     sampling: Sampling = Sampling(),
     seed: int = 0,
     system: str = '',
@@ -41,7 +43,7 @@ class Chat:
     Args:
       session: of the model.
       template: of its family.
-      max_new_tokens: longest answer.
+      max_new_tokens: longest answer; None for 512, or half of a smaller window.
       sampling: how tokens are chosen.
       seed: of sampling; each answer has random numbers of its own.
       system: see above.
@@ -49,6 +51,8 @@ class Chat:
     Raises:
       UserError: a window without room for an answer and a question.
     """
+    if max_new_tokens is None:
+      max_new_tokens = min(_MOST, (session.window + 1) // 2)
     configs.check(
       1 <= max_new_tokens < session.window,
       f'--max_new_tokens must leave room in a window of {session.window} tokens',
@@ -117,45 +121,72 @@ class Chat:
     finally:
       # Also where the listener has gone.
       self.written = len(made)
-      answers = [m for m in self._template.decode_answer(made) if m.content]
+      answers = self._heard(made)
       if answers:
         self.messages += answers
         self._ids, self._known = [*ids, *made], len(self.messages)
       else:
         self.messages, self._ids, self._known = before
 
+  def _heard(self, ids: list[int]) -> list[Message]:
+    """An answer as messages that a conversation can go on from; none if it is empty."""
+    said = self._template.decode_answer(ids)
+    # A first line that could be a tool's name is text where no tool was described; so is
+    # what follows a call, or an answer, without having been asked for.
+    called = bool(self.system) and all(message.content for message in said if message.calls)
+    if called and all(message.calls for message in said[1:]):
+      return [message for message in said if message.content]
+    lines = [line for m in said for line in (m.metadata, m.content) if line]
+    return [Message('assistant', '\n'.join(lines))] if lines else []
+
   def _encode(self) -> list[int]:
     """Ids of the conversation: what the model has of it, and what is new."""
     template, room = self._template, self._session.window - self._most
-    messages = self._with_system()
     if self._known and not template.reads_again:
+      messages = self._with_system(self.messages)
       known = self._known + len(messages) - len(self.messages)
       ids = [*self._ids, *template.encode_next(messages, known)]
       if len(ids) <= room:
         return ids
-    kept, left_out = template.fit(messages, room)
-    configs.check(
-      bool(kept),
-      f'a message must fit into {room} tokens, the window without its answer',
-      f'{len(template.vocabulary.encode(messages[-1].content))} tokens',
-      'shorten it',
-    )
-    # Once turns are left out, they stay so: what is read would change with every turn.
-    if left_out:
-      self.messages = [m for m in kept if m.role != 'system']
-      self.left_out += left_out
-      kept = self._with_system()
+    # Once turns are left out, they stay so: what is read would change with every turn. What
+    # then is the first one may have to hold what the model is told, and is counted again.
+    said, gone = list(self.messages), True
+    while gone:
+      messages = self._with_system(said)
+      kept, gone = template.fit(messages, room)
+      if not kept:
+        self._refuse(room)
+      said = said[gone:]
+    self.left_out += len(self.messages) - len(said)
+    self.messages = said
     return template.encode(kept, opening=True)
 
-  def _with_system(self) -> list[Message]:
+  def _refuse(self, room: int) -> None:
+    """Raises UserError for a last question that does not fit even without all before it."""
+    count = lambda messages: len(self._template.encode(messages, opening=True))
+    last = max(i for i, message in enumerate(self.messages) if message.role == 'user')
+    # Behind a call stands what the tool gave back.
+    turn, what = self.messages[last:], 'a message'
+    if len(turn) > 1:
+      what = 'a question with what was said and called since'
+    alone, more = count(turn), ''
+    if self.system:
+      told = count(self._with_system(turn)) - alone
+      more = f' and {told} of what the model is told first (/system)'
+    raise configs.UserError(
+      f'{what} must fit into {room} tokens, the window without its answer, got {alone} '
+      f'tokens{more}; shorten it, or begin anew (/reset).'
+    )
+
+  def _with_system(self, messages: list[Message]) -> list[Message]:
     if not self.system:
-      return list(self.messages)
+      return messages
     if 'system' in self._template.roles:
-      return [Message('system', self.system), *self.messages]
+      return [Message('system', self.system), *messages]
     # A family without that role is told in front of the first question.
-    first = self.messages[0]
+    first = messages[0]
     told = Message(first.role, f'{self.system}\n{first.content}')
-    return [told, *self.messages[1:]]
+    return [told, *messages[1:]]
 
   def save(self, path: Any) -> None:
     """Writes the conversation as JSON, as OpenAI's and ChatGLM3's tools read it."""

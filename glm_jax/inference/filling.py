@@ -9,7 +9,7 @@ import numpy as np
 
 from glm_jax import configs, models
 from glm_jax.inference import prompts as prompt_lib
-from glm_jax.inference.beam import BeamConfig
+from glm_jax.inference.beam import BeamConfig, check_alone
 from glm_jax.inference.engine import Engine
 from glm_jax.inference.request import Answer
 from glm_jax.inference.sampling import Sampling
@@ -134,13 +134,7 @@ class Filler:
     # At once, and not when the first answer is asked for.
     self.engine.check(requests, max_new_tokens)
     if beam is not None:
-      configs.check(
-        sampling == Sampling() and not (watch or stop_strings),
-        'beam search must be without temperature, top_k, top_p, min_p, repetition_penalty'
-        ' and stop strings',
-        str(sampling) if sampling != Sampling() else 'a stop string',
-        'leave these out, or the beams',
-      )
+      check_alone(sampling, bool(watch or stop_strings))
       return self.engine.search(
         requests, most=max_new_tokens, least=min_new_tokens, config=beam
       )

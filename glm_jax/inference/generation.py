@@ -9,7 +9,7 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.configs import SEED, at_least
-from glm_jax.inference.beam import BeamConfig
+from glm_jax.inference.beam import BeamConfig, check_alone
 from glm_jax.inference.sampling import Sampling
 
 
@@ -52,6 +52,14 @@ class Generation:
       repr(self.stop_strings),
       'leave out the empty one',
     )
+    if self.beam != BeamConfig():
+      check_alone(self.sampling, bool(self.stop_strings))
+      configs.check(
+        self.samples == 1,
+        'beam search must have one answer a prompt',
+        f'samples={self.samples}',
+        'leave out samples, or the beams',
+      )
     configs.check(
       self.samples == 1 or self.sampling.temperature > 0,
       'several samples must have a temperature above 0',
@@ -66,12 +74,16 @@ class Generation:
     Example:
       >>> Generation.of(seed=3, top_k=5).sampling.top_k
       5
+      >>> Generation.of(stop_strings='END').stop_strings
+      ('END',)
     """
     of = lambda kind: kind(
       **{f.name: fields.pop(f.name) for f in dataclasses.fields(kind) if f.name in fields}
     )
     sampling, beam = of(Sampling), of(BeamConfig)
-    fields['stop_strings'] = tuple(fields.get('stop_strings', ()))
+    stops = fields.get('stop_strings', ())
+    # One text is one stop string, and not its letters.
+    fields['stop_strings'] = (stops,) if isinstance(stops, str) else tuple(stops)
     return cls(**fields, sampling=sampling, beam=beam)
 
 

@@ -7,6 +7,7 @@ was added: it reads the context again for each answer, and `read` says so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,8 +41,8 @@ class Session:
     """
     self.window = min(window, engine.config.max_positions + 1)
     self._engine = engine
-    slots = engines.bucket(engine.virtual + self.window + 1)
-    self._cache = engine.cache(1, slots)
+    self._slots = engines.bucket(engine.virtual + self.window + 1)
+    self._cache: Any = None
     self.held: list[int] = []
     self.read = 0
 
@@ -75,6 +76,9 @@ class Session:
       'ask for a shorter answer (--max_new_tokens), or begin anew',
     )
     engine, context = self._engine, list(ids[:-1])
+    self.read = 0
+    if self._cache is None:
+      self._cache, self.held = engine.cache(1, self._slots), []
     if engine.config.causal:
       same = _common(self.held, context)
       self._read_on(context, same)
@@ -85,7 +89,7 @@ class Session:
       place = mask if engine.config.two_positions else None
       span = Span(first=ids[-1], position=place, stride=int(place is None))
       request = Request(number=0, context=context, spans=[span])
-      self._cache = engine.read(self._cache, [(0, request)])
+      self._cache = engine.read(self._lend(), [(0, request)])
     self.held, self.read = context, len(context) - same
     rows = engines.no_rows(1, most)
     rows.slot[0] = engine.virtual + len(context)
@@ -97,7 +101,7 @@ class Session:
       had[0, list(ids)] = True
     while not rows.done[0]:
       self._cache, had, rows = engine.advance(
-        self._cache, had, rows, steps=_STEPS, eager=False, sampling=sampling
+        self._lend(), had, rows, steps=_STEPS, eager=False, sampling=sampling
       )
       made = rows.tokens[0, : rows.count[0]].tolist()
       # Of what was said, the last token may not have been read yet.
@@ -106,7 +110,7 @@ class Session:
 
   def _read_on(self, context: list[int], same: int) -> None:
     """Reads what follows the first `same` tokens, a piece after the other."""
-    engine, cache = self._engine, self._cache
+    engine, cache = self._engine, self._lend()
     row = np.zeros(1, np.int32)
     while same < len(context):
       room = kv_cache.shape(cache)[1] - engine.virtual - same
@@ -120,6 +124,14 @@ class Session:
         cache = engine.read_on(cache, tokens, lengths, row, same)
       same += len(piece)
     self._cache = jax.block_until_ready(cache)
+
+  def _lend(self) -> Any:
+    """The cache, for a program that takes it and gives another one back.
+
+    Whoever interrupts that program has neither: the next answer begins with an empty one.
+    """
+    cache, self._cache = self._cache, None
+    return cache
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

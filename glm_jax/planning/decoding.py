@@ -21,7 +21,7 @@ from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
 from glm_jax.models import quantized as integers
 from glm_jax.performance.chips import Chip, of_device_kind
-from glm_jax.planning import estimate, hlo
+from glm_jax.planning import estimate, hlo, prediction
 from glm_jax.training import state
 
 GIB = 2**30
@@ -39,7 +39,8 @@ class DecodePlan:
     memory: bytes of a device: weights, cache, and the peak of a program that generates many
       tokens; limit.
     roofline_seconds: to read weights and cache once; None for an unknown chip.
-    predicted_seconds: by the compiler's cycles; None where it has none.
+    predicted_seconds: by the compiler's cycles; None where it has none, and of what does
+      not fit.
     compile_seconds: of both programs.
   """
 
@@ -100,20 +101,26 @@ def predict(
   """
   began = time.perf_counter()
   token, loop, arguments = lower(model, layout, rows, slots, quantized, dtype)
-  compiled, text = loop.compile(), token.compile().as_text()
   chip = card or of_device_kind(layout.device_kind)
   weights, cache = (sum(map(_local_bytes, jax.tree.leaves(x))) for x in arguments)
-  predicted = None
-  if chip and chip.clock_hz:
-    predicted = estimate.estimate(hlo.read(text), chip).step_seconds
+  limit, predicted = chip.hbm_bytes if chip else 0, None
+  # What is too large is a result, too: the compiler says by how much.
+  needed, compiled = prediction.compile_or_measure(loop)
+  if compiled is None:
+    peak, limit = needed
+  else:
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    if chip and chip.clock_hz:
+      step = hlo.read(token.compile().as_text())
+      predicted = estimate.estimate(step, chip).step_seconds
   return DecodePlan(
     rows=rows,
     slots=slots,
     memory={
       'weights': weights,
       'cache': cache,
-      'peak': compiled.memory_analysis().peak_memory_in_bytes,
-      'limit': chip.hbm_bytes if chip else 0,
+      'peak': peak,
+      'limit': limit,
     },
     roofline_seconds=(weights + cache) / chip.hbm_bandwidth if chip else None,
     predicted_seconds=predicted,

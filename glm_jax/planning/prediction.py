@@ -209,7 +209,7 @@ def predict(
   kind = layout.device_kind
   chip = card or of_device_kind(kind)
   # A step that is too large is a result, too: the compiler says by how much.
-  needed, compiled = _compile(lowered)
+  needed, compiled = compile_or_measure(lowered)
   seconds = time.perf_counter() - began
   limit = chip.hbm_bytes if chip else 0
   memory, step_time, attention = {'limit': limit}, None, None
@@ -246,7 +246,7 @@ def predict(
   )
 
 
-def _compile(lowered: Any) -> tuple[tuple[int, int] | None, Any]:
+def compile_or_measure(lowered: Any) -> tuple[tuple[int, int] | None, Any]:
   """The executable; or, if it is too large, the bytes it needs and those there are."""
   try:
     return None, lowered.compile()
