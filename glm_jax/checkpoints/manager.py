@@ -18,15 +18,18 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs, storage
 from glm_jax.checkpoints import base
 from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
 from glm_jax.configs import ResourceError, UserError, at_least, one_of
+from glm_jax.models import low_rank, quantized
 
 FORMAT = 1
 FOLDER = 'checkpoints'
@@ -228,44 +231,101 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_params(
-  folder: epath.Path, abstract: Any, *, as_stored: bool = False, some: bool = False
+  folder: epath.Path,
+  abstract: Any,
+  *,
+  as_stored: bool = False,
+  some: bool = False,
+  merge: bool = True,
 ) -> Any:
   """The parameters of a checkpoint, on the shardings of `abstract`.
 
-  Those that it does not hold, since they were not trained, are read from its base.
+  Those that it does not hold, since they were not trained, are read from its base. Its
+  adapters are merged into them.
 
   Args:
     folder: the checkpoint.
     abstract: shapes, dtypes and shardings.
     as_stored: keep the dtypes of the files, which may be half as large, instead.
     some: `abstract` may lack parameters that the checkpoint has.
+    merge: whether its own adapters are merged; those of its base always are.
 
   Raises:
     UserError: they do not have the shapes of `abstract`, or are damaged; the base is gone
-      or has changed.
+      or has changed; adapters that cannot be merged.
   """
   meta = read_meta(folder)
+  flat = traverse_util.flatten_dict(abstract)
   # Integers that were cast without their scales would be other weights.
   configs.check(
-    as_stored or not meta.get('quantized'),
+    as_stored or not meta.get('quantized') or not any(quantized.products(flat)),
     'training must begin with plain weights',
     f'{folder}, which is quantised',
     'give the checkpoint that it was made from, or make them plain: python -m '
     f'glm_jax.convert {folder} DST --to=checkpoint --dequantize',
   )
-  whole = base.of(folder, meta)
-  flat = traverse_util.flatten_dict(abstract)
-  with _unreadable(folder), ocp.StandardCheckpointer() as reader:
-    tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree
-  held = traverse_util.flatten_dict(tree)
+  whole, held = base.of(folder, meta), stored_leaves(folder)
   elsewhere = {k: v for k, v in flat.items() if whole and k not in held}
   own = {k: v for k, v in flat.items() if k not in elsewhere}
-  found = _read(folder, own, held, as_stored, some or bool(elsewhere)) if own else {}
+  found = _read(folder, own, held, as_stored, some or whole is not None) if own else {}
   if elsewhere:
     rest = traverse_util.unflatten_dict(elsewhere)
     rest = read_params(whole, rest, as_stored=as_stored, some=True)
     found |= traverse_util.flatten_dict(rest)
+  if merge and meta.get('adapters'):
+    found = _with_adapters(found, folder, meta['adapters'], held)
   return traverse_util.unflatten_dict(found)
+
+
+def stored_leaves(folder: epath.Path) -> dict[tuple[str, ...], Any]:
+  """Shape and dtype of each array that a checkpoint holds itself, by path."""
+  with _unreadable(folder), ocp.StandardCheckpointer() as reader:
+    tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree
+  return traverse_util.flatten_dict(tree)
+
+
+def _with_adapters(
+  found: dict[Any, Any], folder: epath.Path, adapters: Any, held: Any
+) -> dict[Any, Any]:
+  """Parameters by path, with the adapters of their checkpoint in them."""
+  configs.check(
+    adapters['kind'] == 'lora',
+    'what is merged into weights must be low-rank factors',
+    f'virtual tokens in {folder}',
+    'give the checkpoint that they were trained on',
+  )
+  pairs = {}
+  for path in found:
+    own = [('adapters', *path[:-1], name) for name in 'ab']
+    if path[-1] == 'weight' and own[0] in held:
+      pairs[path] = own
+  integers = [path for path in pairs if not jnp.issubdtype(found[path].dtype, jnp.floating)]
+  configs.check(
+    not integers,
+    'adapters are merged into plain weights',
+    f'{folder}, which has them beside integers',
+    f'python -m glm_jax.convert {folder} DST --to=checkpoint --dequantize, and give DST',
+  )
+  abstract = {
+    name: jax.ShapeDtypeStruct(
+      held[name].shape, held[name].dtype, sharding=_whole(found[path].sharding)
+    )
+    for path, own in pairs.items()
+    for name in own
+  }
+  factors = _read(folder, abstract, held, True, True) if pairs else {}
+  of_a_layer = lambda w, a, b: low_rank.merged(w, a, b, adapters['scaling'], jnp)
+  for path, own in pairs.items():
+    merge = jax.jit(jax.vmap(of_a_layer), out_shardings=found[path].sharding)
+    found[path] = merge(found[path], *(factors[name] for name in own))
+  return found
+
+
+def _whole(sharding: Any) -> Any:
+  """All of an array on each of the devices."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  return NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def _read(
