@@ -36,15 +36,28 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   from glm_jax import sharding
   from glm_jax.planning import prediction, released, suggest, table
   from glm_jax.training import start
+  from glm_jax.training.config import CheckpointModel
 
+  bits = {'bits': flags.bits, 'group': flags.group} if flags.bits else None
+  if not bits and isinstance(config.model, CheckpointModel):
+    base = start.find_base(config)
+    bits = base and base.quantized
   config, _, _ = start.resolve(config)
   where = flags.topology or f'{len(devices)} CPU devices'
   if flags.slices > 1:
     where = f'{flags.slices} slices of {where}'
   card = _card(flags)
   if flags.decode:
-    return _generation(config, sharding.make_mesh(config.mesh, devices), where, card, flags)
-  stored = released.STORED if flags.released else 'float32'
+    layout = sharding.make_mesh(config.mesh, devices)
+    return _generation(config, layout, where, card, bits, flags)
+  configs.check(
+    not bits or config.in_part,
+    '--bits are of weights that are not trained',
+    'a run that trains all of them',
+    "leave it out, or give --gin.TrainConfig.adapters='@LoRAConfig()'",
+  )
+  dtype = released.STORED if flags.released else 'float32'
+  stored = prediction.Frozen(dtype, bits)
   if flags.suggest:
     result, config = suggest.best(config, devices, flags.trials, print, card, stored)
   elif flags.compile:
@@ -66,12 +79,16 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
 
 
 def _generation(
-  config: TrainConfig, layout: Any, where: str, card: Chip | None, flags: argparse.Namespace
+  config: TrainConfig,
+  layout: Any,
+  where: str,
+  card: Chip | None,
+  bits: dict[str, int] | None,
+  flags: argparse.Namespace,
 ) -> None:
   """Prints what generating a token a row needs."""
   from glm_jax.planning import decoding
 
-  bits = {'bits': flags.bits, 'group': flags.group} if flags.bits else None
   result = decoding.predict(
     config.model,
     layout,
@@ -256,14 +273,18 @@ def _flags() -> argparse.ArgumentParser:
   group.add_argument(
     '--trials', type=int, default=6, metavar='N', help='compiles of --suggest'
   )
+  group.add_argument(
+    '--bits',
+    type=int,
+    choices=(4, 8),
+    help='of weights that are integers, and are not trained (by default those of a '
+    'checkpoint)',
+  )
+  group.add_argument('--group', type=int, default=0, metavar='N', help='see quantize (0)')
   group = flags.add_argument_group('generating instead of training')
   group.add_argument('--decode', action='store_true', help='what a token of each row needs')
   group.add_argument('--rows', type=int, default=8, metavar='B', help='of the batch (8)')
   group.add_argument('--cache', type=int, default=1024, metavar='S', help='tokens (1024)')
-  group.add_argument(
-    '--bits', type=int, choices=(4, 8), help='of weights that are integers'
-  )
-  group.add_argument('--group', type=int, default=0, metavar='N', help='see quantize (0)')
   group.add_argument('--json', default='plan.json', metavar='FILE', help='results as JSON')
   return flags
 

@@ -1,15 +1,18 @@
 """Adapters: few parameters beside a model that stays as it is, in the one training loop."""
 
 import json
+import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from commands import TINY, gin, in_process, snapshot
+from commands import TINY, gin, in_process, refused, snapshot
 from flax import traverse_util
 
 import glm_jax
 from glm_jax import checkpoints
+from glm_jax.configs import UserError
 
 LORA = [
   'TrainConfig.adapters=@LoRAConfig()',
@@ -103,3 +106,103 @@ def test_a_run_opens_with_its_base_and_beside_it(runs):
     )
   ]
   assert answers[0] == answers[1] and answers[0].startswith('Document 3 says a')
+
+
+@pytest.mark.parametrize(
+  ('bindings', 'words'),
+  [
+    (["LoRAConfig.targets='layer/.*'"], ("'layer/.*'", 'layers/attention/q/weight')),
+    (["LoRAConfig.targets='words/weight'"], ("'words/weight'", 'must match')),
+    (["LoRAConfig.targets='('"], ('regular expression', "'('")),
+    (['LoRAConfig.rank=0'], ('LoRAConfig.rank must be positive', '0')),
+    (['LoRAConfig.rank=33'], ('33 for layers/attention/', '32 x 32')),
+    (["TrainConfig.init_from=''"], ('adapters must have a checkpoint',)),
+    (["TrainConfig.init_adapters='merge'"], ('must be of an init_from with adapters',)),
+    (["TrainConfig.trained='nothing'"], ("'nothing'", 'must match paths')),
+    (
+      ['TrainConfig.adapters=@PTuningConfig()', 'CorpusConfig.packed=True'],
+      ('one document each', 'CorpusConfig.packed=False'),
+    ),
+  ],
+)
+def test_what_cannot_be_adapted_is_refused(runs, text, tmp_path, bindings, words):
+  refused(_adapt(tmp_path, 'run', text, runs / 'base', *bindings), *words)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_other_adapters_are_another_run(runs, text):
+  before = snapshot(runs / 'straight')
+  done = _adapt(runs, 'straight', text, runs / 'base', 'LoRAConfig.alpha=4.0')
+  refused(done, 'adapters.alpha was 8.0 and is now 4.0')
+  assert snapshot(runs / 'straight') == before
+
+
+def test_adapters_of_another_base_are_refused(runs, tmp_path):
+  other = shutil.copytree(runs / 'base', tmp_path / 'base')
+  flags = (f'--adapters={runs}/straight', f'--prompt={TEXT}', '--max_new_tokens=2')
+  same = in_process('generate', f'--checkpoint={other}', *flags)
+  assert same.returncode == 0, same.stderr
+  params = pathlib.Path(checkpoints.find(str(other))) / 'params'
+  path = max((p for p in params.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  content = path.read_bytes()
+  path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+  words = (f'trained on, {runs / "base"}', 'whose parameters are others')
+  refused(in_process('generate', f'--checkpoint={other}', *flags), *words)
+  none = (f'--adapters={runs}/base', f'--prompt={TEXT}')
+  refused(in_process('generate', f'--checkpoint={runs}/base', *none), 'that holds some')
+
+
+def test_a_run_without_its_base_is_one_sentence(runs, text, tmp_path):
+  shutil.copytree(runs / 'base', tmp_path / 'base')
+  done = _adapt(tmp_path, 'run', text, tmp_path / 'base', 'TRAIN_STEPS=1')
+  assert done.returncode == 0, done.stderr
+  shutil.rmtree(tmp_path / 'base')
+  with pytest.raises(UserError, match='which is gone; put it back'):
+    glm_jax.load(tmp_path / 'run').logits(TEXT)
+
+
+def test_adapters_are_trained_on_or_merged_by_name(runs, text, tmp_path):
+  begin = lambda run, *more: _adapt(
+    tmp_path, run, text, runs / 'straight', 'TRAIN_STEPS=1', *more
+  )
+  refused(begin('neither'), 'what becomes of adapters', "'continue' or 'merge'")
+  at_start = ('EvaluationConfig.at_start=True', 'OptimizerConfig.learning_rate=1e-30')
+  for run in ('continue', 'merge'):
+    done = begin(run, f"TrainConfig.init_adapters='{run}'", *at_start)
+    assert done.returncode == 0, done.stderr
+  before = glm_jax.load(runs / 'straight').logits(TEXT)
+  for run in ('continue', 'merge'):
+    found = glm_jax.load(tmp_path / run).logits(TEXT)
+    np.testing.assert_allclose(found, before, rtol=0, atol=2e-6 * np.abs(before).max())
+  same = [_held(run) for run in (runs / 'straight', tmp_path / 'continue')]
+  jax.tree.map(np.testing.assert_array_equal, *same)
+  assert not any(v.any() for p, v in _held(tmp_path / 'merge').items() if p[-1] == 'b')
+  base_of = lambda run: checkpoints.read_meta(checkpoints.find(str(run)))['base']['folder']
+  assert base_of(tmp_path / 'continue') == base_of(runs / 'straight')
+  assert base_of(tmp_path / 'merge') == str(checkpoints.find(str(runs / 'straight')))
+  # A run of all parameters merges; other factors cannot be trained on.
+  whole = ('TrainConfig.adapters=None', "TrainConfig.init_adapters='merge'", *at_start)
+  assert begin('whole', *whole).returncode == 0
+  found = glm_jax.load(tmp_path / 'whole').logits(TEXT)
+  np.testing.assert_allclose(found, before, rtol=0, atol=2e-6 * np.abs(before).max())
+  go_on = "TrainConfig.init_adapters='continue'"
+  refused(begin('other', go_on, 'LoRAConfig.alpha=2.0'), 'one kind and scaling')
+  targets = "LoRAConfig.targets='layers/mlp/.*'"
+  refused(begin('other', go_on, targets), 'must train what', 'adapters/layers/attention')
+
+
+def test_merging_equals_computing_beside_and_merges_once(runs, tmp_path):
+  before = glm_jax.load(runs / 'straight').logits(TEXT)
+  for command, *more in (('convert', '--to=checkpoint'), ('quantize', '--bits=8')):
+    done = in_process(command, runs / 'straight', tmp_path / command, *more)
+    assert done.returncode == 0, done.stderr
+  merged = glm_jax.load(tmp_path / 'convert')
+  assert {*merged.variables} == {'params'}
+  assert _relative(merged.logits(TEXT), before) < 1e-6
+  assert 0 < _relative(glm_jax.load(tmp_path / 'quantize').logits(TEXT), before) < 0.05
+  base = glm_jax.load(runs / 'base').logits(TEXT)
+  assert _relative(base, before) > 1e-3
+
+
+def _relative(a, b):
+  return float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())

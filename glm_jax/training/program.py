@@ -70,8 +70,8 @@ def build(
   Raises:
     UserError: the configuration does not fit the mesh or the device.
   """
-  recipe, P = config.recipe, adapters.virtual_tokens(config.adapters)
-  length = recipe.length + P
+  recipe = config.recipe
+  length = recipe.length + adapters.virtual_tokens(config.adapters)
   sharding.check_fits(config.model, config.batch_size, config.microbatches, length, layout)
   # Not jax.devices(): those of the layout may only be described.
   device = layout.devices.flat[0]
@@ -79,12 +79,7 @@ def build(
   # 'auto' is resolved for the program alone; the run's configuration keeps it, so that
   # resuming on another device is the same run.
   compute = dataclasses.replace(config.compute, attention=backend)
-  loss_fn = _opened(recipe.loss(config, models.build(config.model, compute)), P)
-
-  def variables(params: Any, frozen: Any) -> dict[str, Any]:
-    whole = trained.merge(params, frozen)
-    return adapters.variables(config.adapters, config.model, whole, quantized)
-
+  loss_fn, variables = computation(config, compute, quantized)
   # How many steps epochs are, the data say: until then, that it fits is all one can ask.
   update = optimizer.make_optimizer(config.optimizer, config.train_steps or 1)
   train_step = step.make_train_step(
@@ -98,9 +93,6 @@ def build(
   )
   leaves = all_leaves(config)
   abstract = state.abstract_state(config.model, update, layout, leaves, config.pattern)
-  _, frozen = trained.split(
-    state.abstract_params(config.model, layout, leaves), config.pattern, leaves
-  )
   return Program(
     train_step=jax.jit(
       train_step,
@@ -111,7 +103,7 @@ def build(
     variables=variables,
     optimizer=update,
     state=abstract,
-    frozen=collections.stored(frozen, quantized),
+    frozen=parts(config, layout, quantized)[1],
     batch=jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(
         a.shape, a.dtype, sharding=sharding.batch_sharding(layout, a.ndim)
@@ -127,10 +119,28 @@ def all_leaves(config: TrainConfig) -> dict[str, Any]:
   return config.recipe.leaves(config) | adapters.leaves(config.adapters, config.model)
 
 
-def _opened(loss: LossFn, P: int) -> LossFn:
-  """The loss of rows that virtual tokens open."""
-  if not P:
-    return loss
-  return lambda variables, batch, *rest: loss(
-    variables, virtual.opened_batch(batch, P), *rest
-  )
+def parts(
+  config: TrainConfig, layout: sharding.Layout | None, quantized: Mapping[str, int] | None
+) -> tuple[Any, Any]:
+  """Shapes, dtypes and (given a layout) shardings of what is trained, and of the rest."""
+  leaves = all_leaves(config)
+  params = state.abstract_params(config.model, layout, leaves)
+  params, frozen = trained.split(params, config.pattern, leaves)
+  return params, collections.stored(frozen, quantized)
+
+
+def computation(
+  config: TrainConfig, compute: models.ComputeConfig, quantized: Mapping[str, int] | None
+) -> tuple[LossFn, Callable[[Any, Any], dict[str, Any]]]:
+  """The loss, and the collections that it takes of (what is trained, frozen)."""
+  loss = config.recipe.loss(config, models.build(config.model, compute))
+  P = adapters.virtual_tokens(config.adapters)
+
+  def opened(variables: Any, batch: Any, *rest: Any) -> Any:
+    return loss(variables, virtual.opened_batch(batch, P), *rest)
+
+  def variables(params: Any, frozen: Any) -> dict[str, Any]:
+    whole = trained.merge(params, frozen)
+    return adapters.variables(config.adapters, config.model, whole, quantized)
+
+  return opened if P else loss, variables
