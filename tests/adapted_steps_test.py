@@ -1,5 +1,7 @@
 """Steps of adapters: the same on every mesh, however they are cut, and of what base."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,11 @@ import small
 import variants
 from flax import traverse_util
 
-from glm_jax import models, sharding
+from glm_jax import bindings, models, sharding
 from glm_jax.checkpoints import variables
 from glm_jax.models import low_rank, quantized
+from glm_jax.planning import prediction
+from glm_jax.recipes import CONFIGURABLES
 from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.sharding import MeshConfig
 from glm_jax.training import adapters, optimizer, program, state
@@ -241,3 +245,46 @@ def _begun_beside(run):
   )
   params |= {'words': small.params(run.model)['words']}
   return built, layout, state.begin(params, built.optimizer, built.state), built.frozen
+
+
+@pytest.mark.parametrize('bits', [0, 4])
+def test_a_plan_counts_what_is_trained_and_no_gradient_of_the_rest(config, bits):
+  layout = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  stored = prediction.Frozen('bfloat16', variables.of_channels(bits))
+  plan = lambda run: prediction.from_shapes(run, layout, stored=stored)
+  whole = dataclasses.replace(_run(config, 'two'), adapters=None, init_from='')
+  full = prediction.from_shapes(whole, layout)
+  part = plan(_run(config, 'two'))
+  # Of q and v in two layers, 64 x 64 each: rank 4 on either side.
+  own = 2 * 2 * 4 * (64 + 64)
+  assert part.trained == own and part.parameters == full.parameters + own
+  # Every product of the layers and the head lacks a gradient: 2 FLOPs a token and weight.
+  frozen = 2 * (4 * 64 * 64 + 2 * 64 * 256) + 512 * 64
+  assert full.model_flops - part.model_flops == (2 * frozen - 6 * own) * part.tokens
+  m = part.memory
+  assert m['parameters'] == 4 * own == m['gradients'] and m['optimizer'] < 9 * own
+  products = 2 * (4 * 64 * 64 + 2 * 64 * 256)
+  expected = 2 * full.parameters
+  if bits:  # half a byte in place of two, and scales of the outputs
+    expected += products // 2 - 2 * products + 2 * 4 * (4 * 64 + 256 + 64)
+  assert m['frozen'] == expected
+  # Virtual tokens are seen by every token.
+  tokens = plan(_run(config, 'ptuning'))
+  layers = 12 * config.num_layers * 64
+  shorter = full.model_flops - 2 * frozen * full.tokens
+  assert tokens.model_flops - shorter == layers * 8 * full.tokens
+
+
+@pytest.mark.parametrize('name', ['lora', 'qlora', 'ptuning'])
+def test_gin_files_stand_on_top_of_a_run(name):
+  files = [f'gin_configs/runs/{part}.gin' for part in ('continue', name)]
+  load = lambda files: bindings.load_config(
+    TrainConfig, CONFIGURABLES, files, '', (), placeholders=True
+  )[0]
+  alone, run = load(files[:1]), load(files)
+  assert alone.adapters is None and run.in_part and run.pattern is None
+  assert type(run.adapters) is (PTuningConfig if name == 'ptuning' else LoRAConfig)
+  assert run.optimizer.learning_rate > alone.optimizer.learning_rate
+  if name == 'qlora':
+    lora = load([files[0], 'gin_configs/runs/lora.gin'])
+    assert run.adapters.scaling == lora.adapters.scaling

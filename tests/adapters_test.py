@@ -206,3 +206,63 @@ def test_merging_equals_computing_beside_and_merges_once(runs, tmp_path):
 
 def _relative(a, b):
   return float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
+
+
+@pytest.mark.slow
+def test_integers_are_adapted_and_what_was_trained_beside_is_merged(runs, text, tmp_path):
+  """QLoRA, with the norms of the model trained besides, validated and reported."""
+  done = in_process('quantize', runs / 'base', tmp_path / 'int4', '--bits=4')
+  assert done.returncode == 0, done.stderr
+  before = snapshot(tmp_path / 'int4')
+  trained = "TrainConfig.trained='.*norm/.*'"
+  for steps in (2, 4):
+    more = (f'TRAIN_STEPS={steps}', 'EvaluationConfig.fill=1', trained)
+    done = _adapt(tmp_path, 'run', text, tmp_path / 'int4', *more)
+    assert done.returncode == 0, done.stderr
+  assert 'resumed' in done.stdout and 'blanks filled by the model' in done.stdout
+  assert snapshot(tmp_path / 'int4') == before
+  held = _held(tmp_path / 'run')
+  assert {path[-1] for path in held} == {'a', 'b', 'scale', 'bias'}
+  model = glm_jax.load(tmp_path / 'run')
+  assert {*model.variables} == {'params', 'scales', 'adapters'}
+  expected = model.logits(TEXT)
+  assert _relative(glm_jax.load(tmp_path / 'int4').logits(TEXT), expected) > 1e-3
+  flags = (tmp_path / 'run', tmp_path / 'merged', '--to=checkpoint')
+  refused(in_process('convert', *flags), 'merged into plain weights', '--dequantize')
+  assert in_process('convert', *flags, '--dequantize').returncode == 0
+  assert _relative(glm_jax.load(tmp_path / 'merged').logits(TEXT), expected) < 5e-6
+  # They are one: adapters alone would be another model.
+  beside = (f'--checkpoint={tmp_path}/int4', f'--adapters={tmp_path}/run')
+  refused(in_process('generate', *beside, f'--prompt={TEXT}'), 'trained beside adapters')
+  # All parameters cannot be trained of integers.
+  whole = (f"TrainConfig.init_from='{tmp_path}/int4'", "TrainConfig.trained='layers/.*'")
+  refused(_train(tmp_path, 'whole', text, *whole), 'begin with plain weights')
+
+
+@pytest.mark.slow
+def test_virtual_tokens_are_trained_and_opened(runs, text, tmp_path):
+  tokens = ('TrainConfig.adapters=@PTuningConfig()', 'PTuningConfig.tokens=4')
+  tokens += ('CorpusConfig.packed=False', 'EvaluationConfig.fill=1')
+  for run, ends in (('straight', [4]), ('stopped', [2, 4])):
+    for end in ends:
+      base = f"TrainConfig.init_from='{runs}/base'"
+      done = _train(tmp_path, run, text, base, *tokens, f'TRAIN_STEPS={end}')
+      assert done.returncode == 0, done.stderr
+  both = [_held(tmp_path / run) for run in ('straight', 'stopped')]
+  jax.tree.map(np.testing.assert_array_equal, *both)
+  assert {*both[0]} == {('prefix', 'embedding')}
+  # One layer of keys and values, 2 x 16 each.
+  assert both[0]['prefix', 'embedding'].shape == (4, 64)
+  model, base = (glm_jax.load(folder) for folder in (tmp_path / 'straight', runs / 'base'))
+  assert model.logits(TEXT).shape == base.logits(TEXT).shape
+  assert _relative(base.logits(TEXT), model.logits(TEXT)) > 1e-2
+  # What is filled in greedily is what the logits say.
+  (answer,) = model.generate(TEXT, max_new_tokens=1, min_new_tokens=1)
+  rows = model.rows(TEXT)
+  opened = int((rows.key_end[0] > 0).sum()) - 1
+  allowed = np.arange(384) < model.vocabulary.size
+  allowed[list(model.vocabulary.names)] = False
+  said = np.where(allowed, model.logits(rows)[0, opened], -np.inf).argmax()
+  assert answer.tokens[0][0] == said
+  merging = ('convert', tmp_path / 'straight', tmp_path / 'merged', '--to=checkpoint')
+  refused(in_process(*merging), 'must be low-rank factors', 'virtual tokens')

@@ -230,7 +230,7 @@ def test_virtual_tokens_of_thudm_are_read(name, kind, tmp_path):
   }
   held = traverse_util.unflatten_dict(_held(tmp_path / 'run'))
   found = adapters.beside(adapters.from_dict(meta['adapters']), model, held)['prefix']
-  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
   jax.tree.map(close, found, virtual.prefix(model, encoder))
   assert meta['adapters']['tokens'] == 5
   refused(
@@ -261,7 +261,7 @@ def test_peft_computes_and_merges_the_same(bases, tmp_path):
   assert done.returncode == 0, done.stderr
   theirs = {k: np.array(v, np.float32) for k, v in json.loads(done.stdout).items()}
   for kind in ('beside', 'merged'):
-    np.testing.assert_allclose(theirs[kind], expected, atol=1e-5)
+    assert _relative(theirs[kind], expected) < 5e-6
   _convert(tmp_path / 'theirs', tmp_path / 'back', '--vocabulary=bytes')
-  found = glm_jax.load(tmp_path / 'back').logits(rows)
-  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert _relative(glm_jax.load(tmp_path / 'back').logits(rows), expected) < 5e-6
+  assert _relative(_logits(bases['chatglm2']), _logits(run)) > 1e-3

@@ -18,18 +18,16 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs, storage
-from glm_jax.checkpoints import base
+from glm_jax.checkpoints import base, merging
 from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
 from glm_jax.configs import ResourceError, UserError, at_least, one_of
-from glm_jax.models import low_rank, quantized
+from glm_jax.models import quantized
 
 FORMAT = 1
 FOLDER = 'checkpoints'
@@ -273,7 +271,8 @@ def read_params(
     rest = read_params(whole, rest, as_stored=as_stored, some=True)
     found |= traverse_util.flatten_dict(rest)
   if merge and meta.get('adapters'):
-    found = _with_adapters(found, folder, meta['adapters'], held)
+    read = lambda wanted: _read(folder, wanted, held, True, True)
+    found = merging.merge(found, meta['adapters'], folder, held, read)
   return traverse_util.unflatten_dict(found)
 
 
@@ -282,50 +281,6 @@ def stored_leaves(folder: epath.Path) -> dict[tuple[str, ...], Any]:
   with _unreadable(folder), ocp.StandardCheckpointer() as reader:
     tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree
   return traverse_util.flatten_dict(tree)
-
-
-def _with_adapters(
-  found: dict[Any, Any], folder: epath.Path, adapters: Any, held: Any
-) -> dict[Any, Any]:
-  """Parameters by path, with the adapters of their checkpoint in them."""
-  configs.check(
-    adapters['kind'] == 'lora',
-    'what is merged into weights must be low-rank factors',
-    f'virtual tokens in {folder}',
-    'give the checkpoint that they were trained on',
-  )
-  pairs = {}
-  for path in found:
-    own = [('adapters', *path[:-1], name) for name in 'ab']
-    if path[-1] == 'weight' and own[0] in held:
-      pairs[path] = own
-  integers = [path for path in pairs if not jnp.issubdtype(found[path].dtype, jnp.floating)]
-  configs.check(
-    not integers,
-    'adapters are merged into plain weights',
-    f'{folder}, which has them beside integers',
-    f'python -m glm_jax.convert {folder} DST --to=checkpoint --dequantize, and give DST',
-  )
-  abstract = {
-    name: jax.ShapeDtypeStruct(
-      held[name].shape, held[name].dtype, sharding=_whole(found[path].sharding)
-    )
-    for path, own in pairs.items()
-    for name in own
-  }
-  factors = _read(folder, abstract, held, True, True) if pairs else {}
-  of_a_layer = lambda w, a, b: low_rank.merged(w, a, b, adapters['scaling'], jnp)
-  for path, own in pairs.items():
-    merge = jax.jit(jax.vmap(of_a_layer), out_shardings=found[path].sharding)
-    found[path] = merge(found[path], *(factors[name] for name in own))
-  return found
-
-
-def _whole(sharding: Any) -> Any:
-  """All of an array on each of the devices."""
-  if not isinstance(sharding, NamedSharding):
-    return sharding
-  return NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def _read(

@@ -21,7 +21,7 @@ import tensorstore as ts
 from etils import epath
 
 from glm_jax import configs
-from glm_jax.checkpoints import base
+from glm_jax.checkpoints import base, merging
 from glm_jax.checkpoints.manager import FORMAT, read_meta
 from glm_jax.models import low_rank, quantized
 
@@ -94,12 +94,7 @@ class StoredLeaves:
       with ocp.StandardCheckpointer() as reader:
         held = flat(reader.metadata(params).item_metadata.tree)
       if adapters := meta.get('adapters'):
-        configs.check(
-          adapters['kind'] == 'lora',
-          'what is merged into weights must be low-rank factors',
-          f'virtual tokens in {folder}',
-          f'give the checkpoint that they were trained on, {meta["base"]["folder"]}',
-        )
+        merging.check(adapters, folder)
         self.adapted = True
         above.append((adapters['scaling'], params, {*held}))
       for path, leaf in held.items():
@@ -109,7 +104,7 @@ class StoredLeaves:
           self._beside[path] = [
             (scaling, where)
             for scaling, where, names in above
-            if path[-1] == 'weight' and ('adapters', *path[:-1], 'a') in names
+            if path[-1] == 'weight' and merging.factors_of(path)[0] in names
           ]
       folder = base.of(epath.Path(folder), meta)
     self._context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
@@ -124,8 +119,8 @@ class StoredLeaves:
   ) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
     """(scaling, a, b) of the adapters beside a weight; see `low_rank.merged`."""
     for scaling, params in self._beside[path]:
-      names = (('adapters', *path[:-1], name) for name in 'ab')
-      yield scaling, *(self._read(name, params, layer) for name in names)
+      a, b = (self._read(name, params, layer) for name in merging.factors_of(path))
+      yield scaling, a, b
 
   def _read(self, path: LeafPath, params: Path, layer: int | None) -> np.ndarray:
     if (path, params) not in self._open:
