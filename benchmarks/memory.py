@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks import readme
-from glm_jax.checkpoints import variables
 from glm_jax.performance.chips import CHIPS
 from glm_jax.planning import topologies
 
@@ -37,11 +36,7 @@ WAYS: dict[str, tuple[str, ...]] = {
   ),
   'attention': ("TrainConfig.trained='layers/attention/.*'",),
   'norms': ("TrainConfig.trained='.*norm/.*'",),
-  'LoRA': ('TrainConfig.adapters=@LoRAConfig()',),
-  'QLoRA, int4': ('TrainConfig.adapters=@LoRAConfig()',),
 }
-# What is not trained, where it is integers.
-BITS = {'QLoRA, int4': variables.of_channels(4)}
 
 # By memory; of two with as much, both are named.
 CARDS = ('rtx4090', 'a100-40', 'a100-80', 'h100', 'h200')
@@ -80,7 +75,7 @@ def need(released_name: str, way: str, devices: int) -> Need:
   # The kind of GPU changes nothing that is counted here.
   described = topologies.devices(f'h100:1x1x{devices}', compiler=False)
   layout = sharding.make_mesh(config.mesh, described)
-  stored = prediction.Frozen(released.STORED, BITS.get(way))
+  stored = prediction.Frozen(released.STORED)
   memory = prediction.from_shapes(config, layout, stored=stored).memory
   held = ('parameters', 'frozen', 'optimizer')
   return Need(sum(memory.get(kind, 0) for kind in held), memory['peak'])
@@ -120,9 +115,8 @@ def lines() -> list[str]:
     '',
     'Batches of 8 rows of 1,024 tokens (GLM-Large: 512), bfloat16, full remat; on 8 cards '
     '`MeshConfig.fsdp=8`. State: parameters and moments, exact, and what is not trained in '
-    'bfloat16 or integers. LoRA: rank 8 beside every product of a layer. Step: with '
-    'gradients and activations at the peak, from shapes; a `?` is too near to tell. '
-    '(Written by `python -m benchmarks.memory`.)',
+    'bfloat16. Step: with gradients and activations at the peak, from shapes; a `?` is too '
+    'near to tell. (Written by `python -m benchmarks.memory`.)',
   ]
 
 

@@ -107,17 +107,22 @@ EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 REMAT = models.ComputeConfig(remat='full')
 
 
+_SLOW = [
+  ('lora', 0, {'mesh': EIGHT}),
+  ('lora', 0, {'compute': REMAT}),
+  ('two', 0, {'compute': REMAT, 'microbatches': 2, 'chunks': 4}),
+  ('two', 4, {'compute': REMAT, 'microbatches': 2}),
+  ('ptuning', 0, {'mesh': EIGHT}),
+  ('projection', 8, {'mesh': EIGHT}),
+]
+
+
 @pytest.mark.parametrize(
   ('kind', 'bits', 'changes'),
   [
-    ('lora', 0, {'mesh': EIGHT}),
-    ('lora', 0, {'compute': REMAT}),
     ('lora', 4, {'mesh': EIGHT, 'chunks': 4}),
-    ('two', 0, {'compute': REMAT, 'microbatches': 2, 'chunks': 4}),
-    ('two', 4, {'compute': REMAT, 'microbatches': 2}),
-    ('ptuning', 0, {'mesh': EIGHT}),
     ('projection', 0, {'compute': REMAT, 'microbatches': 2, 'chunks': 4}),
-    pytest.param('projection', 8, {'mesh': EIGHT}, marks=pytest.mark.slow),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW),
   ],
 )
 def test_meshes_remat_parts_and_chunks_change_nothing(

@@ -161,6 +161,7 @@ def test_a_run_without_its_base_is_one_sentence(runs, text, tmp_path):
     glm_jax.load(tmp_path / 'run').logits(TEXT)
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_on_or_merged_by_name(runs, text, tmp_path):
   begin = lambda run, *more: _adapt(
     tmp_path, run, text, runs / 'straight', 'TRAIN_STEPS=1', *more

@@ -15,7 +15,6 @@ from flax import traverse_util
 
 from glm_jax import configs, sharding
 from glm_jax.batch import Visibility
-from glm_jax.checkpoints import slices
 from glm_jax.models import quantized
 from glm_jax.performance import flags, flops
 from glm_jax.performance.chips import Chip, of_device_kind
@@ -192,9 +191,8 @@ def _facts(
     config.batch_size * of_a_row for of_a_row in config.recipe.work(config, rows)
   )
   count = state.count(built.state['params'])
-  frozen = traverse_util.flatten_dict(built.frozen)
   return {
-    'parameters': count + slices.count(frozen),
+    'parameters': count + program.count_frozen(built),
     'trained': count,
     'devices': layout.size,
     'device_kind': layout.device_kind,

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from flax import traverse_util
 
 from glm_jax import attention, models, sharding
 from glm_jax.checkpoints import variables as collections
+from glm_jax.models import quantized as integers
 from glm_jax.models import virtual
 from glm_jax.performance import flags
 from glm_jax.training import adapters, optimizer, state, step, trained
@@ -46,8 +48,8 @@ class Program(NamedTuple):
 def in_words(built: Program, config: TrainConfig, layout: sharding.Layout) -> str:
   """Parameters, devices and positions, for a person."""
   backend, why = built.attention
-  count, frozen = state.count(built.state['params']), state.count(built.frozen)
-  of_all = f' of {count + frozen:,}' if config.in_part else ''
+  count = state.count(built.state['params'])
+  of_all = f' of {count + count_frozen(built):,}' if config.in_part else ''
   return (
     f'{count:,}{of_all} parameters on {layout.size} '
     f'{layout.device_kind} device(s), mesh {layout.shape}; {config.batch_size} x '
@@ -112,6 +114,12 @@ def build(
     ),
     attention=(backend, why),
   )
+
+
+def count_frozen(built: Program) -> int:
+  """Number of parameters that are not trained; scales of integers are none."""
+  flat = traverse_util.flatten_dict(built.frozen)
+  return sum(leaf.size for path, leaf in flat.items() if path[-1] != integers.SCALE)
 
 
 def all_leaves(config: TrainConfig) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def identity(config: TrainConfig, data: Any, base: dict[str, str] | None) -> dic
   Args:
     config: of the run.
     data: its `recipe.Data`.
-    base: see `base_of`.
+    base: see `start.Base.describe`; None if all parameters are trained.
   """
   trained = {'trained': config.trained, 'base': base} if base else {}
   if config.adapters is not None:

@@ -227,27 +227,40 @@ def find_base(config: TrainConfig) -> Base | None:
   """Where a run begins; None for one that trains all parameters.
 
   Raises:
-    UserError: `init_from` holds adapters, and the run does not say what becomes of them, or
-      the other way round.
+    UserError: see `_checked`; a base that is gone, or has changed.
   """
-  if not config.init_from:
-    return None
-  folder = checkpoints.find(config.init_from)
-  meta = checkpoints.read_meta(folder)
-  has, choice = bool(meta.get('adapters')), config.init_adapters
-  configs.check(
-    has == bool(choice),
-    'TrainConfig.init_adapters must say what becomes of adapters in init_from'
-    if has
-    else 'TrainConfig.init_adapters must be of an init_from with adapters',
-    f'{choice!r} for {folder}',
-    "set it to 'continue' or 'merge'" if has else 'leave it out',
-  )
   if not config.in_part:
     return None
-  if choice != 'continue':
+  folder, meta = _checked(config)
+  if config.init_adapters != 'continue':
     return Base(folder, meta.get('quantized'), None)
   return Base(base.of(folder, meta), meta.get('quantized'), folder)
+
+
+def _checked(config: TrainConfig) -> tuple[epath.Path, dict[str, Any]]:
+  """`init_from` and its description.
+
+  Raises:
+    UserError: it holds adapters, and the run does not say what becomes of them, or the
+      other way round.
+  """
+  folder = checkpoints.find(config.init_from)
+  meta = checkpoints.read_meta(folder)
+  if meta.get('adapters'):
+    configs.check(
+      bool(config.init_adapters),
+      'TrainConfig.init_adapters must say what becomes of adapters in init_from',
+      f"'' for {folder}",
+      "set it to 'continue' or 'merge'",
+    )
+  else:
+    configs.check(
+      not config.init_adapters,
+      'TrainConfig.init_adapters must be of an init_from with adapters',
+      f'{config.init_adapters!r} for {folder}',
+      'leave it out',
+    )
+  return folder, meta
 
 
 def begin(
@@ -276,6 +289,7 @@ def begin(
   current = state.init_state(config.model, built.optimizer, layout, config.seed, leaves)
   if not config.init_from:
     return current
+  _checked(config)
   params = params_from(config.init_from, config.model, vocabulary, current['params'])
   return state.with_params(current, params)
 
