@@ -43,7 +43,7 @@ MODEL = models.ChatGLM2Config(
   max_positions=512,
 )
 LORA = LoRAConfig(rank=8, alpha=16.0, targets='layers/(attention|mlp/down)/.*')
-ROWS, LENGTH = 8, 256
+ROWS, LENGTH = 4, 128
 # Each token has so many successors, so that there is something to learn.
 _SUCCESSORS = 4
 

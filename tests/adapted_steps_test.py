@@ -17,7 +17,7 @@ from glm_jax.planning import prediction
 from glm_jax.recipes import CONFIGURABLES
 from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.sharding import MeshConfig
-from glm_jax.training import adapters, optimizer, program, state
+from glm_jax.training import adapters, optimizer, program, state, step
 from glm_jax.training.adapters import LoRAConfig, PTuningConfig
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossConfig
@@ -141,6 +141,11 @@ def test_integers_train_adapters_as_their_dequantised_weights_do(config, batch, 
   jax.tree.map(close, plain, reference('two', 4))
   differs = np.abs(np.subtract(plain[1], reference('two')[1]))
   assert differs.max() > 1e-4
+  # Nor are they copied as floats, which would compute the same in eight times the memory.
+  base, _ = _base(config, 4)
+  cast = traverse_util.flatten_dict(step.cast(base, 'bfloat16'))
+  kinds = {leaf.dtype for path, leaf in cast.items() if quantized.inputs_of(path)}
+  assert kinds == {quantized.DTYPES[4]} and cast['words', 'weight'].dtype == jnp.bfloat16
 
 
 def test_adapters_inherit_the_sharding_of_their_weights(config):

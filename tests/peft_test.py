@@ -16,9 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import glm_jax
 from glm_jax import checkpoints, convert, models
-from glm_jax.checkpoints import slices
 from glm_jax.models import virtual
-from glm_jax.training import adapters, state
+from glm_jax.training import adapters
 from glm_jax.training.adapters import LoRAConfig
 
 TEXTS = ['one two three four five', 'short']
@@ -26,25 +25,6 @@ TEXTS = ['one two three four five', 'short']
 
 def _convert(*arguments):
   convert.main([str(argument) for argument in arguments])
-
-
-def adapted(folder, base, config, lora, seed=0):
-  """A checkpoint of random factors, as a run writes it."""
-  rng = np.random.default_rng(seed)
-  shapes = state.abstract_params(config, None, adapters.leaves(lora, config))
-  leaves = {
-    path: rng.normal(0, 0.1, leaf.shape).astype(np.float32)
-    for path, leaf in slices.flat(shapes).items()
-    if path[0] == 'adapters'
-  }
-  meta = {
-    **checkpoints.read_meta(checkpoints.find(str(base))),
-    'base': checkpoints.describe(checkpoints.find(str(base))),
-    'adapters': adapters.to_dict(lora),
-  }
-  specs = {k: slices.LeafSpec(v.shape, v.dtype) for k, v in leaves.items()}
-  slices.write(folder, specs, lambda path, _: leaves[path], meta, lambda _: None)
-  return folder
 
 
 @pytest.fixture(scope='module')
@@ -85,7 +65,7 @@ def test_out_for_peft_and_back_is_the_same_to_the_bit(
   bases, tmp_path, family, format, changes
 ):
   lora = LoRAConfig(**{'rank': 3, 'alpha': 12.0, 'dropout': 0.1, **changes})
-  run = adapted(tmp_path / 'run', bases[family], stored.FAMILIES[family], lora)
+  run = stored.adapted(tmp_path / 'run', bases[family], stored.FAMILIES[family], lora)
   _convert(run, tmp_path / 'peft', '--peft', f'--to={format}')
   _convert(tmp_path / 'peft', tmp_path / 'back', f'--base={bases[family]}')
   before, after = _held(run), _held(tmp_path / 'back')
@@ -104,7 +84,7 @@ def test_out_for_peft_and_back_is_the_same_to_the_bit(
 
 
 def test_what_peft_is_told_is_what_its_files_hold(bases, tmp_path):
-  run = adapted(
+  run = stored.adapted(
     tmp_path / 'run',
     bases['chatglm2'],
     stored.FAMILIES['chatglm2'],
@@ -166,7 +146,9 @@ def test_factors_that_peft_has_trained_are_read_by_their_own_rule(bases, tmp_pat
 )
 def test_other_kinds_of_peft_are_refused(bases, tmp_path, fields, words):
   lora = LoRAConfig(rank=2)
-  run = adapted(tmp_path / 'run', bases['chatglm2'], stored.FAMILIES['chatglm2'], lora)
+  run = stored.adapted(
+    tmp_path / 'run', bases['chatglm2'], stored.FAMILIES['chatglm2'], lora
+  )
   _convert(run, tmp_path / 'peft', '--peft', '--to=glm')
   path = tmp_path / 'peft' / 'adapter_config.json'
   path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -179,7 +161,9 @@ def test_other_kinds_of_peft_are_refused(bases, tmp_path, fields, words):
 
 def test_adapters_of_another_model_are_refused(bases, tmp_path):
   lora = LoRAConfig(rank=2)
-  run = adapted(tmp_path / 'run', bases['chatglm2'], stored.FAMILIES['chatglm2'], lora)
+  run = stored.adapted(
+    tmp_path / 'run', bases['chatglm2'], stored.FAMILIES['chatglm2'], lora
+  )
   _convert(run, tmp_path / 'peft', '--peft', '--to=glm')
   new = tmp_path / 'new'
   refused(
@@ -196,7 +180,7 @@ def test_adapters_of_another_model_are_refused(bases, tmp_path):
 def test_integers_and_adapters_are_merged_as_plain_weights(bases, tmp_path):
   config = stored.FAMILIES['chatglm2']
   stored.quantize(bases['chatglm2'], tmp_path / 'int4', '--bits=4')
-  run = adapted(tmp_path / 'run', tmp_path / 'int4', config, LoRAConfig(rank=2))
+  run = stored.adapted(tmp_path / 'run', tmp_path / 'int4', config, LoRAConfig(rank=2))
   meta = checkpoints.read_meta(checkpoints.find(str(run)))
   assert meta['quantized'] == {'bits': 4, 'group': 0}
   expected = _logits(run)
@@ -245,7 +229,9 @@ def test_virtual_tokens_of_thudm_are_read(name, kind, tmp_path):
 def test_peft_computes_and_merges_the_same(bases, tmp_path):
   """Ours, out, merged by peft, saved by transformers, and back."""
   lora = LoRAConfig(rank=3, alpha=12.0)
-  run = adapted(tmp_path / 'run', bases['chatglm2'], stored.FAMILIES['chatglm2'], lora)
+  run = stored.adapted(
+    tmp_path / 'run', bases['chatglm2'], stored.FAMILIES['chatglm2'], lora
+  )
   _convert(bases['bare'], tmp_path / 'glm', '--to=glm')
   _convert(run, tmp_path / 'peft', '--peft', '--to=glm')
   model = glm_jax.load(run)
