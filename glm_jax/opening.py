@@ -115,7 +115,7 @@ def _read(
   leaves = adapters.stored(trained, config, held)
   shapes = state.abstract_params(config, layout, leaves)
   shapes = {name: tree for name, tree in shapes.items() if name in leaves}
-  params = checkpoints.read_params(own, shapes, some=True)
+  params = checkpoints.read_params(own, shapes, some=True, merge=False)
   return result | adapters.beside(adapters.from_dict(trained), config, params)
 
 

@@ -15,7 +15,7 @@ import glm_jax
 from glm_jax import checkpoints
 from glm_jax.configs import UserError
 from glm_jax.models import GLMConfig
-from glm_jax.training.adapters import LoRAConfig
+from glm_jax.training.adapters import LoRAConfig, PTuningConfig
 
 LORA = [
   'TrainConfig.adapters=@LoRAConfig()',
@@ -264,13 +264,32 @@ def test_virtual_tokens_are_trained_and_opened(runs, text, tmp_path):
   model, base = (glm_jax.load(folder) for folder in (tmp_path / 'straight', runs / 'base'))
   assert model.logits(TEXT).shape == base.logits(TEXT).shape
   assert _relative(base.logits(TEXT), model.logits(TEXT)) > 1e-2
-  # What is filled in greedily is what the logits say.
-  (answer,) = model.generate(TEXT, max_new_tokens=1, min_new_tokens=1)
-  rows = model.rows(TEXT)
-  opened = int((rows.key_end[0] > 0).sum()) - 1
-  allowed = np.arange(384) < model.vocabulary.size
-  allowed[list(model.vocabulary.names)] = False
-  said = np.where(allowed, model.logits(rows)[0, opened], -np.inf).argmax()
-  assert answer.tokens[0][0] == said
   merging = ('convert', tmp_path / 'straight', tmp_path / 'merged', '--to=checkpoint')
   refused(in_process(*merging), 'must be low-rank factors', 'virtual tokens')
+
+
+@pytest.mark.parametrize('projection', [False, True])
+@pytest.mark.parametrize('family', stored.FAMILIES)
+def test_virtual_tokens_are_read_and_what_is_generated_sees_them(
+  tmp_path, family, projection
+):
+  config = stored.FAMILIES[family]
+  base = stored.checkpoint(tmp_path / 'base', config)
+  tokens = PTuningConfig(tokens=3, projection=projection)
+  run = stored.adapted(tmp_path / 'run', base, config, tokens)
+  model, plain = glm_jax.load(run), glm_jax.load(base)
+  assert {*model.variables} == {'params', 'prefix'}
+  rows = model.rows(TEXT)
+  expected = model.logits(rows)
+  assert expected.shape == plain.logits(rows).shape
+  assert _relative(plain.logits(rows), expected) > 1e-4
+  beside = glm_jax.load(base, adapters=run)
+  np.testing.assert_array_equal(beside.logits(rows), expected)
+  # What is said greedily is what the logits say at the last token that is read.
+  (answer,) = model.generate(TEXT, max_new_tokens=1, min_new_tokens=1)
+  allowed = np.arange(config.vocab_size) < model.vocabulary.size
+  allowed[list(model.vocabulary.names)] = config.causal
+  allowed[list(model.vocabulary.stops)] = False
+  last = int((rows.key_end[0] > 0).sum()) - 1
+  said = np.where(allowed, expected[0, last], -np.inf).argmax()
+  assert answer.tokens[0][0] == said

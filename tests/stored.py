@@ -41,13 +41,13 @@ def checkpoint(folder, config, seed=0, holds=lambda path: True, **more):
 
 
 def adapted(folder, base, config, lora, seed=0):
-  """A checkpoint of random factors, as a run writes it."""
+  """A checkpoint of random factors, or of virtual tokens, as a run writes it."""
   rng = np.random.default_rng(seed)
   shapes = state.abstract_params(config, None, adapters.leaves(lora, config))
   leaves = {
     path: rng.normal(0, 0.1, leaf.shape).astype(np.float32)
     for path, leaf in slices.flat(shapes).items()
-    if path[0] == 'adapters'
+    if path[0] in adapters.NAMES
   }
   meta = {
     **checkpoints.read_meta(checkpoints.find(str(base))),
