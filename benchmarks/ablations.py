@@ -169,7 +169,7 @@ class Bench:
       for name, batches in self.sets[objectives.one_dimensional].items():
         total: dict[str, Any] = {}
         for batch in batches:
-          scores = self.evaluate(current['params'], to_devices(batch))
+          scores = self.evaluate({'params': current['params']}, to_devices(batch))
           total = metrics.add(total, jax.device_get(scores))
         losses[name] = round(metrics.averages(total)['loss'], 5)
     return losses

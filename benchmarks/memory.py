@@ -75,7 +75,8 @@ def need(released_name: str, way: str, devices: int) -> Need:
   # The kind of GPU changes nothing that is counted here.
   described = topologies.devices(f'h100:1x1x{devices}', compiler=False)
   layout = sharding.make_mesh(config.mesh, described)
-  memory = prediction.from_shapes(config, layout, stored=released.STORED).memory
+  stored = prediction.Frozen(released.STORED)
+  memory = prediction.from_shapes(config, layout, stored=stored).memory
   held = ('parameters', 'frozen', 'optimizer')
   return Need(sum(memory.get(kind, 0) for kind in held), memory['peak'])
 

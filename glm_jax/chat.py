@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     if getattr(flags, name) is not None:
       configs.check_value(f'--{name}', getattr(flags, name), configs.POSITIVE)
   startup.find_devices()
-  source = opening.find(flags.checkpoint)
+  source = opening.find(flags.checkpoint, flags.adapters)
   family = flags.template
   if not family and getattr(source.config, 'sandwich_norms', False):
     family = 'glm4-0414'
@@ -170,6 +170,7 @@ def _flags() -> argparse.ArgumentParser:
     metavar='DIR',
     help='a MODEL_DIR, a checkpoint, or a released model',
   )
+  cli.add_adapters_flag(flags)
   flags.add_argument(
     '--template',
     default='',

@@ -170,6 +170,17 @@ def add_process_flags(flags: argparse.ArgumentParser) -> None:
   )
 
 
+def add_adapters_flag(flags: argparse.ArgumentParser) -> None:
+  """The flag of what `opening.find` calls `beside`."""
+  flags.add_argument(
+    '--adapters',
+    default='',
+    metavar='DIR',
+    help='a MODEL_DIR or a checkpoint of adapters that were trained on --checkpoint; a run '
+    'with adapters, given as --checkpoint itself, brings its own',
+  )
+
+
 def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
   """Flags of `glm_jax.inference.sampling.Sampling`, its seed, and the dtype."""
   flags.add_argument(

@@ -55,6 +55,7 @@ class Model(NamedTuple):
       start.
     step: training steps behind a checkpoint; 0 for a released model.
     quantized: bits and group of its integers; None for plain weights.
+    adapted: the checkpoint whose adapters are to be merged; None for one without.
   """
 
   config: Any
@@ -63,13 +64,14 @@ class Model(NamedTuple):
   source: dict[str, Any]
   step: int
   quantized: dict[str, int] | None
+  adapted: slices.StoredLeaves | None = None
 
 
 def convert(flags: argparse.Namespace) -> None:
   """The command.
 
   Args:
-    flags: src, dst, to, set, dtype, dequantize, vocabulary, parts, shard_size.
+    flags: src, dst, to, set, dtype, dequantize, vocabulary, parts, shard_size, base, peft.
 
   Raises:
     UserError: anything about the files that a user can mend.
@@ -77,10 +79,13 @@ def convert(flags: argparse.Namespace) -> None:
   """
   began = time.perf_counter()
   paths = {'SRC': flags.src, 'DST': flags.dst, '--vocabulary': flags.vocabulary}
+  paths['--base'] = flags.base
   for name, path in paths.items():
     configs.check_value(name, path, configs.LOCAL)
   src, dst = Path(flags.src), Path(flags.dst)
   beside.check_free(dst)
+  if flags.base or flags.peft:
+    return _adapters(src, dst, flags)
 
   # What SRC is: a MODEL_DIR holds `checkpoints`, one checkpoint of it `params`; beside
   # released weights, folders of these names are somebody's own.
@@ -103,6 +108,8 @@ def convert(flags: argparse.Namespace) -> None:
     )
     plain = integers.Dequantized(model.leaves, dtype)
     model = model._replace(leaves=plain, quantized=None)
+  if model.adapted is not None:
+    model = model._replace(leaves=slices.Merged(model.leaves, model.adapted))
   if flags.vocabulary:
     model = model._replace(vocabulary=loading.load(flags.vocabulary))
   if model.vocabulary is not None:
@@ -187,15 +194,35 @@ def _read_checkpoint(src: Path) -> Model:
 
   folder = checkpoints.find(str(src))
   meta = checkpoints.read_meta(folder)
-  stored = meta['vocabulary']
+  vocabulary, stored = meta['vocabulary'], slices.StoredLeaves(folder)
   return Model(
     model_config.from_dict(meta['model']),
-    slices.StoredLeaves(folder),
-    loading.from_dict(stored) if stored else None,
+    stored,
+    loading.from_dict(vocabulary) if vocabulary else None,
     meta.get('source') or {},
     int(meta.get('step', 0)),
     meta.get('quantized'),
+    stored if stored.adapted else None,
   )
+
+
+def _adapters(src: Path, dst: Path, flags: argparse.Namespace) -> None:
+  """Adapters alone, from other programs or for them."""
+  from glm_jax.interop import adapter_folders
+
+  others = ['set', 'dtype', 'dequantize', 'vocabulary', 'parts']
+  given = [f'--{name}' for name in others if getattr(flags, name)]
+  configs.check(
+    not given and bool(flags.base) != flags.peft and not (flags.base and flags.to),
+    'adapters alone are read with --base, or written with --peft and --to',
+    f'{given or "--base and --peft or --to"} besides',
+    'leave it out',
+  )
+  if flags.base:
+    words = adapter_folders.bring_in(src, dst, flags.base)
+  else:
+    words = adapter_folders.take_out(src, dst, flags.to)
+  print(f'{words}, in {dst}')
 
 
 def _read_foreign(src: Path, flags: argparse.Namespace) -> Model:
@@ -375,6 +402,19 @@ def _flags() -> argparse.ArgumentParser:
   )
   flags.add_argument(
     '--dequantize', action='store_true', help='give plain weights instead of integers'
+  )
+  flags.add_argument(
+    '--base',
+    default='',
+    metavar='DIR',
+    help='SRC holds adapters for this checkpoint, of peft (LoRA) or of ptuning/main.py: '
+    'make a checkpoint of them',
+  )
+  flags.add_argument(
+    '--peft',
+    action='store_true',
+    help="write a run's adapters alone, for peft to put on a model of the format --to; "
+    'without it they are merged',
   )
   flags.add_argument(
     '--vocabulary',

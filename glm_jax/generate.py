@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     prompts = prompt_files.parse(sys.stdin.buffer.read(), 'stdin')
 
   startup.find_devices()
-  source = opening.find(flags.checkpoint)
+  source = opening.find(flags.checkpoint, flags.adapters)
   for prompt in prompts or ():
     try:
       prompt_lib.encode(source.config, source.vocabulary, prompt.text, flags.gmask)
@@ -185,6 +185,7 @@ def _flags() -> argparse.ArgumentParser:
     metavar='DIR',
     help='a MODEL_DIR (its newest checkpoint), one checkpoint folder, or a released model',
   )
+  cli.add_adapters_flag(flags)
   flags.add_argument(
     '--prompt',
     metavar='TEXT',

@@ -28,6 +28,7 @@ from glm_jax.models.cache import DTYPES
 def load(
   path: Any,
   *,
+  adapters: Any = '',
   mesh: sharding.MeshConfig | sharding.Layout | None = None,
   dtype: str = 'float32',
   batch_size: int = 8,
@@ -38,13 +39,16 @@ def load(
   Args:
     path: a MODEL_DIR (its newest checkpoint), a checkpoint, or a folder as it was
       published, which is read as it is.
+    adapters: a MODEL_DIR or a checkpoint of adapters that were trained on it; a run's own
+      are read with it.
     mesh: to spread it over; None for one device.
     dtype: of activations; weights stay as they are stored.
     batch_size: rows that are worked on at a time.
     cache_dtype: of keys and values, of `glm_jax.models.cache.DTYPES`; '' for `dtype`.
 
   Raises:
-    UserError: no such model, a damaged one, or one without its vocabulary.
+    UserError: no such model, a damaged one, or one without its vocabulary; adapters of
+      another one.
   """
   for line in accelerators.start():
     warnings.warn(line, stacklevel=2)
@@ -53,7 +57,7 @@ def load(
     devices = jax.local_devices()[:1] if mesh is None else None
     mesh = sharding.make_mesh(mesh or sharding.MeshConfig(), devices)
   return LanguageModel(
-    opening.find(str(path)),
+    opening.find(str(path), str(adapters)),
     mesh,
     dtype=dtype,
     batch_size=batch_size,
@@ -67,7 +71,8 @@ class LanguageModel:
   Attributes:
     config: of the model.
     vocabulary: that it was trained with: `encode`, `decode`.
-    variables: its Flax collections: 'params', and 'scales' of one that is quantised.
+    variables: its Flax collections: 'params', 'scales' of one that is quantised, and
+      'adapters' or 'prefix' of one that has them.
     layout: the mesh that they are on.
   """
 

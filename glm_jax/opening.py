@@ -16,7 +16,7 @@ from glm_jax.interop import reading
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
-from glm_jax.training import start, state
+from glm_jax.training import adapters, start, state
 
 
 class Stored(NamedTuple):
@@ -25,7 +25,8 @@ class Stored(NamedTuple):
   Attributes:
     config: of the model.
     vocabulary: that it was trained with.
-    read: the collections of the model on a mesh: {'params'}, and more.
+    read: the collections of the model on a mesh: {'params'}, and more, those of adapters
+      among them.
     fingerprint: tells these weights from others.
   """
 
@@ -35,27 +36,87 @@ class Stored(NamedTuple):
   fingerprint: Callable[[], str]
 
 
-def find(path: str) -> Stored:
+def find(path: str, beside: str = '') -> Stored:
   """The model of a run, of a checkpoint, or of a folder as it was published.
 
   Args:
     path: a MODEL_DIR (its newest checkpoint), a checkpoint, or a released model's folder.
+    beside: a MODEL_DIR or a checkpoint of adapters for that model; '' for those that `path`
+      itself has, if any.
 
   Raises:
-    UserError: there is none, or it has no vocabulary.
+    UserError: there is none, or it has no vocabulary; the adapters are another model's.
   """
   configs.check_value('a checkpoint', path, configs.READABLE)
   if Path(path).is_dir() and reading.is_released(Path(path)):
+    configs.check(
+      not beside,
+      'adapters must be of a checkpoint',
+      f'{path}, a released model',
+      f'python -m glm_jax.convert {path} DST, and give the DST that they were trained on',
+    )
     return _released(Path(path))
   folder = checkpoints.find(path)
   meta = checkpoints.read_meta(folder)
+  fingerprint = lambda folder: checkpoints.describe(folder)['fingerprint']
   config = model_config.from_dict(meta['model'])
-
-  read = lambda layout: variables.read(folder, state.abstract_params(config, layout))
   vocabulary = start.vocabulary_of(folder, meta)
+  if not beside:
+    read = lambda layout: _read(folder, folder, meta.get('adapters'), config, layout)
+    return Stored(config, vocabulary, read, lambda: fingerprint(folder))
+  own, trained = _adapters_for(folder, beside)
   return Stored(
-    config, vocabulary, read, lambda: checkpoints.describe(folder)['fingerprint']
+    config,
+    vocabulary,
+    lambda layout: _read(folder, own, trained, config, layout),
+    lambda: f'{fingerprint(folder)} {fingerprint(own)}',
   )
+
+
+def _adapters_for(folder: Any, beside: str) -> tuple[Any, dict[str, Any]]:
+  """The checkpoint with adapters for another one, and what it says of them."""
+  configs.check_value('adapters', beside, configs.READABLE)
+  own = checkpoints.find(beside)
+  meta = checkpoints.read_meta(own)
+  configs.check(
+    bool(meta.get('adapters')),
+    'adapters must be a checkpoint that holds some',
+    str(own),
+    'leave them out, or give the MODEL_DIR of a run with TrainConfig.adapters',
+  )
+  there, here = meta['base'], checkpoints.describe(folder)
+  configs.check(
+    there['fingerprint'] == here['fingerprint'],
+    f'adapters must be for the checkpoint that they were trained on, {there["folder"]}',
+    f'{own} for {folder}, whose parameters are others',
+    'give that one, or a copy of it',
+  )
+  held = checkpoints.stored_leaves(own)
+  others = [path for path in held if path[0] not in adapters.NAMES]
+  configs.check(
+    not others,
+    'what was trained beside adapters must be read with them',
+    f'{own}, which holds {"/".join(min(others, default=()))}, too',
+    'give it as the checkpoint, without a base',
+  )
+  return own, meta['adapters']
+
+
+def _read(
+  folder: Any, own: Any, trained: Mapping[str, Any] | None, config: Any, layout: Any
+) -> dict[str, Any]:
+  """The collections of a checkpoint, with adapters from another, or its own."""
+  abstract = state.abstract_params(config, layout)
+  # Those of the base of a base are part of its weights.
+  result = variables.read(folder, abstract, merge=own != folder or not trained)
+  if not trained:
+    return result
+  held = checkpoints.stored_leaves(own)
+  leaves = adapters.stored(trained, config, held)
+  shapes = state.abstract_params(config, layout, leaves)
+  shapes = {name: tree for name, tree in shapes.items() if name in leaves}
+  params = checkpoints.read_params(own, shapes, some=True, merge=False)
+  return result | adapters.beside(adapters.from_dict(trained), config, params)
 
 
 def foreign(folder: Path, overrides: Mapping[str, Any]) -> reading.OfOthers:

@@ -37,7 +37,7 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   from glm_jax.planning import prediction, released, suggest, table
   from glm_jax.training import start
 
-  bits = _integers(config, flags) if flags.decode else None
+  bits = _integers(config, flags)
   config, _, _ = start.resolve(config)
   where = flags.topology or f'{len(devices)} CPU devices'
   if flags.slices > 1:
@@ -46,7 +46,14 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   if flags.decode:
     layout = sharding.make_mesh(config.mesh, devices)
     return _generation(config, layout, bits, where, card, flags)
-  stored = released.STORED if flags.released else 'float32'
+  configs.check(
+    not bits or config.in_part,
+    '--bits are of weights that are not trained',
+    'a run that trains all of them',
+    "leave it out, or give --gin.TrainConfig.adapters='@LoRAConfig()'",
+  )
+  dtype = released.STORED if flags.released else 'float32'
+  stored = prediction.Frozen(dtype, bits)
   if flags.suggest:
     result, config = suggest.best(config, devices, flags.trials, print, card, stored)
   elif flags.compile:
@@ -68,7 +75,7 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
 
 
 def _integers(config: TrainConfig, flags: argparse.Namespace) -> dict[str, int] | None:
-  """Bits and group of the weights that generate: as asked for, or of the checkpoint."""
+  """Bits and group of weights that are not trained: as asked for, or of the checkpoint."""
   from glm_jax import checkpoints
   from glm_jax.training.config import CheckpointModel
 
@@ -280,14 +287,18 @@ def _flags() -> argparse.ArgumentParser:
   group.add_argument(
     '--trials', type=int, default=6, metavar='N', help='compiles of --suggest'
   )
+  group.add_argument(
+    '--bits',
+    type=int,
+    choices=(4, 8),
+    help='of weights that are integers, and are not trained (by default those of a '
+    'checkpoint)',
+  )
+  group.add_argument('--group', type=int, default=0, metavar='N', help='see quantize (0)')
   group = flags.add_argument_group('generating instead of training')
   group.add_argument('--decode', action='store_true', help='what a token of each row needs')
   group.add_argument('--rows', type=int, default=8, metavar='B', help='of the batch (8)')
   group.add_argument('--cache', type=int, default=1024, metavar='S', help='tokens (1024)')
-  group.add_argument(
-    '--bits', type=int, choices=(4, 8), help='of weights that are integers'
-  )
-  group.add_argument('--group', type=int, default=0, metavar='N', help='see quantize (0)')
   group.add_argument('--json', default='plan.json', metavar='FILE', help='results as JSON')
   return flags
 

@@ -28,7 +28,7 @@ class IntegerLeaves:
     specs: shape and dtype by path; scales stand behind their weight.
   """
 
-  def __init__(self, leaves: slices.StoredLeaves, bits: int, group: int):
+  def __init__(self, leaves: slices.Merged, bits: int, group: int):
     """
     Args:
       leaves: of a plain checkpoint.
@@ -92,7 +92,8 @@ def quantize(flags: argparse.Namespace) -> None:
     f'{flags.src!r}, which is quantised to {meta.get("quantized", {}).get("bits")} bits',
     'give the checkpoint that it was made from',
   )
-  leaves = slices.StoredLeaves(folder)
+  stored = slices.StoredLeaves(folder)
+  leaves = slices.Merged(stored, stored)
 
   # What DST becomes; a group that does not divide is refused here.
   made = IntegerLeaves(leaves, flags.bits, flags.group)

@@ -15,6 +15,7 @@ from glm_jax import checkpoints, cli, distributed, sharding, startup, storage
 from glm_jax.checkpoints import Checkpoints, folder
 from glm_jax.models import config as model_config
 from glm_jax.training import (
+  adapters,
   evaluation,
   metrics,
   optimizer,
@@ -26,8 +27,8 @@ from glm_jax.training import (
 )
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.meter import Meter, progress_line
+from glm_jax.training.recipe import parameters
 from glm_jax.training.stopping import Stopping
-from glm_jax.training.trained import merge
 from glm_jax.training.writer import Writer
 
 
@@ -61,11 +62,12 @@ def train(
   profile.check(config.train_steps, saved_step)
   # The model may stand in another checkpoint.
   config, vocabulary, source = start.resolve(config)
-  recipe = config.recipe
+  recipe, base = config.recipe, start.find_base(config)
+  quantized = base and base.quantized
 
   # Mesh and program: what does not fit is refused before any data are read.
   layout = sharding.make_mesh(config.mesh)
-  built = program.build(config, layout)
+  built = program.build(config, layout, quantized)
 
   # Data. The leader goes first, so that the others find its caches.
   telling('preparing data: TensorFlow, the text, its vocabulary')
@@ -76,18 +78,19 @@ def train(
     'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
   )
   recipe.check_data(config, data)
+  adapters.check_data(config.adapters, data.decided)
   if config.train_epochs:  # from here on, they are steps
     config = start.in_steps(config, data, say)
     profile.check(config.train_steps, saved_step)
-    built = program.build(config, layout)
+    built = program.build(config, layout, quantized)
   # The optimizer has the same schedule inside; this one is for the log.
   rate = optimizer.schedule(config.optimizer, config.train_steps)
   for line in optimizer.in_words(config.optimizer, config.train_steps):
     say(line)
 
   # The folder: a new one, or this run's. What is not trained stays in its base.
-  base = start.base_of(config)
-  identity, settings = resume.identity(config, data, base), start.settings(config)
+  pinned = base and base.describe()
+  identity, settings = resume.identity(config, data, pinned), start.settings(config)
   changes = folder.check_same(config.model_dir, identity, settings)
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
@@ -102,12 +105,12 @@ def train(
     say(line)
   telling('reading or initialising parameters')
   if new:
-    current = start.begin(config, built, layout, data.vocabulary.fingerprint)
+    current = start.begin(config, built, layout, data.vocabulary.fingerprint, base)
     if config.init_from:
       say(f'parameters from {config.init_from}')
     # Traced, so that a mistake in the loss leaves no folder behind.
     evaluation.check(config, data, built, layout)
-  frozen = start.frozen(config, built)
+  frozen = start.frozen(built, base)
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
@@ -127,7 +130,9 @@ def train(
     'vocabulary': data.vocabulary.to_dict(),
     'config': config_text,
     'source': source,
-    'base': base,
+    'base': pinned,
+    **({'quantized': quantized} if quantized else {}),
+    **({'adapters': identity['adapters']} if config.adapters else {}),
   }
   writer = Writer(config.model_dir, distributed.is_leader())
   with sharding.active(layout), profile:
@@ -136,8 +141,8 @@ def train(
     )
 
     def validate(number: int) -> dict[str, float]:
-      whole = merge(current['params'], frozen)
-      values = {**measure(whole), **recipe.validate(config, data, whole)}
+      whole = built.variables(current['params'], frozen)
+      values = measure(whole) | recipe.validate(config, data, parameters(whole))
       writer.write(number, 'validation', values)
       say(evaluation.line(values, bool(data.validation)), flush=True)
       stop.see(number, values)
@@ -196,7 +201,7 @@ def train(
     # Reports; again if the run was complete but killed before it had reported.
     telling.stop()
     ended = int(current['step'])
-    whole = merge(current['params'], frozen)
+    whole = parameters(built.variables(current['params'], frozen))
     report.report(config, data, whole, say, step=ended, so_far=meter.so_far)
   writer.close()
   distributed.barrier('done')

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +15,11 @@ from foreign import arrays_of, config_json, imported
 from variants import FAMILIES
 
 from glm_jax import models, sharding
-from glm_jax.batch import Visibility
+from glm_jax.batch import Batch, Visibility
 from glm_jax.configs import UserError
 from glm_jax.models import products, quantized, virtual
-from glm_jax.training import losses
+from glm_jax.training import adapters, losses
+from glm_jax.training.adapters import PTuningConfig
 
 B, T = 4, 16
 
@@ -116,17 +118,13 @@ def test_eight_devices_compute_what_one_does(config, inputs, kind):
     assert _relative(_logits(config, variables, inputs), np.asarray(one)) < 2e-6
 
 
-def _opened(inputs, P, pad=0):
+def _opened(inputs, P):
   """The same rows, with P virtual tokens before each, which all their tokens see."""
   ids, positions, block, seen = inputs
-  before = jnp.broadcast_to(jnp.arange(-P, 0), (len(ids), P))
-  end = jnp.concatenate([before + P + 1, seen.key_end + P], 1)
-  return (
-    virtual.opened(ids, pad, P),
-    jnp.concatenate([before, positions], 1),
-    virtual.opened(block, 0, P),
-    Visibility(jnp.zeros_like(end), end),
-  )
+  zeros = jnp.zeros_like(ids)
+  batch = Batch(ids, zeros, zeros, positions, block, *seen, zeros)
+  opened = virtual.opened_batch(batch, P)
+  return opened.tokens, opened.positions, opened.block_positions, opened.visibility
 
 
 def _encoder(arrays, at):
@@ -159,20 +157,26 @@ def test_virtual_tokens_equal_the_original(name, kind):
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     block, end = jnp.zeros_like(positions), positions + 1
   P = 5
+  tokens = PTuningConfig(tokens=P, projection=kind == 'ptuning_proj')
   rows = _opened((ids, positions, block, Visibility(jnp.zeros_like(end), end)), P)
   weights, targets = jnp.asarray(labels >= 0), jnp.asarray(np.maximum(labels, 0), jnp.int32)
 
   @jax.jit
   def step(encoder):
     def mean(encoder):
-      variables = {'params': params, 'prefix': virtual.prefix(found.config, encoder)}
+      learnt = {**params, 'prefix': encoder}
+      variables = adapters.variables(tokens, found.config, learnt)
       logits = models.build(found.config).apply(variables, *rows)[0][:, P:]
       ce = losses.cross_entropy(logits[:, :-1], targets)
       return (ce * weights).sum() / weights.sum(), logits
 
     return jax.value_and_grad(mean, has_aux=True)(encoder)
 
-  (loss, logits), gradients = step(_encoder(golden, kind))
+  theirs = _encoder(golden, kind)
+  fresh = adapters.leaves(tokens, found.config)['prefix']
+  fresh = jax.eval_shape(lambda: nn.unbox(fresh(jax.random.key(0))))
+  assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, theirs)
+  (loss, logits), gradients = step(theirs)
   np.testing.assert_allclose(logits, golden[f'{kind}/logits'], atol=2e-5)
   np.testing.assert_allclose(loss, golden[f'{kind}/loss'], rtol=1e-5)
   flat = {

@@ -37,7 +37,7 @@ def _released(name, *bound, devices=1):
   return load(*released.bindings(load().model, devices), *bound)
 
 
-def _from_shapes(config, topology, stored='float32'):
+def _from_shapes(config, topology, stored=prediction.Frozen()):
   devices = topologies.devices(topology, compiler=False)
   layout = sharding.make_mesh(config.mesh, devices)
   return prediction.from_shapes(config, layout, stored=stored)
@@ -76,7 +76,7 @@ def test_what_is_not_trained_has_no_moments_and_its_own_dtype(config):
   layout = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   whole = prediction.from_shapes(_run(config), layout)
   full = prediction.from_shapes(part, layout)
-  half = prediction.from_shapes(part, layout, stored='bfloat16')
+  half = prediction.from_shapes(part, layout, stored=prediction.Frozen('bfloat16'))
   trained, rest = full.trained, whole.parameters - full.trained
   assert 0 < trained < rest
   assert full.memory['parameters'] == 4 * trained == full.memory['gradients']
@@ -86,7 +86,8 @@ def test_what_is_not_trained_has_no_moments_and_its_own_dtype(config):
   part = dataclasses.replace(part, compute=models.ComputeConfig(dtype='bfloat16'))
   built = program.build(part, layout)
   copies = shapes.memory(part, built, layout)['copies']
-  halves = prediction.from_shapes(part, layout, stored='bfloat16').memory['copies']
+  half = prediction.from_shapes(part, layout, stored=prediction.Frozen('bfloat16'))
+  halves = half.memory['copies']
   assert 0 < halves < copies / 2
 
 
@@ -118,7 +119,7 @@ def test_an_estimate_is_near_the_compiler(name, compiled, devices, bound):
   if 'num_layers' in ''.join(bound):
     bound = [*bound, "TASK_FEATURE_LENGTHS={'tokens': 4096}"]
   config = _released(name, *bound, devices=devices)
-  found = _from_shapes(config, f'h100:1x1x{devices}', released.STORED)
+  found = _from_shapes(config, f'h100:1x1x{devices}', prediction.Frozen(released.STORED))
   assert found.memory['peak'] / GIB == pytest.approx(compiled, rel=0.08)
 
 

@@ -124,7 +124,7 @@ def test_a_causal_loss_is_that_of_training(loaded):
 
 def _same_loss(model, batch, loss):
   loss_fn = losses.pretraining_loss(models.build(model.config))
-  metrics = jax.jit(step.make_eval_step(loss_fn))(model.params, batch)
+  metrics = jax.jit(step.make_eval_step(loss_fn))(model.variables, batch)
   total, count = metrics['loss']
   np.testing.assert_allclose(loss.mean, total / count, rtol=1e-6)
 

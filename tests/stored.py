@@ -12,7 +12,7 @@ from glm_jax.batch import Visibility
 from glm_jax.checkpoints import slices, variables
 from glm_jax.models import ChatGLM2Config, GLMConfig
 from glm_jax.text.vocabulary import ByteVocabulary
-from glm_jax.training import state
+from glm_jax.training import adapters, state
 
 B, T = 4, 12
 _SIZES = dict(num_layers=2, hidden_size=32, num_heads=4, vocab_size=384, max_positions=80)
@@ -37,6 +37,25 @@ def checkpoint(folder, config, seed=0, holds=lambda path: True, **more):
     **more,
   }
   slices.write(folder, specs, read, meta, lambda _: None)
+  return folder
+
+
+def adapted(folder, base, config, lora, seed=0):
+  """A checkpoint of random factors, or of virtual tokens, as a run writes it."""
+  rng = np.random.default_rng(seed)
+  shapes = state.abstract_params(config, None, adapters.leaves(lora, config))
+  leaves = {
+    path: rng.normal(0, 0.1, leaf.shape).astype(np.float32)
+    for path, leaf in slices.flat(shapes).items()
+    if path[0] in adapters.NAMES
+  }
+  meta = {
+    **checkpoints.read_meta(checkpoints.find(str(base))),
+    'base': checkpoints.describe(checkpoints.find(str(base))),
+    'adapters': adapters.to_dict(lora),
+  }
+  specs = {k: slices.LeafSpec(v.shape, v.dtype) for k, v in leaves.items()}
+  slices.write(folder, specs, lambda path, _: leaves[path], meta, lambda _: None)
   return folder
 
 

@@ -8,6 +8,7 @@ from glm_jax.checkpoints.manager import (
   latest_step,
   read_meta,
   read_params,
+  stored_leaves,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
   'latest_step',
   'read_meta',
   'read_params',
+  'stored_leaves',
 ]

@@ -24,9 +24,10 @@ from flax import serialization, traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs, storage
-from glm_jax.checkpoints import base
+from glm_jax.checkpoints import base, merging
 from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
 from glm_jax.configs import ResourceError, UserError, at_least, one_of
+from glm_jax.models import quantized
 
 FORMAT = 1
 FOLDER = 'checkpoints'
@@ -228,44 +229,58 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_params(
-  folder: epath.Path, abstract: Any, *, as_stored: bool = False, some: bool = False
+  folder: epath.Path,
+  abstract: Any,
+  *,
+  as_stored: bool = False,
+  some: bool = False,
+  merge: bool = True,
 ) -> Any:
   """The parameters of a checkpoint, on the shardings of `abstract`.
 
-  Those that it does not hold, since they were not trained, are read from its base.
+  Those that it does not hold, since they were not trained, are read from its base. Its
+  adapters are merged into them.
 
   Args:
     folder: the checkpoint.
     abstract: shapes, dtypes and shardings.
     as_stored: keep the dtypes of the files, which may be half as large, instead.
     some: `abstract` may lack parameters that the checkpoint has.
+    merge: whether its own adapters are merged; those of its base always are.
 
   Raises:
     UserError: they do not have the shapes of `abstract`, or are damaged; the base is gone
-      or has changed.
+      or has changed; adapters that cannot be merged.
   """
   meta = read_meta(folder)
+  flat = traverse_util.flatten_dict(abstract)
   # Integers that were cast without their scales would be other weights.
   configs.check(
-    as_stored or not meta.get('quantized'),
+    as_stored or not meta.get('quantized') or not any(quantized.products(flat)),
     'training must begin with plain weights',
     f'{folder}, which is quantised',
     'give the checkpoint that it was made from, or make them plain: python -m '
     f'glm_jax.convert {folder} DST --to=checkpoint --dequantize',
   )
-  whole = base.of(folder, meta)
-  flat = traverse_util.flatten_dict(abstract)
-  with _unreadable(folder), ocp.StandardCheckpointer() as reader:
-    tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree
-  held = traverse_util.flatten_dict(tree)
+  whole, held = base.of(folder, meta), stored_leaves(folder)
   elsewhere = {k: v for k, v in flat.items() if whole and k not in held}
   own = {k: v for k, v in flat.items() if k not in elsewhere}
-  found = _read(folder, own, held, as_stored, some or bool(elsewhere)) if own else {}
+  found = _read(folder, own, held, as_stored, some or whole is not None) if own else {}
   if elsewhere:
     rest = traverse_util.unflatten_dict(elsewhere)
     rest = read_params(whole, rest, as_stored=as_stored, some=True)
     found |= traverse_util.flatten_dict(rest)
+  if merge and meta.get('adapters'):
+    read = lambda wanted: _read(folder, wanted, held, True, True)
+    found = merging.merge(found, meta['adapters'], folder, held, read)
   return traverse_util.unflatten_dict(found)
+
+
+def stored_leaves(folder: epath.Path) -> dict[tuple[str, ...], Any]:
+  """Shape and dtype of each array that a checkpoint holds itself, by path."""
+  with _unreadable(folder), ocp.StandardCheckpointer() as reader:
+    tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree
+  return traverse_util.flatten_dict(tree)
 
 
 def _read(

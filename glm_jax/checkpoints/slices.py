@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from glm_jax.checkpoints import base
+from glm_jax import configs
+from glm_jax.checkpoints import base, merging
 from glm_jax.checkpoints.manager import FORMAT, read_meta
-from glm_jax.models import quantized
+from glm_jax.models import low_rank, quantized
 
 LeafPath = tuple[str, ...]
 
@@ -68,10 +69,11 @@ def count(specs: Mapping[LeafPath, LeafSpec]) -> int:
 
 
 class StoredLeaves:
-  """Parameters of a checkpoint, read by layer.
+  """Parameters of a checkpoint, read by layer; `Merged` puts adapters into them.
 
   Attributes:
-    specs: shape and stored dtype of each leaf, by path.
+    specs: shape and stored dtype of each leaf of the model, by path.
+    adapted: whether the checkpoint, or one that it rests on, holds adapters.
   """
 
   def __init__(self, folder: Any):
@@ -82,33 +84,90 @@ class StoredLeaves:
     # Where each leaf is: what was not trained is in the checkpoint's base.
     self._params: dict[LeafPath, Path] = {}
     self.specs: dict[LeafPath, LeafSpec] = {}
+    # Factors beside a weight as the scaling and the folder of each checkpoint above it.
+    self._beside: dict[LeafPath, list[tuple[float, Path]]] = {}
+    above: list[tuple[float, Path, set[LeafPath]]] = []
+    self.adapted = False
     while folder is not None:
       params = Path(folder).absolute() / 'params'
+      meta = read_meta(epath.Path(folder))
       with ocp.StandardCheckpointer() as reader:
-        tree = reader.metadata(params).item_metadata.tree
-      for path, leaf in flat(tree).items():
-        if path not in self.specs:
+        held = flat(reader.metadata(params).item_metadata.tree)
+      if adapters := meta.get('adapters'):
+        merging.check(adapters, folder)
+        self.adapted = True
+        above.append((adapters['scaling'], params, {*held}))
+      for path, leaf in held.items():
+        if path not in self.specs and path[0] != 'adapters':
           self.specs[path] = LeafSpec(tuple(leaf.shape), np.dtype(leaf.dtype))
           self._params[path] = params
-      folder = base.of(epath.Path(folder), read_meta(epath.Path(folder)))
+          self._beside[path] = [
+            (scaling, where)
+            for scaling, where, names in above
+            if path[-1] == 'weight' and merging.factors_of(path)[0] in names
+          ]
+      folder = base.of(epath.Path(folder), meta)
     self._context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
-    self._open: dict[LeafPath, Any] = {}
+    self._open: dict[tuple[LeafPath, Path], Any] = {}
 
   def read(self, path: LeafPath, layer: int | None) -> np.ndarray:
     """A leaf, or one layer of a stacked one, in its stored dtype."""
-    if path not in self._open:
+    return self._read(path, self._params[path], layer)
+
+  def factors(
+    self, path: LeafPath, layer: int | None
+  ) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+    """(scaling, a, b) of the adapters beside a weight; see `low_rank.merged`."""
+    for scaling, params in self._beside[path]:
+      a, b = (self._read(name, params, layer) for name in merging.factors_of(path))
+      yield scaling, a, b
+
+  def _read(self, path: LeafPath, params: Path, layer: int | None) -> np.ndarray:
+    if (path, params) not in self._open:
       # Two layouts of Orbax's: a folder for each leaf, as `write` below makes them, or
       # OCDBT, a database in which the same files are keys, as a run saves it.
-      name, params = '.'.join(path), self._params[path]
+      name = '.'.join(path)
       if (params / name).is_dir():
         store = {'driver': 'file', 'path': f'{params / name}/'}
       else:
         store = {'driver': 'ocdbt', 'base': f'file://{params}/', 'path': f'{name}/'}
       # A chunk that is missing is damage, not zeros.
       spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
-      self._open[path] = ts.open(spec, context=self._context).result()
-    array = self._open[path]
+      self._open[path, params] = ts.open(spec, context=self._context).result()
+    array = self._open[path, params]
     return np.asarray((array if layer is None else array[layer]).read().result())
+
+
+class Merged:
+  """Leaves with the adapters of their checkpoint in them.
+
+  Attributes:
+    specs: by path.
+  """
+
+  def __init__(self, leaves: Any, stored: StoredLeaves):
+    """
+    Args:
+      leaves: plain weights; those of `stored`, or what was made of them.
+      stored: the checkpoint.
+
+    Raises:
+      UserError: the weights are integers.
+    """
+    configs.check(
+      not any(path[-1] == quantized.SCALE for path in leaves.specs),
+      'adapters are merged into plain weights',
+      'a checkpoint that has them beside integers',
+      'merge with --dequantize, or export them alone with --peft',
+    )
+    self.specs, self._leaves, self._stored = leaves.specs, leaves, stored
+
+  def read(self, path: LeafPath, layer: int | None) -> np.ndarray:
+    """A leaf, or one layer of a stacked one."""
+    values = self._leaves.read(path, layer)
+    for scaling, a, b in self._stored.factors(path, layer):
+      values = low_rank.merged(values, a, b, scaling)
+    return values
 
 
 def write(
@@ -153,7 +212,8 @@ def write(
   done = set(journal.read_text(encoding='utf-8').split())
   stores = {k: _store(params / '.'.join(k), k, spec) for k, spec in specs.items()}
   stacked = [path for path in specs if path[0] == 'layers']
-  layers = specs[stacked[0]].shape[0]
+  # Adapters, which are small, are written whole.
+  layers = specs[stacked[0]].shape[0] if stacked else 0
   # Layer by layer, so that parts of one tensor of another program are read together.
   todo = [('rest', None, [path for path in specs if path[0] != 'layers'])]
   todo += [(f'layer{i}', i, stacked) for i in range(layers)]

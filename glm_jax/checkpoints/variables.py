@@ -62,7 +62,7 @@ def stored(params: Any, quantized: Mapping[str, int] | None) -> Any:
   return traverse_util.unflatten_dict(flat)
 
 
-def read(folder: epath.Path, params: Any) -> dict[str, Any]:
+def read(folder: epath.Path, params: Any, merge: bool = True) -> dict[str, Any]:
   """The collections of a checkpoint, each array on its own sharding.
 
   Parameters have the dtypes that they are stored in, scales float32.
@@ -70,6 +70,7 @@ def read(folder: epath.Path, params: Any) -> dict[str, Any]:
   Args:
     folder: the checkpoint, see `glm_jax.checkpoints.find`.
     params: see `abstract`.
+    merge: see `glm_jax.checkpoints.read_params`.
 
   Returns:
     {'params'}, or {'params', 'scales'} of one that is quantised.
@@ -78,7 +79,8 @@ def read(folder: epath.Path, params: Any) -> dict[str, Any]:
     UserError: see `glm_jax.checkpoints.read_params`.
   """
   quantized = read_meta(folder).get('quantized')
-  leaves = read_params(folder, stored(params, quantized), as_stored=True, some=True)
+  abstract_leaves = stored(params, quantized)
+  leaves = read_params(folder, abstract_leaves, as_stored=True, some=True, merge=merge)
   return split(leaves, quantized)
 
 

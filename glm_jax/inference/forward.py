@@ -15,6 +15,7 @@ import numpy as np
 from glm_jax import attention, models, sharding
 from glm_jax.batch import Batch
 from glm_jax.inference import scoring
+from glm_jax.models import virtual
 
 # Rows are padded to a multiple of this, so that few shapes are compiled.
 _BUCKET = 64
@@ -111,7 +112,7 @@ class Forward:
       yield jax.tree.map(lambda x: x[:count, :T], results)
 
   def _run(self, function: Any, rows: Batch, **more: Any) -> Any:
-    length = rows.tokens.shape[1]
+    length = rows.tokens.shape[1] + virtual.count(self._variables)
     # As a run resolves 'auto', so that rows are computed as in training.
     backend, _ = attention.choose(
       self._config, self._compute, self._layout.devices.flat[0], length
@@ -126,10 +127,13 @@ class Forward:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(config: Any, compute: Any, variables: Any, batch: Batch) -> jax.Array:
   """[B, T, V] float32."""
+  P = virtual.count(variables)
+  if P:
+    batch = virtual.opened_batch(batch, P)
   logits_BTV, _ = models.build(config, compute).apply(
     variables, batch.tokens, batch.positions, batch.block_positions, batch.visibility
   )
-  return _whole(logits_BTV.astype(jnp.float32))
+  return _whole(logits_BTV[:, P:].astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames='stops')

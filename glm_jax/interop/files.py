@@ -44,8 +44,8 @@ _TAGS = ('latest_checkpointed_iteration.txt', 'latest')
 _HUB_NAME = r'\w[\w.-]*/\w[\w.-]*'
 # What stands in folders of training that hold no model, and what makes one of them.
 _OTHERS = {
-  'adapter_config.json': 'these are adapters of PEFT: merge them into their model first '
-  '(merge_and_unload, save_pretrained)',
+  'adapter_config.json': 'these are adapters of PEFT: give the checkpoint that they are '
+  'for with --base=DIR',
   'zero_to_fp32.py': 'this is a checkpoint of DeepSpeed: put its parts together first '
   '(python zero_to_fp32.py . .)',
 }
@@ -87,6 +87,11 @@ class Tensors:
         self._last = None  # before another one is in memory
         self._last = (name, _read(name, self.specs[name]))
       return self._last[1]
+
+
+def tensors(path: Path) -> Tensors:
+  """Those of one file."""
+  return Tensors(_specs(path))
 
 
 class Source(NamedTuple):

@@ -36,6 +36,8 @@ class Einsum(nn.Module):
     inputs besides, [groups, ...] (`glm_jax.models.quantized`).
   - `adapters`: low-rank factors a [inputs, rank] and b [rank, outputs] beside it, whose
     product `(x a) b` is added (LoRA, Hu et al., 2021, section 4.1; alpha / rank is in b).
+    With `rate` [], that share of x is dropped before a where there is a key for dropout,
+    which each module and layer has for itself.
 
   Attributes:
     equation: such as 'BTD,DNH->BTNH'.
@@ -79,6 +81,10 @@ class Einsum(nn.Module):
     if not self.has_variable('adapters', 'a'):
       return None
     a, b = (self.get_variable('adapters', name).astype(self.dtype) for name in 'ab')
+    if self.has_variable('adapters', 'rate') and self.has_rng('dropout'):
+      keep = 1 - self.get_variable('adapters', 'rate')
+      kept = jax.random.bernoulli(self.make_rng('dropout'), keep, x.shape)
+      x = jnp.where(kept, x / keep.astype(x.dtype), 0)
     tokens, letters, result = letters_of(self.equation)
     inputs = [letter for letter in letters if letter not in result]
     # 'BTD,DNH->BTNH' by way of 'BTD,Dr->BTr' and 'BTr,rNH->BTNH'.

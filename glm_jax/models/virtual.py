@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from glm_jax.batch import Batch
+
 
 def prefix(config: Any, encoder: dict[str, Any]) -> dict[str, Any]:
   """The collection `prefix` of what is learnt.
@@ -59,3 +61,28 @@ def opened(x_BT: jax.Array, value: int, P: int) -> jax.Array:
     [[0, 0, 0, 7, 8]]
   """
   return jnp.pad(x_BT, ((0, 0), (P, 0)), constant_values=value)
+
+
+def opened_batch(batch: Batch, P: int) -> Batch:
+  """Rows [B, T] of one document each as rows [B, P + T] that virtual tokens open.
+
+  Each token sees them besides; they carry no loss.
+
+  Example:
+    >>> x = jnp.array([[7, 8, 0]])
+    >>> batch = Batch(x, x, x > 0, x, x, key_start=0 * x, key_end=jnp.array([[1, 2, 0]]),
+    ...               objective=x)
+    >>> opened_batch(batch, 2).key_end.tolist()
+    [[1, 2, 3, 4, 0]]
+  """
+  fields = {
+    name: opened(value, 0, P)
+    for name, value in batch._asdict().items()
+    if name != 'index' and value is not None
+  }
+  before = jnp.arange(-P, 0)
+  # Padding, which sees nothing, still does not.
+  end = jnp.where(batch.key_end > 0, batch.key_end + P, 0)
+  fields['key_end'] = opened(end, 0, P).at[:, :P].set(before + P + 1)
+  fields['positions'] = fields['positions'].at[:, :P].set(before)
+  return batch._replace(**fields)

@@ -20,7 +20,9 @@ def matmul_weights(model: Any) -> int:
   return L * (2 * D * H * (N + K) + mlp) + D * model.vocab_size
 
 
-def training(model: Any, tokens: float, pairs: float, frozen: int = 0) -> float:
+def training(
+  model: Any, tokens: float, pairs: float, frozen: int = 0, beside: int = 0
+) -> float:
   """FLOPs that a step asks for, however it is computed.
 
   6 a token and weight (2 forward, 4 backward), and 12 a visible (query, key) pair, layer
@@ -31,9 +33,10 @@ def training(model: Any, tokens: float, pairs: float, frozen: int = 0) -> float:
     tokens: in all rows, without padding.
     pairs: (query, key) pairs that are visible.
     frozen: weights without a gradient: 2 FLOPs less a token for each.
+    beside: weights of adapters.
   """
   width = model.num_heads * model.head_size
-  weights = 6.0 * matmul_weights(model) - 2.0 * frozen
+  weights = 6.0 * (matmul_weights(model) + beside) - 2.0 * frozen
   return weights * tokens + 12.0 * model.num_layers * width * pairs
 
 

@@ -6,12 +6,16 @@ import dataclasses
 import hashlib
 import re
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import traverse_util
 
 from glm_jax import configs, sharding
 from glm_jax.batch import Visibility
+from glm_jax.models import quantized
 from glm_jax.performance import flags, flops
 from glm_jax.performance.chips import Chip, of_device_kind
 from glm_jax.planning import estimate, hlo, shapes
@@ -19,6 +23,18 @@ from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
 
 GIB = 2**30
+
+
+class Frozen(NamedTuple):
+  """How the parameters are stored that are not trained.
+
+  Attributes:
+    dtype: of plain ones.
+    quantized: bits and group of integers; None without any.
+  """
+
+  dtype: str = 'float32'
+  quantized: Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +130,14 @@ class Prediction:
 
 
 def lower(
-  config: TrainConfig, layout: sharding.Layout, stored: str = 'float32'
+  config: TrainConfig, layout: sharding.Layout, stored: Frozen = Frozen()
 ) -> tuple[program.Program, Any]:
   """The step that `train` would run on these devices, lowered.
 
   Args:
     config: a run's, with its model resolved.
     layout: the mesh of the devices.
-    stored: dtype of the parameters that are not trained.
+    stored: see `Frozen`.
   """
   built = _build(config, layout, stored)
   # The GPU kernels ask which GPU they are traced for.
@@ -129,17 +145,20 @@ def lower(
     return built, built.train_step.lower(built.state, built.frozen, built.batch)
 
 
-def _build(config: TrainConfig, layout: sharding.Layout, stored: str) -> program.Program:
-  built = program.build(config, layout)
-  as_stored = lambda a: jax.ShapeDtypeStruct(a.shape, stored, sharding=a.sharding)
-  return built._replace(frozen=jax.tree.map(as_stored, built.frozen))
+def _build(config: TrainConfig, layout: sharding.Layout, stored: Frozen) -> program.Program:
+  built = program.build(config, layout, stored.quantized)
+  flat = traverse_util.flatten_dict(built.frozen)
+  for path, a in flat.items():
+    if path[-1] != quantized.SCALE and jnp.issubdtype(a.dtype, jnp.floating):
+      flat[path] = jax.ShapeDtypeStruct(a.shape, stored.dtype, sharding=a.sharding)
+  return built._replace(frozen=traverse_util.unflatten_dict(flat))
 
 
 def from_shapes(
   config: TrainConfig,
   layout: sharding.Layout,
   card: Chip | None = None,
-  stored: str = 'float32',
+  stored: Frozen = Frozen(),
 ) -> Prediction:
   """The same as `predict` in seconds: nothing is compiled, and the peak is an estimate.
 
@@ -149,7 +168,7 @@ def from_shapes(
   built = _build(config, layout, stored)
   chip = card or of_device_kind(layout.device_kind)
   limit = chip.hbm_bytes if chip else 0
-  memory = {'limit': limit, **shapes.memory(config, built, layout)}
+  memory = {'limit': limit, **shapes.memory(config, built, layout, stored.quantized)}
   return Prediction(
     **_facts(config, layout, built),
     memory=memory,
@@ -173,7 +192,7 @@ def _facts(
   )
   count = state.count(built.state['params'])
   return {
-    'parameters': count + state.count(built.frozen),
+    'parameters': count + program.count_frozen(built),
     'trained': count,
     'devices': layout.size,
     'device_kind': layout.device_kind,
@@ -189,7 +208,7 @@ def predict(
   config: TrainConfig,
   layout: sharding.Layout,
   card: Chip | None = None,
-  stored: str = 'float32',
+  stored: Frozen = Frozen(),
 ) -> Prediction:
   """Compiles the step that `train` would run on these devices.
 
@@ -197,7 +216,7 @@ def predict(
     config: a run's, with its model resolved.
     layout: the mesh of the devices.
     card: what is known of the devices, if it is not what their kind says.
-    stored: dtype of the parameters that are not trained.
+    stored: see `Frozen`.
 
   Raises:
     UserError: the configuration does not fit the mesh or the chip's kernels.
@@ -302,5 +321,7 @@ def check_fits(prediction: Prediction) -> None:
     f'the step must fit into {limit / GIB:.2f} GiB a device',
     f'{about}{peak / GIB:.2f} GiB, {about}{(peak - limit) / GIB:.2f} too many',
     'see what fits with --suggest: fewer rows, more remat or fsdp, or '
-    'LossConfig.vocab_chunks=8; of a released model, train a part with TrainConfig.trained',
+    'LossConfig.vocab_chunks=8; of a released model, train adapters '
+    '(gin_configs/runs/lora.gin), on integers too (--bits=4), or a part '
+    '(TrainConfig.trained)',
   )

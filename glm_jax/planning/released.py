@@ -72,6 +72,7 @@ def assumed(config: Any) -> str:
   """What a plan of a released model assumes, for a person."""
   text = 'assumed, as in gin_configs/runs/continue.gin (--gin.NAME=value changes it): '
   text += 'TASK_FEATURE_LENGTHS, BATCH_SIZE, ComputeConfig.dtype and .remat as above'
-  if config.trained:
-    text += f'; what is not trained is stored in {STORED} (convert --dtype={STORED})'
+  if config.in_part:
+    text += f'; what is not trained is stored in {STORED} (convert --dtype={STORED}), '
+    text += 'or in the integers of --bits'
   return text

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from glm_jax import models, sharding
+from glm_jax import sharding
 from glm_jax.performance import flops
-from glm_jax.training import program, state, trained
+from glm_jax.training import adapters, program
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.step import cast
 
@@ -47,7 +48,10 @@ class Rows(NamedTuple):
 
 
 def memory(
-  config: TrainConfig, built: program.Program, layout: sharding.Layout
+  config: TrainConfig,
+  built: program.Program,
+  layout: sharding.Layout,
+  quantized: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
   """Bytes of a device by kind; 'activations' and 'peak' are estimates, the rest is exact.
 
@@ -55,6 +59,7 @@ def memory(
     config: of the run, its model resolved.
     built: its program.
     layout: the mesh.
+    quantized: bits and group of integers that are not trained.
   """
   params, dtype = built.state['params'], config.compute.dtype
   weights = jax.eval_shape(lambda tree: cast(tree, dtype), params)
@@ -74,7 +79,7 @@ def memory(
   count /= layout.count('act_length')
   # The gradient of the table is summed in float32, when the layers are done.
   table = 4 * math.prod(_local(params['words']['weight'])) if 'words' in params else 0
-  needed = rows(config, built.attention[0])
+  needed = rows(config, built.attention[0], quantized)
   whole = gathered(config, tensor) if layout.count('embed') > 1 else (0.0, 0.0)
   activations = at_work(needed, count, tensor, gradients, table, whole) - gradients
   result = {k: int(v) for k, v in exact.items() if v}
@@ -122,27 +127,33 @@ def gathered(config: TrainConfig, tensor: int) -> tuple[float, float]:
   return size * head / tensor, 2 * size * layer / tensor
 
 
-def rows(config: TrainConfig, backend: str) -> Rows:
+def rows(
+  config: TrainConfig, backend: str, quantized: Mapping[str, int] | None = None
+) -> Rows:
   """What a row needs, whatever the mesh.
 
   Args:
     config: of the run, its model resolved.
     backend: of attention.
+    quantized: see `memory`.
   """
   model = config.model
-  everything = _kept(config, backend, 'none')
+  everything = _kept(config, backend, 'none', quantized)
   saved, saved_cut = everything
   if config.compute.remat != 'none':
-    saved, saved_cut = _kept(config, backend, config.compute.remat)
+    saved, saved_cut = _kept(config, backend, config.compute.remat, quantized)
   layer = sum(everything) / model.num_layers
   # In float32, and once more, rounded, as their gradient.
   size = 4 + np.dtype(config.compute.dtype).itemsize
-  logits = size * config.recipe.length * model.vocab_size * config.recipe.logits_share
+  length = config.recipe.length + adapters.virtual_tokens(config.adapters)
+  logits = size * length * model.vocab_size * config.recipe.logits_share
   share = _AT_WORK_DENSE if backend == 'dense' else _AT_WORK
   return Rows(saved, saved_cut, share * layer, logits)
 
 
-def _kept(config: TrainConfig, backend: str, remat: str) -> tuple[float, float]:
+def _kept(
+  config: TrainConfig, backend: str, remat: str, quantized: Mapping[str, int] | None
+) -> tuple[float, float]:
   """Bytes a row that the backward pass is left: of the model's width, and of others."""
   model, recipe = config.model, config.recipe
   compute = dataclasses.replace(
@@ -152,9 +163,8 @@ def _kept(config: TrainConfig, backend: str, remat: str) -> tuple[float, float]:
     # The kernels can be traced for their device alone; they keep what 'chunked' does.
     attention=backend if backend in ('dense', 'chunked') else 'chunked',
   )
-  loss = recipe.loss(config, models.build(model, compute))
-  leaves = recipe.leaves(config)
-  parts = trained.split(state.abstract_params(model, None, leaves), config.trained, leaves)
+  loss, variables = program.computation(config, compute, quantized)
+  parts = program.parts(config, None, quantized)
 
   def kept(number: int) -> Any:
     batch = recipe.batch(dataclasses.replace(config, batch_size=number, microbatches=1))
@@ -162,9 +172,7 @@ def _kept(config: TrainConfig, backend: str, remat: str) -> tuple[float, float]:
     def backward(params, frozen, batch):
       weights, others = (cast(tree, compute.dtype) for tree in (params, frozen))
       sums = recipe.counts(batch)
-      of = lambda w: loss(
-        {'params': trained.merge(w, others)}, batch, jax.random.key(0), sums
-      )
+      of = lambda w: loss(variables(w, others), batch, jax.random.key(0), sums)
       return jax.vjp(of, weights, has_aux=True)[1]
 
     return jax.tree.leaves(jax.eval_shape(backward, *parts, batch))
@@ -191,9 +199,11 @@ def _local(array: Any) -> tuple[int, ...]:
 
 def _bytes(tree: Any, like: Any = None) -> int:
   """Of a device; with `like`, in its dtypes."""
-  dtypes = jax.tree.map(lambda a: a.dtype.itemsize, tree if like is None else like)
+  # Integers of four bits are two a byte.
+  size = lambda a: jax.dtypes.itemsize_bits(a.dtype) / 8
+  dtypes = jax.tree.map(size, tree if like is None else like)
   sizes = jax.tree.map(lambda a, size: size * math.prod(_local(a)), tree, dtypes)
-  return sum(jax.tree.leaves(sizes))
+  return int(sum(jax.tree.leaves(sizes)))
 
 
 def _changed(tree: Any, new: Any) -> int:

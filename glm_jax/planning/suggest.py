@@ -20,6 +20,7 @@ from glm_jax.performance import flops
 from glm_jax.performance.chips import Chip, of_device_kind
 from glm_jax.planning import prediction, shapes
 from glm_jax.planning.prediction import GIB, Prediction
+from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
 
 # From this length on, a row's tokens may be spread over devices.
@@ -43,7 +44,7 @@ def best(
   trials: int,
   say: Callable[..., None],
   card: Chip | None = None,
-  stored: str = 'float32',
+  stored: prediction.Frozen = prediction.Frozen(),
 ) -> tuple[Prediction, Any]:
   """Compiles the most promising candidates.
 
@@ -53,7 +54,7 @@ def best(
     trials: how many to compile.
     say: prints a line for each.
     card: what is known of the devices, if it is not what their kind says.
-    stored: dtype of the parameters that are not trained.
+    stored: see `prediction.Frozen`.
 
   Returns:
     The prediction with the most tokens a second, and its configuration.
@@ -70,7 +71,7 @@ def best(
   )
   configs.check(trials >= 1, '--trials must be 1 or more', str(trials), 'give 1 or more')
   # The rough model only orders: the compiler is asked about the most promising ones.
-  needs = _needs(config, devices[0])
+  needs = _needs(config, devices[0], stored)
   ranked = sorted(
     (c for c in _candidates(config, len(devices)) if needs(c) < chip.hbm_bytes),
     key=lambda c: _seconds_a_token(c, config, chip),
@@ -158,26 +159,38 @@ _RECOMPUTED = {
 }
 
 
-def _needs(config: TrainConfig, device: Any) -> Callable[[Candidate], float]:
+def _needs(
+  config: TrainConfig, device: Any, stored: prediction.Frozen
+) -> Callable[[Candidate], float]:
   """Roughly, the bytes of a device that a candidate needs; see `shapes`."""
   m = config.model
   backend, _ = attention.choose(m, config.compute, device, config.recipe.length)
   # Embedding and head count apart: they are not gathered layer by layer.
   weights = flops.matmul_weights(m) + m.hidden_size * m.vocab_size
+  trained, frozen = weights, 0.0
+  if config.in_part:
+    params, others = program.parts(config, None, stored.quantized)
+    trained = state.count(params)
+    bits = 8 * np.dtype(stored.dtype).itemsize
+    if stored.quantized:
+      bits = stored.quantized['bits']
+    frozen = bits / 8 * state.count(others)
   size = np.dtype(config.compute.dtype).itemsize
 
   @functools.cache
   def rows(remat: str) -> shapes.Rows:
     compute = dataclasses.replace(config.compute, remat=remat)
-    return shapes.rows(dataclasses.replace(config, compute=compute), backend)
+    changed = dataclasses.replace(config, compute=compute)
+    return shapes.rows(changed, backend, stored.quantized)
 
   def needs(c: Candidate) -> float:
     parts = c.fsdp * c.tensor
     # In float32: weights and two moments. As computed with: weights and gradients.
-    state, gradients = (12 + size) * weights / parts, size * weights / parts
+    gradients = size * trained / parts
+    held = (12 * trained + frozen) / parts + gradients
     count = c.rows / c.sequence
     whole = shapes.gathered(config, c.tensor) if c.fsdp > 1 else (0.0, 0.0)
-    return state + shapes.at_work(rows(c.remat), count, c.tensor, gradients, 0.0, whole)
+    return held + shapes.at_work(rows(c.remat), count, c.tensor, gradients, 0.0, whole)
 
   return needs
 

@@ -11,9 +11,10 @@ from typing import Annotated
 
 from glm_jax import configs
 from glm_jax.checkpoints import CheckpointConfig
-from glm_jax.configs import POSITIVE, READABLE, SEED, at_least
+from glm_jax.configs import POSITIVE, READABLE, SEED, at_least, one_of
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, ComputeConfig, GLMConfig
 from glm_jax.sharding import MeshConfig
+from glm_jax.training.adapters import LoRAConfig, PTuningConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.recipe import Recipe
 
@@ -82,6 +83,10 @@ class TrainConfig:
     trained: pattern of the paths of parameters that are trained, matched whole, such as
       'layers/attention/.*' or 'words/weight|.*norm/.*'; '' for all. The others stay as
       `init_from` has them, in its dtype, and checkpoints hold none of them.
+    adapters: what is trained beside the parameters of `init_from`; of those, none but what
+      `trained` matches. On a quantised checkpoint, LoRA is QLoRA.
+    init_adapters: of an `init_from` that holds adapters itself, whether they are trained
+      on ('continue') or become part of the weights that the run begins with ('merge').
   """
 
   model: GLMConfig | ChatGLMConfig | ChatGLM2Config | CheckpointModel
@@ -100,6 +105,18 @@ class TrainConfig:
   log_every: Annotated[int, POSITIVE] = 100
   init_from: Annotated[str, READABLE] = ''
   trained: str = ''
+  adapters: LoRAConfig | PTuningConfig | None = None
+  init_adapters: Annotated[str, one_of('', 'continue', 'merge')] = ''
+
+  @property
+  def in_part(self) -> bool:
+    """Whether some parameters are not trained."""
+    return bool(self.trained) or self.adapters is not None
+
+  @property
+  def pattern(self) -> str | None:
+    """Of the model's parameters that are trained: '' for all, None for none."""
+    return None if self.adapters is not None and not self.trained else self.trained
 
   def __post_init__(self):
     configs.check_fields(self)
@@ -116,10 +133,17 @@ class TrainConfig:
       'set it, such as --gin.MODEL_DIR="\'runs/mine\'"',
     )
     configs.check(
-      not self.trained or bool(self.init_from),
-      'TrainConfig.trained must have a checkpoint that holds the other parameters',
+      not self.in_part or bool(self.init_from),
+      'TrainConfig.trained and adapters must have a checkpoint that holds the other '
+      'parameters',
       f'trained={self.trained!r}, init_from={self.init_from!r}',
       'set TrainConfig.init_from',
+    )
+    configs.check(
+      self.init_adapters != 'continue' or self.adapters is not None,
+      "init_adapters='continue' must be of a run with adapters",
+      'TrainConfig.adapters=None',
+      "set them as init_from has them, or init_adapters='merge'",
     )
     try:
       re.compile(self.trained)
@@ -142,5 +166,7 @@ CONFIGURABLES = (
   MeshConfig,
   CheckpointConfig,
   EvaluationConfig,
+  LoRAConfig,
+  PTuningConfig,
 )
 """What gin may bind, whatever the recipe."""

@@ -16,7 +16,6 @@ from glm_jax.training import metrics, stopping
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.program import Program
 from glm_jax.training.recipe import Data, Recipe
-from glm_jax.training.trained import merge
 
 _OF_CORPUS = 'corpus/{}/loss'
 
@@ -37,7 +36,7 @@ class Validation:
     """
     Args:
       sets: what is validated.
-      eval_step: (params, batch) -> metrics, to be jitted.
+      eval_step: (variables, batch) -> metrics, to be jitted.
       layout: of the devices.
       corpora: rows of each in every set, see `recipe.Data.validated_rows`.
     """
@@ -46,7 +45,7 @@ class Validation:
     self._corpora = tuple(corpora)
     self._ends = np.cumsum([*corpora.values()])
 
-  def __call__(self, params: Any) -> dict[str, float]:
+  def __call__(self, variables: Any) -> dict[str, float]:
     """{'loss', 'loss/<objective>', 'corpus/<name>/loss'}.
 
     'loss' is the mean of those of the objectives, each alike, of all rows or a corpus's.
@@ -55,12 +54,13 @@ class Validation:
     of_corpus = [total] * len(self._corpora)
     for batches in self._sets.values():
       for number, batch in enumerate(batches()):
-        measured = self._measure(params, batch)
+        measured = self._measure(variables, batch)
         total = metrics.add(total, measured)
         there = self._there(number, batch)
         for i in there:
           # Few batches hold rows of two corpora, and are worked on again for each.
-          own = measured if len(there) == 1 else self._measure(params, self._rows(batch, i))
+          rows = self._rows(batch, i)
+          own = measured if len(there) == 1 else self._measure(variables, rows)
           of_corpus[i] = metrics.add(of_corpus[i], own)
     values = _means(total)
     for name, sums in zip(self._corpora, of_corpus, strict=True):
@@ -69,10 +69,10 @@ class Validation:
         values[_OF_CORPUS.format(name)] = means['loss']
     return values
 
-  def _measure(self, params: Any, batch: Batch) -> dict[str, Any]:
+  def _measure(self, variables: Any, batch: Batch) -> dict[str, Any]:
     # `index` is int64, which stays on the host.
     batch = sharding.place(batch._replace(index=None), self._layout)
-    return jax.device_get(self._step(params, batch))
+    return jax.device_get(self._step(variables, batch))
 
   def _there(self, number: int, batch: Batch) -> range:
     """Which corpora the global batch of that number holds, the same in every process."""
@@ -112,8 +112,8 @@ def check(config: TrainConfig, data: Data, built: Program, layout: Layout) -> No
     UserError: `best_metric` is not among it; see `stopping.check_metric`.
   """
   with sharding.active(layout):
-    params = merge(built.state['params'], built.frozen)
-    names = jax.eval_shape(built.eval_step, params, built.batch)
+    variables = jax.eval_shape(built.variables, built.state['params'], built.frozen)
+    names = jax.eval_shape(built.eval_step, variables, built.batch)
   # What a recipe of one's own measures besides, its first validation shows.
   if type(config.recipe).validate is Recipe.validate:
     corpora = [_OF_CORPUS.format(name) for name in data.validated_rows]

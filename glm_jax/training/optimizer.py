@@ -12,7 +12,7 @@ import optax
 
 from glm_jax import configs
 from glm_jax.configs import POSITIVE, at_least, one_of, within
-from glm_jax.training import moments
+from glm_jax.training import adapters, moments
 
 ALGORITHMS = ('adamw', 'adafactor')
 SCHEDULES = ('cosine', 'linear', 'rsqrt', 'wsd', 'constant')
@@ -44,7 +44,7 @@ class OptimizerConfig:
     first_moment_dtype: 'bfloat16' saves two bytes a parameter.
     second_moment_dtype: likewise, of AdamW. With beta2 near 1 its steps are smaller than
       bfloat16 resolves, so that it is rounded at random (`moments.rounded`).
-    weight_decay: decoupled; on all but biases and layer norms, hence on every
+    weight_decay: decoupled; on all but biases, layer norms and adapters, hence on every
       embedding table (THUDM/GLM glm_get_params_for_weight_decay_optimization).
     clip_norm: largest global norm of a gradient.
   """
@@ -188,7 +188,12 @@ def schedule(config: OptimizerConfig, train_steps: int) -> Callable[[Any], jax.A
 
 def decays(params: Any) -> Any:
   """True for each parameter that weight decay applies to."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: moments.is_weight(path), params)
+
+  def decay(path: Any, _: Any) -> bool:
+    # Adapters begin at 0, or near it, and are small by their rank.
+    return moments.is_weight(path) and path[0].key not in adapters.NAMES
+
+  return jax.tree_util.tree_map_with_path(decay, params)
 
 
 def make_optimizer(

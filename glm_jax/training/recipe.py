@@ -17,7 +17,7 @@ import numpy as np
 from glm_jax import sharding
 from glm_jax.batch import DTYPES, Batch, Visibility
 from glm_jax.performance import flops
-from glm_jax.training import state
+from glm_jax.training import adapters, state
 from glm_jax.training.losses import LossFn
 
 if TYPE_CHECKING:
@@ -94,6 +94,15 @@ class Data:
   def examples(self) -> Iterator[Mapping[str, np.ndarray]]:
     """Batches for a person to look at: fields of the contract, and what else is known."""
     raise NotImplementedError
+
+
+def parameters(variables: Mapping[str, Any]) -> Any:
+  """What a recipe is given of a model on the mesh, as `params`.
+
+  Its parameters; of one with adapters or integers, all of its collections, which
+  `inference.filling.Filler` takes in place of them.
+  """
+  return variables['params'] if {*variables} == {'params'} else variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,8 +187,11 @@ class Recipe:
     # Padding has the empty interval [0, 0).
     start, end = map(np.asarray, visibility)
     tokens = float((end > start).sum())
-    frozen = state.frozen_weights(config.model, config.trained)
-    return tokens, flops.training(config.model, tokens, flops.pairs(visibility), frozen)
+    frozen = state.frozen_weights(config.model, config.pattern)
+    beside = adapters.weights(config.adapters, config.model)
+    # Every token sees its document's virtual tokens, too.
+    pairs = flops.pairs(visibility) + tokens * adapters.virtual_tokens(config.adapters)
+    return tokens, flops.training(config.model, tokens, pairs, frozen, beside)
 
   def fixed_validation(self) -> list[str]:
     """gin bindings that keep what is validated out of a search of `tune`."""
@@ -188,7 +200,8 @@ class Recipe:
   def validate(self, config: TrainConfig, data: Data, params: Any) -> dict[str, float]:
     """What is measured beside the losses at each validation: name -> number.
 
-    All processes call it, and must compute the same with `params` on the mesh. A metric
+    All processes call it, and must compute the same with `params` (see `parameters`) on
+    the mesh. A metric
     whose largest value is best is `best_metric` with `CheckpointConfig.best_mode='max'`.
     """
     del config, data, params
@@ -209,7 +222,7 @@ class Recipe:
     Args:
       config: of the run.
       data: of `prepare`.
-      params: on the mesh.
+      params: on the mesh; see `parameters`.
       validated: the last validation; on the leader alone.
       say: prints, on the leader.
 

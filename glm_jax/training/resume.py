@@ -6,7 +6,7 @@ from typing import Any
 
 from glm_jax.checkpoints import folder
 from glm_jax.models import config as model_config
-from glm_jax.training import report
+from glm_jax.training import adapters, report
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.stopping import Stopping
 
@@ -43,9 +43,11 @@ def identity(config: TrainConfig, data: Any, base: dict[str, str] | None) -> dic
   Args:
     config: of the run.
     data: its `recipe.Data`.
-    base: see `base_of`.
+    base: see `start.Base.describe`; None if all parameters are trained.
   """
   trained = {'trained': config.trained, 'base': base} if base else {}
+  if config.adapters is not None:
+    trained['adapters'] = adapters.to_dict(config.adapters)
   return folder.identity(
     model_config.to_dict(config.model),
     data.vocabulary.fingerprint,

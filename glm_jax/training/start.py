@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from etils import epath
+from flax import traverse_util
 
 from glm_jax import checkpoints, configs, sharding
+from glm_jax.checkpoints import base
 from glm_jax.checkpoints.folder import OPTIMIZER_HOLDS
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
-from glm_jax.training import optimizer, state
+from glm_jax.training import adapters, optimizer, program, state
 from glm_jax.training.config import CheckpointModel, TrainConfig
 
 # Fields that two models may differ in and still share their parameters' meaning.
@@ -202,8 +205,70 @@ def _same_model(folder: Any, config: Any, vocabulary: str) -> Any:
   return stored_config
 
 
+class Base(NamedTuple):
+  """The checkpoint that holds what a run does not train.
+
+  Attributes:
+    folder: of it.
+    quantized: bits and group of its integers; None for plain weights.
+    continued: the checkpoint whose adapters are trained on; None for fresh ones.
+  """
+
+  folder: epath.Path
+  quantized: dict[str, int] | None
+  continued: epath.Path | None
+
+  def describe(self) -> dict[str, str]:
+    """As run.json and the run's checkpoints name it."""
+    return checkpoints.describe(self.folder)
+
+
+def find_base(config: TrainConfig) -> Base | None:
+  """Where a run begins; None for one that trains all parameters.
+
+  Raises:
+    UserError: see `_checked`; a base that is gone, or has changed.
+  """
+  if not config.in_part:
+    return None
+  folder, meta = _checked(config)
+  if config.init_adapters != 'continue':
+    return Base(folder, meta.get('quantized'), None)
+  return Base(base.of(folder, meta), meta.get('quantized'), folder)
+
+
+def _checked(config: TrainConfig) -> tuple[epath.Path, dict[str, Any]]:
+  """`init_from` and its description.
+
+  Raises:
+    UserError: it holds adapters, and the run does not say what becomes of them, or the
+      other way round.
+  """
+  folder = checkpoints.find(config.init_from)
+  meta = checkpoints.read_meta(folder)
+  if meta.get('adapters'):
+    configs.check(
+      bool(config.init_adapters),
+      'TrainConfig.init_adapters must say what becomes of adapters in init_from',
+      f"'' for {folder}",
+      "set it to 'continue' or 'merge'",
+    )
+  else:
+    configs.check(
+      not config.init_adapters,
+      'TrainConfig.init_adapters must be of an init_from with adapters',
+      f'{config.init_adapters!r} for {folder}',
+      'leave it out',
+    )
+  return folder, meta
+
+
 def begin(
-  config: TrainConfig, built: Any, layout: sharding.Layout, vocabulary: str
+  config: TrainConfig,
+  built: Any,
+  layout: sharding.Layout,
+  vocabulary: str,
+  base: Base | None,
 ) -> state.State:
   """The state that a new run begins with: of what it trains, fresh or from `init_from`.
 
@@ -212,48 +277,70 @@ def begin(
     built: its `program.Program`.
     layout: of the devices.
     vocabulary: fingerprint of the run's.
+    base: see `find_base`.
 
   Raises:
     UserError: see `params_from`.
   """
-  leaves = config.recipe.leaves(config)
-  if config.trained:
-    params = _trained_params(config, built.state['params'], leaves, vocabulary)
+  leaves = program.all_leaves(config)
+  if base is not None:
+    params = _trained_params(config, built.state['params'], leaves, vocabulary, base)
     return state.begin(params, built.optimizer, built.state)
   current = state.init_state(config.model, built.optimizer, layout, config.seed, leaves)
   if not config.init_from:
     return current
+  _checked(config)
   params = params_from(config.init_from, config.model, vocabulary, current['params'])
   return state.with_params(current, params)
 
 
 def _trained_params(
-  config: TrainConfig, abstract: Any, leaves: state.Leaves, vocabulary: str
+  config: TrainConfig, abstract: Any, leaves: state.Leaves, vocabulary: str, base: Base
 ) -> Any:
-  """What is trained of a model, float32; nothing is initialised but a recipe's leaves."""
-  folder = checkpoints.find(config.init_from)
-  stored_config = _same_model(folder, config.model, vocabulary)
+  """What is trained of a model, float32; nothing of the model itself is initialised."""
+  stored_config = _same_model(base.folder, config.model, vocabulary)
   configs.check(
     stored_config.max_positions == config.model.max_positions,
     'a model that is trained in part must have the positions of init_from',
     f'{stored_config.max_positions} there, {config.model.max_positions} here',
     f'set {type(config.model).__name__}.max_positions={stored_config.max_positions}',
   )
-  of_model = {name: tree for name, tree in abstract.items() if name not in leaves}
-  params = checkpoints.read_params(folder, of_model, some=True)
-  return {**params, **(state.init_leaves(leaves, abstract, config.seed) if leaves else {})}
+  continued = {}
+  if base.continued is not None:
+    continued = {k: v for k, v in abstract.items() if k in adapters.NAMES}
+    _check_continues(config, abstract, base.continued)
+  fresh = {name: init for name, init in leaves.items() if name not in continued}
+  of_model = {k: v for k, v in abstract.items() if k not in fresh}
+  # What else the run before has trained is trained on with its adapters.
+  source = base.folder if base.continued is None else base.continued
+  params = checkpoints.read_params(source, of_model, some=True, merge=not continued)
+  return {**params, **(state.init_leaves(fresh, abstract, config.seed) if fresh else {})}
 
 
-def base_of(config: TrainConfig) -> dict[str, str] | None:
-  """What run.json says of the checkpoint that holds what is not trained; None if all is."""
-  if not config.trained:
-    return None
-  return checkpoints.describe(checkpoints.find(config.init_from))
+def _check_continues(config: TrainConfig, abstract: Any, folder: epath.Path) -> None:
+  """Raises UserError unless a run can train on what another one has trained."""
+  before = checkpoints.read_meta(folder)['adapters']
+  now = adapters.to_dict(config.adapters)
+  configs.check(
+    before['kind'] == now['kind'] and before.get('scaling') == now.get('scaling'),
+    'adapters that are trained on must be of one kind and scaling',
+    f'{before} there, {now} here',
+    f'set TrainConfig.adapters as in {folder}',
+  )
+  there = {*checkpoints.stored_leaves(folder)}
+  here = {*traverse_util.flatten_dict(abstract)}
+  of_adapters = lambda paths: {path for path in paths if path[0] in adapters.NAMES}
+  lacking = there - here | of_adapters(here) - there
+  configs.check(
+    not lacking,
+    'a run that trains on must train what the one before it did',
+    f'{"/".join(min(lacking, default=()))}, which only one of them does',
+    f'set TrainConfig.adapters and TrainConfig.trained as in {folder}',
+  )
 
 
-def frozen(config: TrainConfig, built: Any) -> Any:
-  """The parameters that a run does not train, as `init_from` stores them; {} if none."""
-  if not built.frozen:
+def frozen(built: Any, base: Base | None) -> Any:
+  """The parameters that a run does not train, as its base stores them; {} if none."""
+  if base is None:
     return {}
-  folder = checkpoints.find(config.init_from)
-  return checkpoints.read_params(folder, built.frozen, as_stored=True, some=True)
+  return checkpoints.read_params(base.folder, built.frozen, as_stored=True, some=True)

@@ -68,7 +68,7 @@ def abstract_state(
   optimizer: optax.GradientTransformation,
   layout: Layout,
   leaves: Leaves = MappingProxyType({}),
-  pattern: str = '',
+  pattern: str | None = '',
 ) -> State:
   """The same for the whole state, of the parameters that `pattern` says are trained."""
   boxed = jax.eval_shape(lambda: _init(config, optimizer, 0, leaves, pattern))
@@ -121,14 +121,14 @@ def count(params: Any) -> int:
 
 
 @functools.lru_cache
-def frozen_weights(model: Any, pattern: str) -> int:
+def frozen_weights(model: Any, pattern: str | None) -> int:
   """Weights of matmuls that are not trained: their gradients are not computed.
 
   Args:
     model: a model configuration.
-    pattern: of `TrainConfig.trained`.
+    pattern: of `TrainConfig.pattern`.
   """
-  if not pattern:
+  if pattern == '':
     return 0
   params = abstract_params(model)
   _, frozen = trained.split(params, pattern)
@@ -147,7 +147,7 @@ def _init(
   optimizer: optax.GradientTransformation,
   seed: int,
   leaves: Leaves,
-  pattern: str = '',
+  pattern: str | None = '',
 ) -> State:
   params = init_params(config, jax.random.key(seed), leaves)
   params, _ = trained.split(params, pattern, leaves)

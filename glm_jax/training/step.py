@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import optax
 
 from glm_jax.training import trained
-from glm_jax.training.losses import LossFn, Metrics
+from glm_jax.training.losses import LossFn, Metrics, Variables
 from glm_jax.training.state import State
+
+
+def _all_params(params: Any, frozen: Any) -> Variables:
+  return {'params': trained.merge(params, frozen)}
 
 
 def make_train_step(
@@ -23,6 +27,7 @@ def make_train_step(
   seed: int,
   dtype: str = 'float32',
   counts: Callable[[Any], dict[str, jax.Array]] = lambda batch: {},
+  variables: Callable[[Any, Any], Variables] = _all_params,
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
   """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -42,10 +47,11 @@ def make_train_step(
       what moves between devices, gradients included, is of this size; sums over
       micro-batches and the optimizer are in float32.
     counts: of a whole batch, for the loss of each of its parts.
+    variables: (what is trained, frozen) -> the collections that the loss takes.
   """
 
   def loss_of(params: Any, frozen: Any, *rest: Any) -> tuple[jax.Array, Metrics]:
-    return loss({'params': trained.merge(params, frozen)}, *rest)
+    return loss(variables(params, frozen), *rest)
 
   differentiate = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -81,20 +87,24 @@ def make_train_step(
 def make_eval_step(
   loss: LossFn, counts: Callable[[Any], dict[str, jax.Array]] = lambda batch: {}
 ) -> Callable[[Any, Any], Metrics]:
-  """(params, batch) -> metrics, without dropout."""
+  """(variables, batch) -> metrics, without dropout."""
 
-  def eval_step(params: Any, batch: Any) -> Metrics:
-    return loss({'params': params}, batch, None, counts(batch))[1]
+  def eval_step(variables: Variables, batch: Any) -> Metrics:
+    return loss(variables, batch, None, counts(batch))[1]
 
   return eval_step
 
 
 def cast(params: Any, dtype: str) -> Any:
-  """Weight matrices in `dtype`; biases and norms, which are small, as they are."""
+  """Weight matrices in `dtype`; biases and norms, which are small, as they are.
+
+  So are integers, and adapters, which modules cast.
+  """
 
   def cast_leaf(path: Any, leaf: jax.Array) -> jax.Array:
     name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else ''
-    return leaf.astype(dtype) if name == 'weight' else leaf
+    is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(dtype) if name == 'weight' and is_float else leaf
 
   return jax.tree_util.tree_map_with_path(cast_leaf, params)
 

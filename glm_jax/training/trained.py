@@ -10,14 +10,16 @@ from flax import traverse_util
 from glm_jax import configs
 
 
-def split(params: Any, pattern: str, always: Any = ()) -> tuple[Any, Any]:
+def split(params: Any, pattern: str | None, always: Any = ()) -> tuple[Any, Any]:
   """Parameters that are trained, and those that are frozen.
 
   Args:
     params: a nested dict.
-    pattern: of paths, matched whole; '' for all of them. Layers are stacked, so that a
-      path such as 'layers/attention/q/weight' names that of every layer.
-    always: names of trees that are trained whatever the pattern: a recipe's leaves.
+    pattern: of paths, matched whole; '' for all of them, None for none. Layers are
+      stacked, so that a path such as 'layers/attention/q/weight' names that of every
+      layer.
+    always: names of trees that are trained whatever the pattern: a recipe's leaves, and
+      adapters.
 
   Raises:
     UserError: it matches nothing.
@@ -26,12 +28,12 @@ def split(params: Any, pattern: str, always: Any = ()) -> tuple[Any, Any]:
     >>> split({'words': {'weight': 1}, 'norm': {'scale': 2, 'bias': 3}}, 'norm/.*')
     ({'norm': {'scale': 2, 'bias': 3}}, {'words': {'weight': 1}})
   """
-  if not pattern:
+  if pattern == '':
     return params, {}
   flat = traverse_util.flatten_dict(params, sep='/')
-  matching = {path for path in flat if re.fullmatch(pattern, path)}
+  matching = {path for path in flat if pattern and re.fullmatch(pattern, path)}
   configs.check(
-    bool(matching),
+    bool(matching) or pattern is None,
     'TrainConfig.trained must match paths of parameters',
     f'{pattern!r}, and there are {", ".join(sorted(flat))}',
     "write one that matches, such as 'layers/attention/.*'",
