@@ -27,7 +27,6 @@ from glm_jax.training import (
 )
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.meter import Meter, progress_line
-from glm_jax.training.recipe import parameters
 from glm_jax.training.stopping import Stopping
 from glm_jax.training.writer import Writer
 
@@ -99,8 +98,7 @@ def train(
   saved = {} if new else checkpoints.read_meta(checkpoints.find(config.model_dir))
   stop = Stopping(config, saved.get('stopping'))
   if words := resume.nothing_left(config, saved_step, stop):
-    say(words)
-    return
+    return say(words)
   for line in start.in_words(changes):
     say(line)
   telling('reading or initialising parameters')
@@ -142,7 +140,7 @@ def train(
 
     def validate(number: int) -> dict[str, float]:
       whole = built.variables(current['params'], frozen)
-      values = measure(whole) | recipe.validate(config, data, parameters(whole))
+      values = measure(whole) | recipe.validate(config, data, whole)
       writer.write(number, 'validation', values)
       say(evaluation.line(values, bool(data.validation)), flush=True)
       stop.see(number, values)
@@ -200,8 +198,7 @@ def train(
 
     # Reports; again if the run was complete but killed before it had reported.
     telling.stop()
-    ended = int(current['step'])
-    whole = parameters(built.variables(current['params'], frozen))
+    ended, whole = int(current['step']), built.variables(current['params'], frozen)
     report.report(config, data, whole, say, step=ended, so_far=meter.so_far)
   writer.close()
   distributed.barrier('done')

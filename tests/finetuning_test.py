@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 import tuned
-from commands import refused, snapshot
+from commands import in_process, refused, snapshot
 from runs import params
 
+import glm_jax
 from glm_jax.recipes import answering
 from glm_jax.training import writer
 
@@ -48,6 +49,38 @@ def test_a_checkpoint_is_tuned_on_conversations_and_answers(place):
     assert line['prompt'].endswith('?<|assistant|>')
     assert line['reference'].endswith(' is quick.')
   assert 'held-out questions' in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['lora', 'qlora', 'ptuning'])
+def test_adapters_learn_answers_and_answer_what_is_held_out(place, way):
+  """With a rate of nothing the run answers as its base does; else as what it learnt."""
+  base = place / 'chatglm3_base'
+  if way == 'qlora':
+    base = place / 'chatglm3_int4'
+    done = in_process('quantize', place / 'chatglm3_base', base, '--bits=4')
+    assert done.returncode == 0, done.stderr
+  said, flags = {}, (f'--gin_file=gin_configs/runs/{way}.gin',)
+  for rate in (1e-12, 0.3):
+    done = tuned.run(
+      'train',
+      place,
+      'AnswerConfig.examples=4',
+      'AnswerConfig.max_new_tokens=8',
+      f'OptimizerConfig.learning_rate={rate}',
+      'TRAIN_STEPS=4',
+      base=base,
+      run=f'{way}_{rate}',
+      flags=flags,
+    )
+    assert done.returncode == 0, done.stderr
+    path = place / f'{way}_{rate}' / 'predictions.jsonl'
+    lines = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    said[rate] = [line['answer'] for line in lines]
+  assert said[1e-12] != said[0.3]
+  tuned_one, own = glm_jax.load(place / f'{way}_0.3'), glm_jax.load(base)
+  text = ['what is a fox?']
+  assert not np.allclose(tuned_one.logits(text), own.logits(text), atol=1e-3)
 
 
 @pytest.mark.slow
@@ -163,7 +196,16 @@ REFUSED = [
   (("Finetuning.blank='[gMASK]'",), {}, ['a prompt must be written as']),
   ((PAIRS,), {'base': 'glm', 'corpus': 'marked'}, ['must have one blank', '2 in']),
   ((PAIRS,), {'base': 'glm', 'corpus': 'text'}, ['a pair must have a prompt']),
-  (('CorpusConfig.packed=False',), {}, ['rows of answers must hold whole documents']),
+  (
+    ('CorpusConfig.packed=False', "Finetuning.text='lines.txt'"),
+    {},
+    ['text that is mixed in must stand in packed rows'],
+  ),
+  (
+    ('TrainConfig.adapters=@PTuningConfig()', 'PTuningConfig.tokens=4'),
+    {},
+    ['virtual tokens open rows of one document each', 'packed=False'],
+  ),
   (
     ("CorpusConfig.too_long='error'", "TASK_FEATURE_LENGTHS={'tokens': 40}"),
     {},

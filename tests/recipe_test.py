@@ -42,9 +42,10 @@ class Tempered(Pretraining):
 
     return loss
 
-  def report(self, config, data, params, validated, say):
-    say(f"temperature {float(params['temperature']['scale'][0]):.3f}")
-    return {'temperature': float(params['temperature']['scale'][0])}
+  def report(self, config, data, variables, validated, say):
+    scale = float(variables['params']['temperature']['scale'][0])
+    say(f'temperature {scale:.3f}')
+    return {'temperature': scale}
 
 
 CONFIGURABLES = (Tempered,)
@@ -83,8 +84,8 @@ class Remembers(own_recipe.Tempered):
     data.stream = lambda step: Remembering(stream(step), layout)
     return data
 
-  def validate(self, config, data, params):
-    return {'warmth': float(params['temperature']['scale'][0])}
+  def validate(self, config, data, variables):
+    return {'warmth': float(variables['params']['temperature']['scale'][0])}
 
 
 CONFIGURABLES = (Remembers,)

@@ -20,9 +20,20 @@ TEXT = 'text'
 """Name of the corpus of pretraining text that is mixed in."""
 
 
-def plan_answers(length: int, *, template: str = '', blank: str = '') -> RowPlan:
-  """The plan of rows of answers, see `RowPlan`."""
-  return dataclasses.replace(causal_packing(length), template=template, blank=blank)
+def plan_answers(
+  length: int, *, template: str = '', blank: str = '', packed: bool = True
+) -> RowPlan:
+  """The plan of rows of answers, see `RowPlan`; of one document each if not `packed`.
+
+  Example:
+    >>> plan_answers(8, packed=False).room
+    (9, 9, 9, 9, 9, 9, 9, 9, 9, 9)
+  """
+  plan = dataclasses.replace(causal_packing(length), template=template, blank=blank)
+  if not packed:
+    # A document is given all of a row.
+    plan = dataclasses.replace(plan, room=(plan.positions,) * len(plan.room))
+  return plan
 
 
 def plan_text(length: int, objectives: ObjectiveConfig, *, causal: bool) -> RowPlan:
@@ -45,6 +56,7 @@ def prepare_answers(
   objectives: ObjectiveConfig,
   causal: bool,
   two_positions: bool,
+  packed: bool = True,
 ) -> Prepared:
   """Makes, or finds, the rows of a run, and registers its task.
 
@@ -58,6 +70,7 @@ def prepare_answers(
     objectives: for it, of a prefix model.
     causal: whether the model is.
     two_positions: whether it has two positions.
+    packed: several documents a row.
 
   Raises:
     UserError: see `prepare.prepare`.
@@ -95,6 +108,6 @@ def prepare_answers(
     fingerprint=prepare.fingerprint(read),
     evaluation_tasks={'answer': f'{task}{tasks.EVALUATION}'} if has_validation else {},
     corpora=tuple(read),
-    packed=True,
+    packed=packed,
     notes=tuple(filter(None, notes)),
   )

@@ -35,15 +35,12 @@ class Filler:
     """
     Args:
       config: of the model.
-      variables: its collections: {'params'}, and more (`glm_jax.models.products`); or
-        {'params'} of what `training.recipe.parameters` gives.
+      variables: its collections: {'params'}, and more (`glm_jax.models.products`).
       vocabulary: that it was trained with.
       compute: of it, the dtype is what counts here.
       rows: see `Engine`.
       cache_dtype: likewise.
     """
-    if 'params' in variables['params']:  # of a run with adapters, all of its collections
-      variables = variables['params']
     # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
     # pieces, a span of GLM has none but a stop token.
     allowed = np.arange(config.vocab_size) < vocabulary.size

@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -84,10 +84,10 @@ class Answering:
     self.questions = found[: answers.examples]
     self._filler: Filler | None = None
 
-  def __call__(self, params: Any) -> dict[str, float]:
+  def __call__(self, variables: Mapping[str, Any]) -> dict[str, float]:
     """Scores of the model's answers, in percent; the leader writes `PREDICTIONS`.
 
-    All processes take part: the parameters stay where they are on the mesh.
+    All processes take part: the collections stay where they are on the mesh.
     """
     if not self.questions:
       return {}
@@ -95,10 +95,10 @@ class Answering:
     with sharding.active(self._layout.replace(act_length=None)):
       if self._filler is None:
         self._filler = Filler(
-          self._config.model, {'params': params}, self._vocabulary, self._config.compute
+          self._config.model, variables, self._vocabulary, self._config.compute
         )
-      # What was compiled is kept from one validation to the next; the parameters are new.
-      self._filler.engine.variables = {'params': params}
+      # What was compiled is kept from one validation to the next; the weights are new.
+      self._filler.engine.variables = variables
       spans = self._filler.fill(
         [question.prompt for question in self.questions],
         max_new_tokens=self._answers.max_new_tokens,

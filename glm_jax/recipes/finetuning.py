@@ -65,11 +65,16 @@ class Finetuning(Pretraining):
   def check(self, config: TrainConfig) -> None:
     super().check(config)
     configs.check(
-      self.corpus.packed is not False,
-      'rows of answers must hold whole documents',
+      self.packed or not self.text,
+      'text that is mixed in must stand in packed rows, as the answers then do',
       'CorpusConfig.packed=False',
-      'leave it out',
+      'leave it out, or Finetuning.text',
     )
+
+  @property
+  def packed(self) -> bool:
+    """Whether a row has several documents; `CorpusConfig.packed` says it is to have one."""
+    return self.corpus.packed is not False
 
   def own_vocabulary(self) -> Vocabulary:
     # One that is trained on conversations would be of their braces and quotes.
@@ -109,7 +114,9 @@ class Finetuning(Pretraining):
       family = self._template(config, vocabulary).family
     elif not causal:
       blank = self.blank
-    plan = prepare_answers.plan_answers(self.length, template=family, blank=blank)
+    plan = prepare_answers.plan_answers(
+      self.length, template=family, blank=blank, packed=self.packed
+    )
     corpora = {
       name: dataclasses.replace(corpus, conversations=family)
       for name, corpus in self.corpora().items()
@@ -161,6 +168,7 @@ class Finetuning(Pretraining):
       objectives=self.objectives,
       causal=model.causal,
       two_positions=not model.causal and model.two_positions,
+      packed=self.packed,
     )
     answers = [c for c in prepared.corpora if c.name != prepare_answers.TEXT]
     plan = plans[answers[0].name]
@@ -202,15 +210,17 @@ class Finetuning(Pretraining):
   def fixed_validation(self) -> list[str]:
     return []
 
-  def validate(self, config: TrainConfig, data: Any, params: Any) -> dict[str, float]:
+  def validate(
+    self, config: TrainConfig, data: Any, variables: Mapping[str, Any]
+  ) -> dict[str, float]:
     """Scores of answers to what is held out, in percent."""
-    return data.answering(params)
+    return data.answering(variables)
 
   def report(
     self,
     config: TrainConfig,
     data: Any,
-    params: Any,
+    variables: Mapping[str, Any],
     validated: Mapping[str, float],
     say: Callable[..., None],
   ) -> dict[str, Any]:

@@ -254,7 +254,7 @@ class Pretraining(recipe.Recipe):
     self,
     config: TrainConfig,
     data: TaskData,
-    params: Any,
+    variables: Mapping[str, Any],
     validated: Mapping[str, float],
     say: Callable[..., None],
   ) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class Pretraining(recipe.Recipe):
     if data.prepared.corpora and config.evaluation.fill:
       name = next(iter(self.mixture.corpora.values()), self.corpus.corpus)
       source = dataclasses.replace(self.corpus, corpus=name)
-      filled = samples.fill(config, data, source, params, say)
+      filled = samples.fill(config, data, source, variables, say)
     lines = {
       f'{k} ({name})': v
       for name, scores in baselines.items()

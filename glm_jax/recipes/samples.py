@@ -71,7 +71,7 @@ def fill(
   config: TrainConfig,
   data: TaskData,
   source: CorpusConfig,
-  params: Any,
+  variables: Mapping[str, Any],
   say: Callable[..., None],
 ) -> list[dict[str, str]]:
   """Prints held-out sentences with a few words hidden and filled, or their ends continued.
@@ -82,7 +82,7 @@ def fill(
     config: of the run.
     data: that it was trained on.
     source: the corpus.
-    params: on the mesh.
+    variables: the model's collections, on the mesh.
     say: prints, on the leader.
 
   Returns:
@@ -92,7 +92,7 @@ def fill(
   say(f'\nheld-out text, {kind} by the model:')
   # A token at a time is no length to be cut.
   with sharding.active(data.layout.replace(act_length=None)):
-    filler = Filler(config.model, {'params': params}, data.vocabulary, config.compute)
+    filler = Filler(config.model, variables, data.vocabulary, config.compute)
     asked = [*_questions(config, filler, source)]
     spans = filler.fill([prompt for prompt, _ in asked], max_new_tokens=16) if asked else []
   filled = []

@@ -96,15 +96,6 @@ class Data:
     raise NotImplementedError
 
 
-def parameters(variables: Mapping[str, Any]) -> Any:
-  """What a recipe is given of a model on the mesh, as `params`.
-
-  Its parameters; of one with adapters or integers, all of its collections, which
-  `inference.filling.Filler` takes in place of them.
-  """
-  return variables['params'] if {*variables} == {'params'} else variables
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
   """A stage of training; its fields are what gin binds.
@@ -197,21 +188,23 @@ class Recipe:
     """gin bindings that keep what is validated out of a search of `tune`."""
     return []
 
-  def validate(self, config: TrainConfig, data: Data, params: Any) -> dict[str, float]:
+  def validate(
+    self, config: TrainConfig, data: Data, variables: Mapping[str, Any]
+  ) -> dict[str, float]:
     """What is measured beside the losses at each validation: name -> number.
 
-    All processes call it, and must compute the same with `params` (see `parameters`) on
-    the mesh. A metric
-    whose largest value is best is `best_metric` with `CheckpointConfig.best_mode='max'`.
+    All processes call it, and must compute the same with the model's collections
+    (`params`, and more with adapters or integers), which are on the mesh. A metric whose
+    largest value is best is `best_metric` with `CheckpointConfig.best_mode='max'`.
     """
-    del config, data, params
+    del config, data, variables
     return {}
 
   def report(
     self,
     config: TrainConfig,
     data: Data,
-    params: Any,
+    variables: Mapping[str, Any],
     validated: Mapping[str, float],
     say: Callable[..., None],
   ) -> dict[str, Any]:
@@ -222,12 +215,12 @@ class Recipe:
     Args:
       config: of the run.
       data: of `prepare`.
-      params: on the mesh; see `parameters`.
+      variables: the model's collections, on the mesh.
       validated: the last validation; on the leader alone.
       say: prints, on the leader.
 
     Returns:
       What summary.json holds of it; under 'lines', levels to draw beside the loss.
     """
-    del config, data, params, validated, say
+    del config, data, variables, validated, say
     return {}

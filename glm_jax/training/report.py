@@ -23,7 +23,7 @@ def is_reported(model_dir: str, step: int) -> bool:
 def report(
   config: TrainConfig,
   data: recipe.Data,
-  params: Any,
+  variables: Mapping[str, Any],
   say: Callable[..., None],
   *,
   step: int,
@@ -34,7 +34,7 @@ def report(
   Args:
     config: of the run.
     data: of the recipe.
-    params: the trained parameters, on the mesh; all processes must take part.
+    variables: the model's collections, on the mesh; all processes must take part.
     say: prints, on the leader.
     step: that the run has ended at, which may be an early one.
     so_far: see `Meter.so_far`.
@@ -43,7 +43,7 @@ def report(
   leads = distributed.is_leader()
   validations = writer.read(config.model_dir, 'validation') if leads else []
   validated = validations[-1] if validations else {}
-  reported = config.recipe.report(config, data, params, validated, say)
+  reported = config.recipe.report(config, data, variables, validated, say)
   if not leads:
     return
   picture = writer.plot_losses(config.model_dir, reported.pop('lines', {}))

@@ -22,7 +22,8 @@ class CorpusConfig:
       or a prompt and an answer with loss on the answer alone.
     packed: several whole documents a row, each an example of its own, instead of one
       stream of text that is cut into rows: for short documents, and for pairs, whose
-      answers a cut would part from their prompts. None packs a corpus with prompts.
+      answers a cut would part from their prompts. None packs a corpus with prompts. In
+      fine-tuning, False is one conversation or pair a row.
     too_long: what becomes of a pair longer than a packed row: its prompt loses its
       beginning ('truncate_prompt_left') or its answer its end ('truncate_answer'), which
       is followed by the end token all the same; it is left out ('drop'), as where nothing
