@@ -125,7 +125,7 @@ def test_pairs_and_tokens_of_a_batch_are_those_of_its_mask():
   mask = np.asarray(batch.visibility.mask(20))
   assert flops.pairs(batch.visibility) == mask.sum()
   wanted = flops.training(MODELS['glm'], mask.any(-1).sum(), mask.sum())
-  run = types.SimpleNamespace(model=MODELS['glm'], trained='')
+  run = types.SimpleNamespace(model=MODELS['glm'], pattern='', adapters=None)
   assert Recipe().work(run, batch.visibility) == (mask.any(-1).sum(), wanted)
   backwards = Visibility(np.array([[3, 0]]), np.array([[1, 2]]))
   assert flops.pairs(backwards) == 2
