@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks import readme
+from glm_jax.checkpoints import variables
 from glm_jax.performance.chips import CHIPS
 from glm_jax.planning import topologies
 
@@ -36,7 +37,11 @@ WAYS: dict[str, tuple[str, ...]] = {
   ),
   'attention': ("TrainConfig.trained='layers/attention/.*'",),
   'norms': ("TrainConfig.trained='.*norm/.*'",),
+  'LoRA': ('TrainConfig.adapters=@LoRAConfig()',),
+  'QLoRA, int4': ('TrainConfig.adapters=@LoRAConfig()',),
 }
+# Bits of what is not trained; else it is bfloat16.
+BITS = {'QLoRA, int4': variables.of_channels(4)}
 
 # By memory; of two with as much, both are named.
 CARDS = ('rtx4090', 'a100-40', 'a100-80', 'h100', 'h200')
@@ -75,7 +80,7 @@ def need(released_name: str, way: str, devices: int) -> Need:
   # The kind of GPU changes nothing that is counted here.
   described = topologies.devices(f'h100:1x1x{devices}', compiler=False)
   layout = sharding.make_mesh(config.mesh, described)
-  stored = prediction.Frozen(released.STORED)
+  stored = prediction.Frozen(released.STORED, BITS.get(way))
   memory = prediction.from_shapes(config, layout, stored=stored).memory
   held = ('parameters', 'frozen', 'optimizer')
   return Need(sum(memory.get(kind, 0) for kind in held), memory['peak'])
@@ -115,8 +120,9 @@ def lines() -> list[str]:
     '',
     'Batches of 8 rows of 1,024 tokens (GLM-Large: 512), bfloat16, full remat; on 8 cards '
     '`MeshConfig.fsdp=8`. State: parameters and moments, exact, and what is not trained in '
-    'bfloat16. Step: with gradients and activations at the peak, from shapes; a `?` is too '
-    'near to tell. (Written by `python -m benchmarks.memory`.)',
+    'bfloat16, or int4. LoRA: rank 8 beside every product of a layer. Step: with gradients '
+    'and activations at the peak, from shapes; a `?` is too near to tell. (Written by '
+    '`python -m benchmarks.memory`.)',
   ]
 
 

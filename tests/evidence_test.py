@@ -294,7 +294,7 @@ def test_tensors_of_another_module_are_named_with_what_to_do(tmp_path, rename, w
 @pytest.mark.parametrize(
   'name,word',
   [
-    ('adapter_config.json', 'merge_and_unload'),
+    ('adapter_config.json', '--base=DIR'),
     ('zero_to_fp32.py', 'python zero_to_fp32.py'),
     ('README.md', 'give the folder of a checkpoint'),
   ],

@@ -62,6 +62,14 @@ OF_CLASS = {
       *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'"),
     ),
   ),
+  **{
+    kind: (
+      f'--gin_file={ROOT}/gin_configs/runs/continue.gin',
+      f'--gin_file={ROOT}/gin_configs/runs/{name}.gin',
+      *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'"),
+    )
+    for kind, name in (('LoRAConfig', 'lora'), ('PTuningConfig', 'ptuning'))
+  },
   'TuneConfig': NEEDED['tune'],
 }
 FIELDS = [

@@ -417,12 +417,13 @@ def test_every_field_of_the_loss_changes_it():
 
   def text(loss_config):
     made = losses.pretraining_loss(models.build(config), loss_config)
-    return str(jax.make_jaxpr(lambda p, b: made({'params': p}, b, None))(params, rows))
+    key = jax.random.key(0)  # of a training step
+    return str(jax.make_jaxpr(lambda p, b: made({'params': p}, b, key))(params, rows))
 
-  others = dict(vocab_chunks=2, z_loss=0.1)
+  others = dict(vocab_chunks=2, z_loss=0.1, label_smoothing=0.1)
   assert {*others} == {field.name for field in dataclasses.fields(LossConfig)}
   found = {text(LossConfig(**{field: value})) for field, value in others.items()}
-  assert len({*found, text(LossConfig())}) == 3
+  assert len({*found, text(LossConfig())}) == 4
 
 
 VOCABULARY = ByteVocabulary()

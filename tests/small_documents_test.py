@@ -273,7 +273,7 @@ def test_documents_about_as_long_as_a_part_are_cut_whole(longest):
         assert all(tuple(part[: len(prefix)]) == prefix for part, _ in made)
         body = [token for part, _ in made for token in part[len(prefix) :].tolist()]
         assert body == [*ids.tolist(), S.eos]
-        scored = [t for part, unscored in made for t in part[unscored:].tolist()]
+        scored = [t for part, learnt in made for t in part[learnt].tolist()]
         assert scored == [*ids[prompt:].tolist(), S.eos]
         assert len(made) == -(-(size + 1) // most)  # no more parts than it needs
         assert len(made[-1][0]) - len(prefix) >= min(size + 1, max(1, most // 16))

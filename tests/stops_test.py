@@ -84,7 +84,7 @@ def _generate(script, slots, active, *, stops, cache=None):
   return cache, rows.tokens, rows.count, rows.slot
 
 
-def _nothing(config, rows, slots, dtype='float32'):
+def _nothing(config, rows, slots, dtype='float32', **_):
   return {
     'k': jnp.full((1, rows, slots, 1, 3), NOTHING),
     'v': jnp.zeros((1, rows, slots, 1, 1)),

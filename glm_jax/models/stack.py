@@ -136,4 +136,4 @@ def apart(variables: dict[str, Any]) -> dict[str, Any]:
 
 def are_apart(variables: dict[str, Any]) -> bool:
   """Whether they are what `apart` made."""
-  return 'layers_0' in variables['params']
+  return 'layers_0' in variables.get('params', {})

@@ -216,18 +216,18 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
 
   def loss(variables: Variables, batch: Batch, key: jax.Array | None, counts: Any = None):
     del counts  # one division by the weights of the whole batch is enough
-    head = {}
-    if config.vocab_chunks:
-      head['head'] = lambda x, weight: (
-        *chunked_cross_entropy(x, weight, batch.targets, config.vocab_chunks),
-        # The mean of products with the rows of the head is that with their mean.
-        jnp.einsum(
-          'BTD,D->BT',
-          x,
-          weight.astype(jnp.float32).mean(0),
-          preferred_element_type=jnp.float32,
-        ),
-      )
+    smooths = config.label_smoothing > 0 and key is not None
+
+    def of_chunks(x_BTD: jax.Array, weight_VD: jax.Array) -> tuple[jax.Array, ...]:
+      losses = chunked_cross_entropy(x_BTD, weight_VD, batch.targets, config.vocab_chunks)
+      if not smooths:
+        return losses
+      # The mean of products with the rows of the head is that with their mean.
+      mean_D = weight_VD.astype(jnp.float32).mean(0)
+      mean = jnp.einsum('BTD,D->BT', x_BTD, mean_D, preferred_element_type=jnp.float32)
+      return *losses, mean
+
+    head = {'head': of_chunks} if config.vocab_chunks else {}
     result, _ = model.apply(
       variables,
       batch.tokens,
@@ -240,11 +240,11 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
     )
     with jax.named_scope('loss'):
       if config.vocab_chunks:
-        losses_BT, total_BT, mean_BT = result
+        losses_BT, total_BT, *means = result
       else:
         losses_BT = cross_entropy(result, batch.targets)
         total_BT = jax.nn.logsumexp(result, axis=-1)
-        mean_BT = result.mean(-1, dtype=jnp.float32)
+        means = [result.mean(-1, dtype=jnp.float32)] if smooths else []
       weighted = losses_BT * batch.loss_weights
       metrics = {'loss': (weighted.sum(), batch.loss_weights.sum())}
       # By position, since a packed row can hold examples of several objectives.
@@ -259,7 +259,7 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
         z = config.z_loss * (jnp.square(total_BT) * batch.loss_weights).sum()
         metrics['z_loss'] = (z, batch.loss_weights.sum())
         total += z
-      if config.label_smoothing and key is not None:
+      for mean_BT in means:
         # -log p is logsumexp less the logit.
         spread = total_BT - mean_BT - losses_BT
         smoothing = config.label_smoothing * (spread * batch.loss_weights).sum()
