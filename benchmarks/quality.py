@@ -13,7 +13,6 @@ only writes the tables.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ import numpy as np
 import glm_jax
 from benchmarks import readme
 from benchmarks.decode import timed
-from benchmarks.step import cpu_name
+from benchmarks.step import about
 from glm_jax import bindings, checkpoints, cli, quantize, sharding
 from glm_jax.batch import Batch
 from glm_jax.checkpoints import slices
@@ -225,11 +224,8 @@ def main(argv: Sequence[str]) -> None:
       run = trained(name, flags.runs.resolve())
       objective, batches = held_out(run)
       rows.append(measure(name, run, batches, flags.rounds) | {'objective': objective})
-  device = jax.devices()[0]
   results = {
-    'device': cpu_name() if device.platform == 'cpu' else device.device_kind,
-    'date': datetime.date.today().isoformat(),
-    'jax': jax.__version__,
+    **about(),
     'rows': rows,
   }
   path = readme.path_of(flags.folder, results)

@@ -103,6 +103,18 @@ SMALL_CHATGLM2 = ChatGLM2Config(
 )
 """31 million parameters; `benchmarks.decode` generates with it, too."""
 
+WIDE_CHATGLM2 = ChatGLM2Config(
+  num_layers=28,
+  hidden_size=4096,
+  num_heads=32,
+  num_kv_heads=2,
+  head_size=128,
+  mlp_size=13696,
+  vocab_size=65024,
+  max_positions=32768,
+)
+"""ChatGLM2-6B, of which a card has as many layers as fit beside PyTorch's copy."""
+
 
 def cpu_cases() -> list[Case]:
   """25 to 60 million parameters, float32, 1,024 tokens a step."""
@@ -136,16 +148,7 @@ def gpu_cases(memory_bytes: int) -> list[Case]:
     **_NO_DROPOUT,
   )
   layers = 3 if memory_bytes < 100e9 else 6
-  wide = ChatGLM2Config(
-    num_layers=layers,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=2,
-    head_size=128,
-    mlp_size=13696,
-    vocab_size=65024,
-    max_positions=32768,
-  )
+  wide = dataclasses.replace(WIDE_CHATGLM2, num_layers=layers)
   name = f'{layers} layers of ChatGLM2-6B'
   whole = ComputeConfig(dtype='bfloat16', unroll=0)
   cases = [
@@ -356,11 +359,8 @@ def main(argv: Sequence[str]) -> None:
     return
   import torch
 
-  device = jax.devices()[0]
   results = {
-    'device': cpu_name() if device.platform == 'cpu' else device.device_kind,
-    'date': datetime.date.today().isoformat(),
-    'jax': jax.__version__,
+    **about(),
     'torch': torch.__version__,
     'rows': [],
   }
@@ -384,6 +384,16 @@ def main(argv: Sequence[str]) -> None:
     print(table(results)[-1], flush=True)
   if flags.folder == RESULTS:
     write_tables()
+
+
+def about() -> dict[str, str]:
+  """The device that JAX computes on, the date, and JAX's version: the head of results."""
+  device = jax.devices()[0]
+  return {
+    'device': cpu_name() if device.platform == 'cpu' else device.device_kind,
+    'date': datetime.date.today().isoformat(),
+    'jax': jax.__version__,
+  }
 
 
 def cpu_name() -> str:

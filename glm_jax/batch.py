@@ -17,7 +17,9 @@ import numpy as np
 
 MIXED = ('blank', 'document', 'sentence')
 """The objectives that are mixed by (alpha, beta, gamma)."""
-OBJECTIVES = (*MIXED, 'causal', 'answer')
+PRETRAINING = (*MIXED, 'causal')
+"""Those of rows of pretraining."""
+OBJECTIVES = (*PRETRAINING, 'answer')
 """Names of `Batch.objective` values, in order."""
 
 

@@ -133,9 +133,7 @@ def main(argv: Sequence[str]) -> None:
       configs.check_value(f'--{name}', getattr(flags, name), configs.POSITIVE)
   startup.find_devices()
   source = opening.find(flags.checkpoint, flags.adapters)
-  family = flags.template
-  if not family and getattr(source.config, 'sandwich_norms', False):
-    family = 'glm4-0414'
+  family = flags.template or templates.family_of(source.config)
   template = templates.template_for(source.vocabulary, family)
   # One device: a conversation is a row of its own.
   mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices()[:1])

@@ -154,6 +154,17 @@ def check_value(name: str, value: Any, rule: Rule) -> None:
   check(rule.holds(value), f'{name} must be {rule.words}', repr(value), rule.remedy)
 
 
+def check_pattern(name: str, pattern: str) -> None:
+  """Raises UserError for a pattern of paths of parameters that cannot be read."""
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise UserError(
+      f'{name} must be a regular expression, got {pattern!r} ({error}); '
+      "write one such as 'layers/attention/.*'."
+    ) from error
+
+
 def check(condition: bool, rule: str, received: str, remedy: str) -> None:
   """Raises UserError saying the rule, the value received and the remedy."""
   if not condition:

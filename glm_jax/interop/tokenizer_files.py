@@ -60,8 +60,8 @@ def write(folder: Path, vocabulary: Vocabulary, config: Any, template: Any = Non
   if template and vocabulary.kind == 'glm4':
     description['chat_template'] = template
   elif config is not None and vocabulary.kind in _CHATS:
-    family = 'glm4-0414' if config.sandwich_norms else ''
-    description['chat_template'] = jinja(chat.template_for(vocabulary, family), fast)
+    own = chat.template_for(vocabulary, chat.family_of(config))
+    description['chat_template'] = jinja(own, fast)
   write_vocabulary(folder, vocabulary, description)
 
 

@@ -178,7 +178,6 @@ def einsum(
   cut = mesh_axes(of(by_letter[0], tokens))
   ended = ''.join(letter for letter in letters if letter not in result)
   left = ''.join(letter for letter in letters if letter in result)
-  multiply = _of_matrices if sharding.alone() else jnp.einsum
 
   def local_products(x: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     # 4. Each device along tensor has heads of its own but the same x, whose gradient is
@@ -198,7 +197,7 @@ def einsum(
         local_x = varying if mesh_axes(letter_axes.values()) - cut else x
         local = f'{tokens},{width_last}->{result}'
         if factors[number].scales is None:
-          y = multiply(local, local_x, weight, preferred_element_type=dtype)
+          y = _multiply(local, local_x, weight, preferred_element_type=dtype)
         else:
           y = _of_integers(local, local_x, weight, next(scales), ended + left)
         # 6. A letter that ends in the product, D, is summed over the mesh axes it is cut
@@ -226,12 +225,14 @@ def einsum(
   return list(run(x, *weights, *(scales for scales, _ in of_scales.values())))
 
 
-def _of_matrices(equation: str, x: jax.Array, weight: jax.Array, **how: Any) -> jax.Array:
-  """`jnp.einsum`, as a product of matrices whose axes keep their order.
+def _multiply(equation: str, x: jax.Array, weight: jax.Array, **how: Any) -> jax.Array:
+  """`jnp.einsum`; on one device, as a product of matrices whose axes keep their order.
 
   Otherwise XLA's CPU backend would copy 'NHD' as 'HND' each time, since einsum sorts axes
   that end by letter; and multiply with the vector of a single token on one core.
   """
+  if not sharding.alone():
+    return jnp.einsum(equation, x, weight, **how)
   tokens, letters, _ = letters_of(equation)
   ended = [letter for letter in tokens if letter in letters]
   sizes = dict(zip(letters, weight.shape, strict=True))
@@ -264,7 +265,7 @@ def _of_integers(
   kept = ''.join(letter for letter in tokens if letter in result)
   few = math.prod(x.shape[: len(kept)]) <= _FEW
   if scales.ndim == len(outputs):
-    multiply = functools.partial(_of_matrices if sharding.alone() else jnp.einsum, equation)
+    multiply = functools.partial(_multiply, equation)
     return (_times_integers(multiply, x, weight, ended, few) * scales).astype(x.dtype)
   # Partial sums by group: 'BTD,DNH->BTNH' is 'BTgi,giNH->BTgNH', times [g, N, H], summed.
   weight = jnp.einsum(f'{stored}->{letters}', weight)

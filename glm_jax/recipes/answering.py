@@ -97,8 +97,9 @@ class Answering:
         self._filler = Filler(
           self._config.model, variables, self._vocabulary, self._config.compute
         )
-      # What was compiled is kept from one validation to the next; the weights are new.
-      self._filler.engine.variables = variables
+      else:
+        # What was compiled is kept from one validation to the next; the weights are new.
+        self._filler.engine.variables = variables
       spans = self._filler.fill(
         [question.prompt for question in self.questions],
         max_new_tokens=self._answers.max_new_tokens,

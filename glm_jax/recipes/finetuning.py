@@ -17,7 +17,9 @@ from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.recipes.reading import TaskData
 from glm_jax.text import asking, chat, loading
 from glm_jax.text.vocabulary import Vocabulary
+from glm_jax.training import losses
 from glm_jax.training.config import TrainConfig
+from glm_jax.training.losses import LossFn
 
 _CONVERSATIONS, _PAIRS = 'glm_conversations', 'glm_pairs'
 # Predictions that a report shows.
@@ -76,6 +78,10 @@ class Finetuning(Pretraining):
     """Whether a row has several documents; `CorpusConfig.packed` says it is to have one."""
     return self.corpus.packed is not False
 
+  def loss(self, config: TrainConfig, model: Any) -> LossFn:
+    # Answers, and what text is mixed in.
+    return losses.pretraining_loss(model, self.loss_config)
+
   def own_vocabulary(self) -> Vocabulary:
     # One that is trained on conversations would be of their braces and quotes.
     configs.check(
@@ -129,10 +135,8 @@ class Finetuning(Pretraining):
     return corpora, plans, ''
 
   def _template(self, config: TrainConfig, vocabulary: Vocabulary) -> Any:
-    model, family = config.model, self.template
-    if not family and getattr(model, 'sandwich_norms', False):
-      family = 'glm4-0414'
-    template = chat.template_for(vocabulary, family)
+    model = config.model
+    template = chat.template_for(vocabulary, self.template or chat.family_of(model))
     configs.check(
       template.reads_again != model.causal,
       "a chat template must be of the model's family",

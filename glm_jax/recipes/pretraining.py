@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from glm_jax import configs, sharding
-from glm_jax.batch import MIXED, Visibility
+from glm_jax.batch import MIXED, PRETRAINING, Visibility
 from glm_jax.checkpoints import folder
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
@@ -74,7 +74,7 @@ class Pretraining(recipe.Recipe):
     return 1 / (self.loss_config.vocab_chunks or 1)
 
   def loss(self, config: TrainConfig, model: Any) -> LossFn:
-    return losses.pretraining_loss(model, self.loss_config)
+    return losses.pretraining_loss(model, self.loss_config, PRETRAINING)
 
   def prepare(
     self, config: TrainConfig, vocabulary: Any, layout: sharding.Layout

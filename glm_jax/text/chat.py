@@ -194,13 +194,18 @@ def form_of(family: str) -> Template:
   return FAMILIES[family][0](family, None)
 
 
+def family_of(model: Any) -> str:
+  """The family of a model's configuration where its vocabulary does not tell; else ''."""
+  return 'glm4-0414' if getattr(model, 'sandwich_norms', False) else ''
+
+
 def template_for(vocabulary: Vocabulary, family: str = '') -> Template:
   """The template of a model.
 
   Args:
     vocabulary: of the model.
     family: a key of `FAMILIES`; by default that of the vocabulary. GLM-4-0414 has GLM-4's
-      vocabulary, so it must be named.
+      vocabulary, so it must be named, see `family_of`.
 
   Raises:
     UserError: no such family, a vocabulary without conversations, or the template of

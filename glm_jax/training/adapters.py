@@ -56,13 +56,7 @@ class LoRAConfig:
 
   def __post_init__(self):
     configs.check_fields(self)
-    try:
-      re.compile(self.targets)
-    except re.error as error:
-      raise configs.UserError(
-        f'LoRAConfig.targets must be a regular expression, got {self.targets!r} '
-        f"({error}); write one such as 'layers/attention/.*'."
-      ) from error
+    configs.check_pattern('LoRAConfig.targets', self.targets)
 
   @property
   def scaling(self) -> float:

@@ -6,7 +6,6 @@ A leaf: it imports the configurations of the other rooms, and nothing that compu
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Annotated
 
 from glm_jax import configs
@@ -145,13 +144,7 @@ class TrainConfig:
       'TrainConfig.adapters=None',
       "set them as init_from has them, or init_adapters='merge'",
     )
-    try:
-      re.compile(self.trained)
-    except re.error as error:
-      raise configs.UserError(
-        f'TrainConfig.trained must be a regular expression, got {self.trained!r} '
-        f"({error}); write one such as 'layers/attention/.*'."
-      ) from error
+    configs.check_pattern('TrainConfig.trained', self.trained)
     self.recipe.check(self)
 
 

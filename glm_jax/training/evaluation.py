@@ -59,8 +59,9 @@ class Validation:
         there = self._there(number, batch)
         for i in there:
           # Few batches hold rows of two corpora, and are worked on again for each.
-          rows = self._rows(batch, i)
-          own = measured if len(there) == 1 else self._measure(variables, rows)
+          own = measured
+          if len(there) > 1:
+            own = self._measure(variables, self._rows(batch, i))
           of_corpus[i] = metrics.add(of_corpus[i], own)
     values = _means(total)
     for name, sums in zip(self._corpora, of_corpus, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -206,12 +206,15 @@ def _logits(x, weight, part, chunks, first):
   return jnp.where(inside, logits, MASKED), jnp.where(inside, first + row, -1)
 
 
-def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
+def pretraining_loss(
+  model: Any, config: LossConfig = LossConfig(), objectives: Sequence[str] = OBJECTIVES
+) -> LossFn:
   """sum(w * ce) with w = `loss_weights`, and the same for each objective.
 
   Args:
     model: a Flax module called as `glm_jax.models.glm.GLM`.
     config: how it is computed.
+    objectives: that rows can be of; of each, a step sums up the losses.
   """
 
   def loss(variables: Variables, batch: Batch, key: jax.Array | None, counts: Any = None):
@@ -248,8 +251,8 @@ def pretraining_loss(model: Any, config: LossConfig = LossConfig()) -> LossFn:
       weighted = losses_BT * batch.loss_weights
       metrics = {'loss': (weighted.sum(), batch.loss_weights.sum())}
       # By position, since a packed row can hold examples of several objectives.
-      for number, name in enumerate(OBJECTIVES):
-        chosen = batch.objective == number
+      for name in objectives:
+        chosen = batch.objective == OBJECTIVES.index(name)
         metrics[f'loss/{name}'] = (
           jnp.where(chosen, weighted, 0).sum(),
           jnp.where(chosen, batch.loss_weights, 0).sum(),
