@@ -4,9 +4,10 @@ python -m benchmarks.decode [--only=TEXT] [--table]
 
 A ChatGLM2, random: of 31 M parameters in float32 on a CPU; on the one GPU that JAX sees,
 four layers of ChatGLM2-6B in bfloat16. Its checkpoint is exported by `convert --to=glm` and
-loaded by transformers in this process. Both generate the same number of tokens from the same prompts, greedily, in turn. Then the same
-model as integers, and 64 prompts of unlike lengths, continuously and in batches that wait
-for their longest. Needs torch and transformers (extra peers); no TensorFlow.
+loaded by transformers in this process. Both generate the same number of tokens from the
+same prompts, greedily, in turn. Then the same model as integers, and 64 prompts of unlike
+lengths, continuously and in batches that wait for their longest. Needs torch and
+transformers (extra peers); no TensorFlow.
 Results are kept by device and date in benchmarks/decode/; --table only writes the tables.
 """
 
@@ -211,8 +212,8 @@ def table(results: dict[str, Any]) -> list[str]:
   """Markdown lines of a device's results."""
   lines = [
     f'{results["device"]}, {results["date"]}; jax {results["jax"]}, transformers '
-    f'{results["transformers"]}; {PROMPT} tokens of prompt, {NEW} new; medians, and the '
-    'least and the largest ratio of the rounds:',
+    f'{results["transformers"]}; {results["model"]}; {PROMPT} tokens of prompt, {NEW} new; '
+    'medians, and the least and the largest ratio of the rounds:',
     '',
     '| case | ours | tokens/s | beside | tokens/s | ratio |',
     '|---|---|---|---|---|---|',
@@ -249,6 +250,7 @@ def main(argv: Sequence[str]) -> None:
   results = {
     **about(),
     'transformers': transformers.__version__,
+    'model': f'ChatGLM2, {model().num_layers} layers of width {model().hidden_size}',
     'rows': measure(flags.rounds, flags.only),
   }
   path = readme.path_of(flags.folder, results)

@@ -11,6 +11,7 @@ test on hardware.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -84,16 +85,19 @@ def main(argv: Sequence[str]) -> None:
   configs.check(not argv, 'benchmarks.kernels takes no flags', str(argv), 'drop them')
   lacking = gpu.lacks(128, 'bfloat16', jax.devices()[0])
   configs.check(not lacking, 'the kernels must have their GPU', lacking, 'run it on one')
-  kernels = {'triton': False} | ({'mosaic': True} if gpu._is_hopper() else {})
+  kernels = {'triton': (False, gpu.flash)}
+  if gpu.is_hopper(jax.devices()[0]):
+    own = functools.partial(gpu.flash, own_gradients=True)
+    kernels = {'mosaic': (True, gpu.flash), 'own gradients': (True, own)} | kernels
   worst = 0.0
   print(
     f'{jax.devices()[0].device_kind}, jax {jax.__version__}; relative errors of '
     'output, dq, dk, dv'
   )
-  for name, hopper in kernels.items():
+  for name, (hopper, attend) in kernels.items():
     for shape in SHAPES:
-      with mock.patch.object(gpu, '_is_hopper', lambda hopper=hopper: hopper):
-        errors = compare(*shape, gpu.flash)
+      with mock.patch.object(gpu, 'is_hopper', lambda device, hopper=hopper: hopper):
+        errors = compare(*shape, attend)
       print(f'{name} B, T, N, K, H = {shape}: {json.dumps(errors)}', flush=True)
       ratios = np.array(errors['kernel']) / np.array(errors['dense bfloat16'])
       worst = max(worst, float(ratios.max()))

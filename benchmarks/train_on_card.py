@@ -169,7 +169,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> list[str]:
   """Markdown lines of a comparison."""
   cpu, card = results['cpu'], results['card']
-  same = 'the same bits' if results['same_bits'] else 'OTHER BITS'
+  same = 'the same bits' if results['same_bits'] else 'other bits'
   lines = [
     f'{results["device"]}, {results["date"]}; jax {results["jax"]}; the quickstart, '
     f'{card["steps"]:,} steps in {card["seconds"]:.0f} s; killed after a checkpoint (step '

@@ -167,7 +167,7 @@ def _compiled(T, N, K, H, *, dtype='bfloat16', remat=False):
 )
 def test_kernels_compile_for_a_gpu_without_square_arrays(hopper, call, monkeypatch):
   if not hopper:  # what an A100 is given
-    monkeypatch.setattr(gpu, '_is_hopper', lambda: False)
+    monkeypatch.setattr(gpu, 'is_hopper', lambda device: False)
   step = _compiled(8192, 32, 2, 128)
   text = step.as_text()
   assert f'custom_call_target="{call}"' in text
@@ -182,7 +182,7 @@ def test_kernels_compile_for_a_gpu_without_square_arrays(hopper, call, monkeypat
 )
 @pytest.mark.parametrize('hopper', [True, False])
 def test_kernels_compile_at_the_edges(T, N, K, H, dtype, hopper, monkeypatch):
-  monkeypatch.setattr(gpu, '_is_hopper', lambda: hopper)
+  monkeypatch.setattr(gpu, 'is_hopper', lambda device: hopper)
   assert 'custom_call_target' in _compiled(T, N, K, H, dtype=dtype).as_text()
 
 

@@ -17,8 +17,14 @@ from glm_jax import configs, sharding
 from glm_jax.attention import chunked, dense, gpu, splash, tokamax_splash
 from glm_jax.batch import Visibility
 
-_PLATFORM = {'tpu_splash': 'tpu', 'tpu_tokamax': 'tpu', 'gpu_tokamax': 'gpu'}
-"""The backends that are kernels, and where they run."""
+_PLATFORM = {
+  'tpu_splash': 'tpu',
+  'tpu_tokamax': 'tpu',
+  'gpu_tokamax': 'gpu',
+  'gpu_hopper': 'gpu',
+}
+"""The backends that are kernels, and where they run; 'gpu_hopper' is never chosen, for it
+was compiled for its GPU and interpreted, and not yet run on one."""
 
 BACKENDS = ('auto', 'dense', 'chunked', *_PLATFORM)
 
@@ -110,10 +116,13 @@ def _lacks(
     return f'attention_dropout={model.attention_dropout} needs the probabilities'
   if backend == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
     return f'rows of {length} positions exceed {splash.LONGEST_PACKED}'
-  if backend.endswith('tokamax') and importlib.util.find_spec('tokamax') is None:
+  if not backend.endswith('splash') and importlib.util.find_spec('tokamax') is None:
     return f"tokamax is missing (pip install 'glm_jax[{platform}]')"
-  if backend == 'gpu_tokamax':
-    return gpu.lacks(model.head_size, dtype, device)
+  if _PLATFORM[backend] == 'gpu':
+    lacking = gpu.lacks(model.head_size, dtype, device)
+    if not lacking and backend == 'gpu_hopper' and not gpu.is_hopper(device):
+      lacking = f'{device.device_kind} is no Hopper GPU'
+    return lacking
   return ''
 
 
@@ -232,8 +241,10 @@ def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
       return module.attend(q_BTNH, k_BSKH, v_BSKH, metadata)
     # Query heads of one key head are neighbours, n = k G + g, as `attend` promises.
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    if backend == 'gpu_tokamax':  # names what remat may save itself, as Splash does
-      return gpu.flash(q_BTKGH, k_BSKH, v_BSKH, visibility).reshape(B, T, N, H)
+    if _PLATFORM.get(backend) == 'gpu':  # names what remat may save itself, as Splash does
+      own = backend == 'gpu_hopper'
+      out = gpu.flash(q_BTKGH, k_BSKH, v_BSKH, visibility, own_gradients=own)
+      return out.reshape(B, T, N, H)
     implementation = {'dense': dense.attend, 'chunked': chunked.attend}[backend]
     out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, rate, key)
     return checkpoint_name(out.reshape(B, T, N, H), 'attention')

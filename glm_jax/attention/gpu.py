@@ -7,6 +7,7 @@ alone: it runs over blocks of queries, whose masks are small. No [T, S] array ex
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import backend
 
 from glm_jax import configs
+from glm_jax.attention import hopper
 from glm_jax.batch import Visibility
 
 DTYPES = ('bfloat16', 'float16')
@@ -52,7 +54,12 @@ def lacks(head_size: int, dtype: Any, device: Any = None) -> str:
 
 
 def flash(
-  q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visibility: Visibility
+  q_BTKGH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  visibility: Visibility,
+  *,
+  own_gradients: bool = False,
 ) -> jax.Array:
   """Attention by the kernels of JAX's default device.
 
@@ -64,6 +71,7 @@ def flash(
     k_BSKH: keys.
     v_BSKH: values.
     visibility: [B, T] intervals into the S keys.
+    own_gradients: by `hopper.gradients` instead of tokamax's kernel.
 
   Returns:
     [B, T, K, G, H] in the dtype of `q_BTKGH`; zeros where an interval is empty.
@@ -95,6 +103,7 @@ def flash(
     _pad(v_BSKH),
     _pad(start, 'edge'),
     _pad(end, 'edge'),
+    own_gradients,
   )
   out_BTKGH = out_BTNH[:, :T].reshape(q_BTKGH.shape)
   return jnp.where(sees[..., None, None, None], out_BTKGH, 0)
@@ -106,12 +115,12 @@ def _pad(x: jax.Array, mode: str = 'constant') -> jax.Array:
   return jnp.pad(x, padding, mode=mode)
 
 
-@jax.custom_vjp
-def _kernel(q, k, v, start, end):
-  return _forward(q, k, v, start, end)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _kernel(q, k, v, start, end, own_gradients):
+  return _forward(q, k, v, start, end, own_gradients)[0]
 
 
-def _forward(q, k, v, start, end):
+def _forward(q, k, v, start, end, own_gradients):
   """The forward pass and what the backward one needs, by names that remat can save.
 
   tokamax has a rule of its own, but what it keeps bears no name.
@@ -125,11 +134,13 @@ def _forward(q, k, v, start, end):
   return out, (q, k, v, start, end, out, statistics)
 
 
-def _backward(saved, d_out):
+def _backward(own_gradients, saved, d_out):
   from tokamax._src.ops.attention.base import Mask
 
   q, k, v, start, end, out, statistics = saved
-  if _is_hopper():
+  if own_gradients:
+    return *hopper.gradients(q, k, v, d_out, out, statistics, start, end), None, None
+  if is_hopper(backend.get_default_device()):
     mask = Mask(k_start=start[:, None], k_end=end[:, None])
     return *_gradients(q, k, v, mask, out, statistics, d_out), None, None
   # Lengths are multiples of _TILE, and so is this: at least 128 queries a block.
@@ -175,11 +186,11 @@ def _op() -> Any:
 
   if not flags.FLAGS.is_parsed():  # else tokamax would parse this program's command line
     flags.FLAGS.mark_as_parsed()
-  if _is_hopper():
+  if is_hopper(backend.get_default_device()):
     return pallas_mosaic_gpu.PallasMosaicGpuFlashAttention()
   return pallas_triton.PallasTritonFlashAttention()
 
 
-def _is_hopper() -> bool:
-  capability = getattr(backend.get_default_device(), 'compute_capability', '0')
-  return 9 <= float(capability) < 10
+def is_hopper(device: Any) -> bool:
+  """Whether a JAX device is of compute capability 9."""
+  return 9 <= float(getattr(device, 'compute_capability', '0')) < 10
