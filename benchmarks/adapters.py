@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import readme
 from glm_jax import checkpoints, convert, models, sharding
 from glm_jax.batch import Batch
 from glm_jax.checkpoints import slices
@@ -89,10 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     ours = _train(built, layout, params, frozen, tokens)
     done = subprocess.run(
-      [sys.executable, Path(__file__).with_name('peft_step.py'), folder],
+      # Not as a file: its folder is searched first, and transformers looks for `kernels`.
+      [sys.executable, '-m', 'benchmarks.peft_step', folder],
       check=True,
-      capture_output=True,
+      stdout=subprocess.PIPE,
       text=True,
+      cwd=readme.ROOT,
     )
     theirs = json.loads(done.stdout)
   losses = np.array([ours['losses'], theirs['losses']])

@@ -1,4 +1,6 @@
-"""peft and transformers on what `benchmarks.adapters` exports: `peft_step.py FOLDER`.
+"""peft and transformers on what `benchmarks.adapters` exports.
+
+python -m benchmarks.peft_step FOLDER
 
 A process of its own, since PyTorch's threads and XLA's would share the cores. Prints the
 losses, and the seconds a step, as JSON.
