@@ -20,7 +20,7 @@ from glm_jax.models import layers, virtual
 from glm_jax.text.vocabulary import Vocabulary
 
 # Contexts and candidates are padded to multiples of these, so that few shapes are compiled.
-_CONTEXT, _CANDIDATE = 64, 16
+_CONTEXT, _CANDIDATE = 32, 8
 # Candidates of a question that are read at a time, each with a copy of the context's cache.
 _AT_ONCE = 4
 _FIELDS = ('tokens', 'targets', 'positions', 'blocks')
