@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> None:
   from glm_jax.inference import prompt_files
 
   startup.import_modules(flags.imports)
-  configs.check_value('--task', flags.task, configs.one_of(*evaluation.TASKS))
-  task = evaluation.TASKS[flags.task]
+  tasks = evaluation.tasks()
+  configs.check_value('--task', flags.task, configs.one_of(*tasks))
+  task = tasks[flags.task]
   how = {name: getattr(flags, name) for name in _OPTIONS}
   options = Options(**how, mask_ratios=_ratios(flags.mask_ratios))
   configs.check_value('--batch_size', flags.batch_size, configs.at_least(1))
@@ -149,7 +150,8 @@ def _flags() -> argparse.ArgumentParser:
     required=True,
     metavar='NAME',
     help='perplexity, lambada and blanks: a .txt or a .jsonl with {"text"}; mmlu, ceval '
-    'and cmmlu: a folder of csv files; answers: a .jsonl with {"prompt", "answer"}',
+    'and cmmlu: a folder of csv files; answers: a .jsonl with {"prompt", "answer"}; or a '
+    'cloze, such as boolq: the folder of the benchmark',
   )
   flags.add_argument('--input', required=True, metavar='PATH', help='what --task reads')
   flags.add_argument(

@@ -251,7 +251,7 @@ def _longer(family):
 def test_shots_stand_before_each_question(place):
   model = glm_jax.load(stored.checkpoint(place / 'shots', _longer('glm')))
   asker = Asker(model.config, model.vocabulary)
-  task = evaluation.TASKS['mmlu']
+  task = evaluation.tasks()['mmlu']
   item = next(task.items(place / 'mmlu', asker, Options(shots=1)))
   text = model.vocabulary.decode(item.question.request.context, control=True)
   shot = '2 + 2 = ?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: D\n\n'

@@ -28,18 +28,7 @@ def judged(
     size: examples that are worked on at a time.
     most: longest generated answer.
   """
-  asked = [i for i, item in enumerate(items) if item.question is not None]
-  # Of like lengths, so that little is padding; those that are done are read again with the
-  # rest of their batch, whose sums then have the same last bits.
-  key = lambda i: (len(items[i].question.request.context), i)
-  for batch in _batched(sorted(asked, key=key), size):
-    if all(number in done for number in batch):
-      continue
-    made = model.reader([items[number].question for number in batch])
-    for number, said in zip(batch, made, strict=True):
-      if number not in done:
-        fields = items[number].fields
-        yield _record(number, fields, task.judged(fields, said))
+  yield from read(model.reader, task, items, size, done)
   rest = [i for i, item in enumerate(items) if item.question is None]
   answers = (
     model.answers(
@@ -54,6 +43,24 @@ def judged(
     number = rest[answer.number]
     fields = items[number].fields
     yield _record(number, fields, task.answered(fields, answer.spans, answer.text))
+
+
+def read(
+  reader: Any, task: Task, items: Sequence[Item], size: int, done: Container[int] = ()
+) -> Iterator[Record]:
+  """Those of the examples whose candidates are read, by a `candidates.Reader`."""
+  asked = [i for i, item in enumerate(items) if item.question is not None]
+  # Of like lengths, so that little is padding; those that are done are read again with the
+  # rest of their batch, whose sums then have the same last bits.
+  key = lambda i: (len(items[i].question.request.context), i)
+  for batch in _batched(sorted(asked, key=key), size):
+    if all(number in done for number in batch):
+      continue
+    made = reader([items[number].question for number in batch])
+    for number, said in zip(batch, made, strict=True):
+      if number not in done:
+        fields = items[number].fields
+        yield _record(number, fields, task.judged(fields, said))
 
 
 def _record(number: int, fields: Record, more: Record) -> Record:

@@ -79,7 +79,7 @@ class Item:
 
 
 class Task:
-  """A task; one of one's own is a subclass that `glm_jax.evaluation.TASKS` is given.
+  """A task; see `patterns.register` for one of one's own.
 
   Attributes:
     name: of --task.
@@ -229,25 +229,25 @@ class Asker:
 
 
 def lines(
-  path: Path, fields: Sequence[str] = ()
+  path: Path, fields: Sequence[str], endings: Sequence[str] = ('.jsonl', '.txt')
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
   """(place, object) of each line of a .jsonl; a line of a .txt is {its first field: line}.
 
   Args:
     path: of the file.
     fields: names that an object must have.
+    endings: that the file may have.
 
   Raises:
     UserError: no such file, or a line that is no such object.
   """
-  endings = ('.jsonl', '.txt') if fields else ('.jsonl',)
   configs.check(
     path.suffix.lower() in endings and path.is_file(),
     f'a file of examples must be there and end in one of {endings}',
     repr(str(path)),
     'give such a file',
   )
-  is_json = path.suffix.lower() == '.jsonl'
+  is_json = path.suffix.lower() != '.txt'
   for number, line in enumerate(
     path.read_bytes().removeprefix(b'\xef\xbb\xbf').splitlines(), 1
   ):

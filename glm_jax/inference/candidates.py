@@ -101,12 +101,12 @@ class Reader:
     N = min(most, _AT_ONCE)
     said: list[list[Said]] = [[] for _ in questions]
     with sharding.active(self._layout):
-      tokens, lengths = sharding.place(engine.padded(contexts, R, T), self._layout)
+      tokens, lengths = self._spread(engine.padded(contexts, R, T))
       cache = _contexts(self._config, compute, self._variables, tokens, lengths)
       for first in range(0, most, N):
         chosen = [question.candidates[first : first + N] for question in questions]
         fields, counts = self._fields(questions, chosen, R, N)
-        fields = sharding.place(fields, self._layout)
+        fields = self._spread(fields)
         results = _said(
           *(self._config, compute, self._variables, cache, lengths, fields, allowed),
           stops=self._vocabulary.stops,
@@ -116,6 +116,15 @@ class Reader:
           one = Said(*(x[place, :count] for x in results))
           said[place // N].append(one)
     return said
+
+  def _spread(self, arrays: Any) -> Any:
+    """Arrays that every process has whole, over the mesh by rows."""
+
+    def put(x: np.ndarray) -> jax.Array:
+      spread = sharding.batch_sharding(self._layout, x.ndim)
+      return jax.make_array_from_callback(x.shape, spread, x.__getitem__)
+
+    return jax.tree.map(put, arrays)
 
   def _fields(
     self, questions: Sequence[Asked], chosen: Sequence[Any], R: int, N: int
