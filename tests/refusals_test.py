@@ -64,6 +64,10 @@ OF_CLASS = {
       *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'"),
     ),
   ),
+  'Cloze': (
+    f'--gin_file={ROOT}/gin_configs/runs/cloze.gin',
+    *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'", "BENCHMARK='boolq'"),
+  ),
   **{
     kind: (
       f'--gin_file={ROOT}/gin_configs/runs/continue.gin',
