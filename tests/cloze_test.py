@@ -447,7 +447,7 @@ def test_a_classifier_few_shots_and_negatives(place):
 
 
 OWN = """
-from glm_jax.evaluation.patterns import BLANK, Pattern, Short, chosen, register
+from glm_jax.evaluation.patterns import BLANK, ClozePattern, Short, chosen, register
 
 
 def read(line, where):
@@ -455,7 +455,7 @@ def read(line, where):
   yield chosen(parts, {'bad': ' terrible', 'good': ' great'}, line['stars'], where)
 
 
-register(Pattern(name='stars', fields=('review', 'stars'), read=read))
+register(ClozePattern(name='stars', fields=('review', 'stars'), read=read))
 """
 
 

@@ -2,7 +2,7 @@
 
 from glm_jax.evaluation import patterns
 from glm_jax.evaluation.choices import BENCHMARKS, Choices
-from glm_jax.evaluation.cloze import Cloze
+from glm_jax.evaluation.cloze import PatternTask
 from glm_jax.evaluation.language import Blanks, Lambada, Perplexity
 from glm_jax.evaluation.replies import Replies
 from glm_jax.evaluation.task import Task
@@ -12,5 +12,5 @@ _TASKS = (Perplexity(), Lambada(), Blanks(), *map(Choices, BENCHMARKS), Replies(
 
 def tasks() -> dict[str, Task]:
   """By the name of --task, patterns that modules have registered among them."""
-  clozes = map(Cloze, patterns.PATTERNS.values())
+  clozes = map(PatternTask, patterns.PATTERNS.values())
   return {task.name: task for task in (*_TASKS, *clozes)}

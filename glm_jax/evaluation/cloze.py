@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glm_jax import configs
-from glm_jax.evaluation.patterns import BLANK, Example, Pattern, Short
+from glm_jax.evaluation.patterns import BLANK, ClozePattern, Example, Short
 from glm_jax.evaluation.task import Asker, Item, Options, Record, Task, lines
 from glm_jax.inference.candidates import Said
 
@@ -21,7 +21,9 @@ _FILES = {'train': ('train',), 'val': ('val', 'dev')}
 _ENDINGS = ('.jsonl', '.json')
 
 
-def examples(path: Path, pattern: Pattern, split: str) -> Iterator[tuple[str, Example]]:
+def examples(
+  path: Path, pattern: ClozePattern, split: str
+) -> Iterator[tuple[str, Example]]:
   """(where it stands, example) of a split of a folder.
 
   Raises:
@@ -115,10 +117,10 @@ def encode(asker: Asker, example: Example, where: str) -> Ids:
   return Ids(before, behind, candidates, ends)
 
 
-class Cloze(Task):
+class PatternTask(Task):
   """A pattern as a task of `evaluate`: the most probable candidate is what is said."""
 
-  def __init__(self, pattern: Pattern):
+  def __init__(self, pattern: ClozePattern):
     self.name, self.pattern = pattern.name, pattern
 
   def items(self, path: Path, asker: Asker, options: Options) -> Iterator[Item]:

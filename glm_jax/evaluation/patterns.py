@@ -44,7 +44,7 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pattern:
+class ClozePattern:
   """A benchmark as a cloze.
 
   Attributes:
@@ -249,17 +249,17 @@ def _cluewsc(line, where):
   yield chosen([Short(line['text']), ask, BLANK, '。'], words, line['label'], where)
 
 
-PATTERNS: dict[str, Pattern] = {}
+PATTERNS: dict[str, ClozePattern] = {}
 """By name."""
 
 
-def register(pattern: Pattern) -> None:
+def register(pattern: ClozePattern) -> None:
   """Adds a pattern of one's own, in a module that --import names."""
   PATTERNS[pattern.name] = pattern
 
 
 def _superglue(name: str, fields: str, read: Any, **more: Any) -> None:
-  register(Pattern(name=name, fields=(*fields.split(), 'label'), read=read, **more))
+  register(ClozePattern(name=name, fields=(*fields.split(), 'label'), read=read, **more))
 
 
 _superglue('copa', 'premise choice1 choice2 question', _copa)
@@ -270,10 +270,12 @@ _superglue('cb', 'premise hypothesis', _cb, metrics=('accuracy', 'f1_macro'))
 _superglue('boolq', 'question passage', _boolq)
 _superglue('wic', 'word sentence1 sentence2', _wic)
 register(
-  Pattern(name='multirc', fields=('passage',), read=_multirc, metrics=('f1', 'exact_match'))
+  ClozePattern(
+    name='multirc', fields=('passage',), read=_multirc, metrics=('f1', 'exact_match')
+  )
 )
 register(
-  Pattern(
+  ClozePattern(
     name='record',
     fields=('passage', 'qas'),
     read=_record,

@@ -279,7 +279,7 @@ class Cloze(Pretraining):
       return {}
     compute = models.ComputeConfig(dtype=config.compute.dtype)
     reader = Reader(config.model, variables, data.vocabulary, compute, data.layout)
-    task = clozes.Cloze(self.pattern)
+    task = clozes.PatternTask(self.pattern)
     rows = -(-config.batch_size // config.microbatches)
     records = running.read(reader, task, data.judged, rows)
     [line] = task.table([*records])
