@@ -385,9 +385,9 @@ def _records(run, kind):
 @pytest.mark.slow
 def test_a_cloze_is_learnt_and_judged_as_evaluate_does(place):
   how = (
-    'TRAIN_STEPS=32',
+    'TRAIN_STEPS=60',
     'OptimizerConfig.learning_rate=1e-2',
-    'EvaluationConfig.every=16',
+    'EvaluationConfig.every=20',
   )
   done = _train(place, *how, run='learnt')
   assert done.returncode == 0, done.stderr
@@ -397,7 +397,7 @@ def test_a_cloze_is_learnt_and_judged_as_evaluate_does(place):
   assert str(best['step']) in done.stdout
   done = in_process(
     'evaluate',
-    f'--checkpoint={place}/learnt/checkpoints/32',
+    f'--checkpoint={place}/learnt/checkpoints/60',
     '--task=boolq',
     f'--input={place}/boolq',
     f'--output={place}/said.jsonl',
