@@ -16,12 +16,14 @@ import numpy as np
 from glm_jax import accelerators, configs, models, opening, sharding
 from glm_jax.batch import Batch
 from glm_jax.configs import at_least
+from glm_jax.inference import candidates as candidate_lib
+from glm_jax.inference import prompts as prompt_lib
 from glm_jax.inference import scoring
 from glm_jax.inference.beam import BeamConfig
 from glm_jax.inference.filling import Filler
 from glm_jax.inference.forward import Forward, Loss, Scores
 from glm_jax.inference.generation import Completion, Generation
-from glm_jax.inference.request import Answer
+from glm_jax.inference.request import Answer, check_context
 from glm_jax.models.cache import DTYPES
 
 
@@ -74,6 +76,7 @@ class LanguageModel:
     variables: its Flax collections: 'params', 'scales' of one that is quantised, and
       'adapters' or 'prefix' of one that has them.
     layout: the mesh that they are on.
+    reader: of candidates, in token ids.
   """
 
   def __init__(
@@ -92,6 +95,9 @@ class LanguageModel:
     self.config, self.vocabulary, self.layout = source.config, source.vocabulary, layout
     self.variables = source.read(layout)
     self._forward = Forward(self.config, self.variables, compute, layout, batch_size)
+    self.reader = candidate_lib.Reader(
+      self.config, self.variables, self.vocabulary, compute, layout
+    )
     self._filler = Filler(
       self.config,
       self.variables,
@@ -194,15 +200,17 @@ class LanguageModel:
       repr(candidates),
       'give some',
     )
-    rows = self.rows([prompt] * len(candidates), [[text] for text in candidates])
-    allowed, stops = self._filler.engine.allowed, self.vocabulary.stops
-    targets, ends = self._forward.targets(rows, allowed, stops)
-    scored = [np.flatnonzero(weights) for weights in rows.loss_weights]
-    tokens = [row[at[:-1]] for row, at in zip(targets, scored, strict=True)]
+    c, v = self.config, self.vocabulary
+    ids = prompt_lib.encode(c, v, prompt)
+    spans = [prompt_lib.encode_answers(c, v, prompt, [text])[0] for text in candidates]
+    check_context(c, len(ids) + max(map(len, spans)) - 1 if c.causal else 0)
+    question = candidate_lib.Asked(prompt_lib.request(c, v, 0, ids), spans)
+    [said] = self.reader([question], self._filler.engine.allowed)
+    tokens = [one.log_probs[:-1] for one in said]
     return Scores(
       np.array([scores.sum() for scores in tokens], np.float32),
       tokens,
-      np.array([row[at[-1]] for row, at in zip(ends, scored, strict=True)]),
+      np.array([one.stops[-1] for one in said]),
     )
 
   def generate(self, prompts: str | Sequence[str], **how: Any) -> list[Completion]:

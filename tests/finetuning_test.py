@@ -11,7 +11,7 @@ from commands import in_process, refused, snapshot
 from runs import params
 
 import glm_jax
-from glm_jax.recipes import answering
+from glm_jax.evaluation import metrics
 from glm_jax.training import writer
 
 PAIRS = "MIXTURE_OR_TASK_NAME='glm_pairs'"
@@ -247,18 +247,18 @@ def test_roles_out_of_order_are_refused_with_their_line(place):
 
 
 def test_answers_need_their_libraries(place, monkeypatch):
-  find = answering.importlib.util.find_spec
+  find = metrics.importlib.util.find_spec
   gone = lambda name: None if name == 'sacrebleu' else find(name)
-  monkeypatch.setattr(answering.importlib.util, 'find_spec', gone)
+  monkeypatch.setattr(metrics.importlib.util, 'find_spec', gone)
   done = tuned.run('train', place, 'AnswerConfig.examples=2', run='refused')
   refused(done, 'no sacrebleu', "pip install -e '.[answers]'")
 
 
 def test_scores_of_answers():
   """Whole words and Chinese characters; 100 is perfect."""
-  perfect = answering.score(['a b c d', '语言模型'], ['a b c d', '语言模型'])
+  perfect = metrics.score(['a b c d', '语言模型'], ['a b c d', '语言模型'])
   assert perfect == pytest.approx(dict.fromkeys(perfect, 100))
-  made = answering.score(['the cat', '语文'], ['the dog sat', '语言'])
+  made = metrics.score(['the cat', '语文'], ['the dog sat', '语言'])
   assert made['exact_match'] == 0
   # F of 1 of 2 and 1 of 3; of 1 of 2 twice.
   assert made['rouge1'] == pytest.approx(100 * (0.4 + 0.5) / 2)

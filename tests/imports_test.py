@@ -23,7 +23,7 @@ WITHOUT = {
 WITHOUT |= dict.fromkeys(
   (
     *('attention', 'models', 'sharding', 'recipes', 'training', 'checkpoints'),
-    *('inference', 'interop'),
+    *('inference', 'interop', 'evaluation'),
   ),
   ('tensorflow', 'seqio', 'gin'),
 )
@@ -37,6 +37,7 @@ APART = [
 ]
 APART += [('attention', 'models'), ('models', 'training'), ('interop', 'training')]
 APART += [('data', 'recipes'), ('training', 'recipes')]
+APART += [('evaluation', 'data'), ('evaluation', 'training'), ('evaluation', 'recipes')]
 APART += [('inference', 'training'), ('text', 'data'), ('attention', 'data')]
 
 
@@ -110,6 +111,7 @@ def test_nothing_imports_a_command():
     'train',
     'plan',
     'generate',
+    'evaluate',
     'chat',
     'convert',
     'quantize',

@@ -22,12 +22,18 @@ LOCAL = {
     ['--checkpoint=a', '--input={}'],
     ['--checkpoint=a', '--input=a.txt', '--output={}.jsonl'],
   ],
+  'evaluate': [
+    ['--checkpoint=a', '--task=lambada', '--input={}'],
+    ['--checkpoint=a', '--task=lambada', '--input=a.txt', '--output={}.jsonl'],
+    ['--checkpoint=a', '--task=answers', '--input=a.jsonl', '--answers={}'],
+  ],
   'quantize': [['{}', 'there', '--bits=8'], ['.', '{}', '--bits=8']],
   'plan': [[QUICKSTART, '--platform=cpu', '--json={}']],
   'preview': [[QUICKSTART, '--output={}', '--examples=1']],
   'tune': [['--gin_file=gin_configs/tune_quickstart.gin', *gin("STUDY_DIR='{}'")]],
 }
 ELSEWHERE = {
+  'evaluate': [['--checkpoint={}', '--task=lambada', '--input=a.txt']],
   'generate': [['--checkpoint={}', '--prompt=a [MASK]']],
   'train': [
     [QUICKSTART, *gin("MODEL_DIR='{}'")],

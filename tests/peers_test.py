@@ -1,5 +1,6 @@
 """PyTorch's files, and transformers on what is exported."""
 
+import csv
 import json
 import os
 import pickle
@@ -48,10 +49,10 @@ def _state_dict(folder):
   return found
 
 
-def _transformers(folder, **request):
-  """What transformers makes of an export, see `transformers_peer`."""
+def _transformers(folder, program='transformers_peer.py', **request):
+  """What transformers makes of an export, see the program."""
   done = subprocess.run(
-    [sys.executable, ROOT / 'tests/transformers_peer.py', folder],
+    [sys.executable, ROOT / 'tests' / program, folder],
     input=json.dumps(request),
     capture_output=True,
     text=True,
@@ -96,7 +97,7 @@ def exported(tmp_path_factory):
   for name in ('embedding.word_embeddings', 'output_layer'):
     width = tensors[f'transformer.{name}.weight'].shape[1]
     tensors[f'transformer.{name}.weight'] = rng.normal(0, 0.5, (rows, width)).astype('f4')
-  config = {**config_json('chatglm2', arrays), 'padded_vocab_size': rows}
+  config = {**config_json('chatglm2', arrays), 'padded_vocab_size': rows, 'seq_length': 256}
   write_safetensors(folder / 'source', tensors, config)
   (folder / 'source' / 'tokenizer.model').write_bytes(vocabulary.model)
   (folder / 'source' / 'tokenization_chatglm.py').write_text("roles = ['<|user|>']")
@@ -377,3 +378,55 @@ def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
   _run('convert', tmp_path / 'more', tmp_path / 'again', '--dtype=bfloat16')
   config = json.loads((tmp_path / 'again' / 'config.json').read_text())
   assert config['model_type'] == 'glm' and config['torch_dtype'] == 'bfloat16'
+
+
+def test_an_evaluation_is_that_of_pytorch_on_the_export(exported, tmp_path):
+  """Perplexity in overlapping windows, last words, and letters behind questions."""
+  folder, *_ = exported
+  text = 'the quick brown fox jumps over the lazy dog. 语言模型在学习文字。'
+  texts, passages = (
+    [text * 4, text],
+    ['the quick brown fox', 'the lazy dog jumps over the fox'],
+  )
+  rows = [('the fox', 'a', 'the dog', 'b', 'fox', 'C'), ('dog', 'over', 'x', 'y', 'z', 'A')]
+  lines = [json.dumps({'text': text}) for text in texts]
+  (tmp_path / 'texts.jsonl').write_text('\n'.join(lines))
+  (tmp_path / 'passages.txt').write_text('\n'.join(passages))
+  (tmp_path / 'mmlu' / 'test').mkdir(parents=True)
+  with (tmp_path / 'mmlu/test/law_test.csv').open('w', newline='') as file:
+    csv.writer(file).writerows(rows)
+  opening = 'The following are multiple choice questions (with answers) about law.\n\n'
+  questions = []
+  for question, *choices, _ in rows:
+    listed = ''.join(f'\n{k}. {v}' for k, v in zip('ABCD', choices, strict=True))
+    questions.append((f'{opening}{question}{listed}\nAnswer:', [f' {k}' for k in 'ABCD']))
+  request = dict(texts=texts, passages=passages, choices=questions, length=48, stride=16)
+  theirs = _transformers(folder / 'glm', 'evaluation_peer.py', **request)
+  found = {}
+  for task, path in (
+    ('perplexity', 'texts.jsonl'),
+    ('lambada', 'passages.txt'),
+    ('mmlu', 'mmlu'),
+  ):
+    windows = ('--length=48', '--stride=16') if task == 'perplexity' else ()
+    done = in_process(
+      *(
+        'evaluate',
+        f'--checkpoint={folder}/checkpoint',
+        f'--task={task}',
+        f'--input={path}',
+      ),
+      *(*windows, f'--output={task}.jsonl'),
+      cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    records = (tmp_path / f'{task}.jsonl').read_text().splitlines()
+    found[task] = [*map(json.loads, records)]
+  [line] = json.loads((tmp_path / 'perplexity.json').read_text())['table']
+  assert line['tokens'] == theirs['tokens']
+  expected = np.exp(theirs['nll'] / theirs['tokens'])
+  assert line['token_perplexity'] == pytest.approx(expected, rel=1e-5)
+  words = [[record['log_prob'], record['right']] for record in found['lambada']]
+  np.testing.assert_allclose(words, theirs['words'], atol=1e-4)
+  letters = [record['log_probs'] for record in found['mmlu']]
+  np.testing.assert_allclose(letters, theirs['letters'], atol=1e-4)

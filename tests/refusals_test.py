@@ -21,6 +21,7 @@ COMMANDS = (
     'train',
     'preview',
     'generate',
+    'evaluate',
     'chat',
     'convert',
     'quantize',
@@ -35,6 +36,7 @@ NEEDED = {
   'train': QUICKSTART,
   'preview': QUICKSTART,
   'generate': ('--checkpoint=nowhere', '--prompt=[MASK]'),
+  'evaluate': ('--checkpoint=nowhere', '--task=lambada', '--input=nowhere.txt'),
   'chat': ('--checkpoint=nowhere',),
   'convert': ('nowhere', 'out'),
   'quantize': ('nowhere', 'out', '--bits=4'),
@@ -61,6 +63,10 @@ OF_CLASS = {
       f'--gin_file={ROOT}/gin_configs/runs/sft.gin',
       *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'"),
     ),
+  ),
+  'Cloze': (
+    f'--gin_file={ROOT}/gin_configs/runs/cloze.gin',
+    *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'", "BENCHMARK='boolq'"),
   ),
   **{
     kind: (
@@ -239,6 +245,18 @@ GIVEN = {
     ('--top_k=-1', 'Sampling.top_k must be 0 or more'),
     ('--top_p=0', 'Sampling.top_p must be in (0, 1]'),
     ('--top_p=1.5', 'Sampling.top_p must be in (0, 1]'),
+  ],
+  'evaluate': [
+    ('', 'a checkpoint must be a folder with params and meta'),
+    ('--task=', '--task must be one of'),
+    ('--shots=-1', 'Options.shots must be 0 or more'),
+    ('--stride=-1', 'Options.stride must be 0 or more'),
+    ('--limit=-1', 'Options.limit must be 0 or more'),
+    ('--mask=[X]', 'Options.mask must be one of'),
+    ('--blank=x', 'a prompt must be written as {prompt}'),
+    ('--batch_size=0', '--batch_size must be 1 or more'),
+    ('--cpu_devices=-1', '--cpu_devices must be in'),
+    ('--output=nowhere/a.jsonl', '--output must be a file in a folder that exists'),
   ],
   'convert': [
     ('', "SRC must be a folder with a checkpoint, got 'nowhere'"),

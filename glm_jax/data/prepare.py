@@ -89,7 +89,7 @@ def prepare(
     task not in tasks.ANSWERS,
     'fine-tuning must have a recipe of its own',
     f'MIXTURE_OR_TASK_NAME={task!r} in pretraining',
-    'use gin_configs/runs/sft.gin',
+    'use gin_configs/runs/sft.gin, or cloze.gin',
   )
   if task not in tasks.NAMES:
     return _registered_task(task)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -14,15 +12,13 @@ import numpy as np
 
 from glm_jax import configs, distributed, sharding, storage
 from glm_jax.configs import POSITIVE, at_least
+from glm_jax.evaluation import metrics
 from glm_jax.inference.filling import Filler
 from glm_jax.text.conversation import Template
 from glm_jax.training.config import TrainConfig
 
 PREDICTIONS = 'predictions.jsonl'
 """In MODEL_DIR, of the last validation: a prompt, an answer and a reference a line."""
-
-# A character of Chinese, Japanese or Korean is a word of its own.
-_CJK = r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,14 +35,8 @@ class AnswerConfig:
 
   def __post_init__(self):
     configs.check_fields(self)
-    libraries = [name for name in ('rouge_score', 'sacrebleu') if self.examples]
-    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
-    configs.check(
-      not missing,
-      'answers are scored by rouge_score and sacrebleu, which must be installed',
-      f'no {" and no ".join(missing)}',
-      "pip install -e '.[answers]', or set AnswerConfig.examples=0",
-    )
+    if self.examples:
+      metrics.check_libraries('set AnswerConfig.examples=0')
 
 
 class Question(NamedTuple):
@@ -120,7 +110,7 @@ class Answering:
       content = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
       folder = storage.Folder(self._config.model_dir)
       folder.write(PREDICTIONS, content.encode('utf-8'))
-    return score(said, wanted)
+    return metrics.score(said, wanted)
 
   def _text(self, ids: Sequence[int]) -> str:
     if self._template is None:
@@ -155,45 +145,3 @@ def questions(table: Any, prefix: bool) -> Iterator[Question]:
       begin = first + int(gaps[-1]) + 1
       prompt = tokens[first : begin - prefix]
       yield Question(prompt.tolist(), tokens[begin:last].tolist())
-
-
-def words(text: str) -> list[str]:
-  """Of any language: runs of letters and digits, and each character of Chinese.
-
-  Example:
-    >>> words("It's 3. 语言")
-    ['it', 's', '3', '语', '言']
-  """
-  return re.findall(rf'{_CJK}|(?:(?!{_CJK})[^\W_])+', text.lower())
-
-
-class _Words:
-  """`words`, as rouge_score asks for them: its own are of Latin letters alone."""
-
-  def tokenize(self, text: str) -> list[str]:
-    return words(text)
-
-
-def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-  """Exact match, ROUGE (F) and corpus BLEU, in percent.
-
-  Example:
-    >>> score(['a cat sat'], ['a cat sat'])['rougeL']
-    100.0
-  """
-  import sacrebleu
-  from rouge_score import rouge_scorer
-
-  kinds = ('rouge1', 'rouge2', 'rougeL')
-  scorer = rouge_scorer.RougeScorer(kinds, tokenizer=_Words())
-  pairs = [*zip(references, answers, strict=True)]
-  each = [scorer.score(*pair) for pair in pairs]
-  chinese = any(re.search(_CJK, reference) for reference in references)
-  bleu = sacrebleu.corpus_bleu(
-    [*answers], [[*references]], tokenize='zh' if chinese else '13a'
-  )
-  return {
-    'exact_match': 100 * float(np.mean([a == b for a, b in pairs])),
-    **{kind: 100 * float(np.mean([s[kind].fmeasure for s in each])) for kind in kinds},
-    'bleu': float(bleu.score),
-  }

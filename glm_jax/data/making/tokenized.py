@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,30 +151,63 @@ def cached_rows(
 
 def _write(config, vocabulary, split, plan, folder) -> None:
   began = time.perf_counter()
+  counts = new_counts()
+  rows, todo = [], parts.find(config, parts.PART_BYTES)
+  order = Order.of(todo)
+  with tqdm(
+    desc=f'tokenizing {split}', unit=' documents', leave=False, disable=None
+  ) as bar:
+    for part in todo:
+      documents = (d for name, d in parts.read(config, part) if name == split)
+      seen = (d for d in documents if bar.update() or True)
+      rows.append(part_rows(seen, part, split, order, config, vocabulary, plan, counts))
+  keys, records = map(np.concatenate, zip(*rows, strict=True))
+  count = len(keys)
+  check_not_empty(count, counts, split, config)
+  about = {'corpus': config.corpus}
+  records = records[np.argsort(keys)]
+  store(folder, split, records, counts, vocabulary, plan, order.block, about)
+  if split == 'validation' and (words := parts.held_out_in_words(todo)):
+    print(words, flush=True)
+  print(
+    f'{split}: {in_words(counts)} in {count:,} rows of {plan.row_length} in '
+    f'{time.perf_counter() - began:.0f} s',
+    flush=True,
+  )
+
+
+def store(
+  folder: Path,
+  split: str,
+  records: np.ndarray,
+  counts: Mapping[str, int],
+  vocabulary: Vocabulary,
+  plan: RowPlan,
+  block: int,
+  about: dict[str, Any],
+) -> None:
+  """Makes a folder with the rows of one split.
+
+  Args:
+    folder: whose name says all that decides what is in them.
+    split: 'train' or 'validation'.
+    records: [n, record_bytes] uint8, in their order.
+    counts: `shards.COUNTS` of them.
+    vocabulary: of the tokens.
+    plan: how documents became rows.
+    block: see `StoredRows`.
+    about: where the text is from, for a reader.
+  """
   # Runs that begin at the same time each write a folder of their own; the first to be done
   # gives it the name that all look for.
   temporary = folder.with_name(f'.{folder.name}.{os.getpid()}')
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   try:
-    counts = new_counts()
-    rows, todo = [], parts.find(config, parts.PART_BYTES)
-    order = Order.of(todo)
-    with tqdm(
-      desc=f'tokenizing {split}', unit=' documents', leave=False, disable=None
-    ) as bar:
-      for part in todo:
-        documents = (d for name, d in parts.read(config, part) if name == split)
-        seen = (d for d in documents if bar.update() or True)
-        rows.append(part_rows(seen, part, split, order, config, vocabulary, plan, counts))
-    keys, records = map(np.concatenate, zip(*rows, strict=True))
-    count = len(keys)
-    check_not_empty(count, counts, split, config)
     path = epath.Path(temporary) / shards.file_name(split, 0, 1)
-    file = shards.write_file(path, records[np.argsort(keys)])
+    file = shards.write_file(path, records)
     splits: dict[str, dict[str, Any]] = {split: {**counts, 'files': [file]}}
-    about = {'corpus': config.corpus}
-    shards.write_index(epath.Path(temporary), vocabulary, plan, order.block, splits, about)
+    shards.write_index(epath.Path(temporary), vocabulary, plan, block, splits, about)
     # What stands there has no index, or is the same rows by another process.
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -184,13 +218,6 @@ def _write(config, vocabulary, split, plan, folder) -> None:
         raise
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-  if split == 'validation' and (words := parts.held_out_in_words(todo)):
-    print(words, flush=True)
-  print(
-    f'{split}: {in_words(counts)} in {count:,} rows of {plan.row_length} in '
-    f'{time.perf_counter() - began:.0f} s',
-    flush=True,
-  )
 
 
 def check_not_empty(

@@ -184,6 +184,23 @@ def pack(pieces: Sequence[Piece], plan: RowPlan) -> RowTable:
   return table.finish()
 
 
+def grouped_rows(rows: Iterable[Sequence[Piece]], row_length: int) -> RowTable:
+  """A row for each sequence of pieces, which nothing parts and whose order stays.
+
+  Example:
+    >>> piece = lambda *ids: (np.array(ids), np.array(ids) > 6)
+    >>> made = grouped_rows([[piece(5, 7), piece(5, 8)], [piece(5, 9)]], 5)
+    >>> made.tokens.tolist(), made.starts[0].tolist()
+    ([[5, 7, 5, 8, 0], [5, 9, 0, 0, 0]], [True, False, True, False, False])
+  """
+  table = _Table(row_length)
+  for pieces in rows:
+    at = table.new()
+    for tokens, scored in pieces:
+      at = table.add(at, tokens, scored, starts=True)
+  return table.finish()
+
+
 def _cut(
   prompt: np.ndarray, text: np.ndarray, prefix: tuple[int, ...], eos: int, longest: int
 ) -> Iterator[Piece]:
