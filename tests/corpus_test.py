@@ -172,7 +172,7 @@ def test_only_empty_documents_are_refused_and_leave_nothing(tmp_path):
   config = _config(tmp_path, validation=str(tmp_path / 'a.txt'))
   with pytest.raises(ValueError, match='something to see and to predict'):
     tokenized.cached_rows(config, VOCABULARY, 'train', RowPlan(32))
-  assert not list((tmp_path / 'cache' / 'rows').iterdir())
+  assert not [*(tmp_path / 'cache' / 'rows').glob('*')]
 
 
 def test_a_damaged_cache_is_named(tmp_path):

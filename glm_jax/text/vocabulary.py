@@ -298,16 +298,18 @@ class SentencePieceVocabulary(Vocabulary):
     # A text may hold the mark itself, which must not come back as a space: it goes as its
     # three bytes, where the model has pieces for bytes.
     pieces = [self._processor.piece_to_id(f'<0x{b:02X}>') for b in _SPACE.encode()]
-    exact = all(self._processor.is_byte(piece) for piece in pieces)
     # Only a model that adds no space of its own can be cut at the mark below.
-    exact = exact and not self.adds_space
+    exact = not self.adds_space and all(map(self._processor.is_byte, pieces))
     self._bytes_of_space = pieces if exact else []
-    # The kind counts, too: another one reads the same file with other control pieces.
+    # The kind, too: another one reads the same file with other control pieces.
     self.fingerprint = hashlib.sha256(model + self.kind.encode()).hexdigest()[:16]
     return base
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    ids = self._processor.encode(list(texts), num_threads=self.threads, out_type='numpy')
+    if len(texts) > 1:
+      ids = self._processor.encode(list(texts), num_threads=self.threads, out_type='numpy')
+    else:  # threads cost forty times what they would share
+      ids = [np.array(self._processor.encode(text), np.int32) for text in texts]
     for i, text in enumerate(texts):
       # sentencepiece writes a space as this mark; the mark itself goes as its bytes.
       if _SPACE in text and self._bytes_of_space:
@@ -319,8 +321,7 @@ class SentencePieceVocabulary(Vocabulary):
     return ids
 
   def encode_inside(self, text: str) -> list[int]:
-    spec = self._normalizer
-    if not (self.adds_space or spec.remove_extra_whitespaces):
+    if not (self.adds_space or self._normalizer.remove_extra_whitespaces):
       return self.encode(text)
     return self._encode_inside(text)
 

@@ -15,7 +15,8 @@ class CorpusConfig:
   """The text.
 
   Attributes:
-    corpus: 'documentation' (what every Python installation carries), 'shards:DIR' (what
+    corpus: 'documentation' (what every Python installation carries),
+      'documentation:summaries' (questions about its functions), 'shards:DIR' (what
       `make_shards` wrote), 'tfds:NAME' or 'tfds:NAME:VERSION', 'task:NAME' (a seqio task
       of text, or of the feature tokens), or a glob of files: .txt (a document each),
       .jsonl, .json, .csv and .parquet (objects), also .gz and .zst. An object has a text,

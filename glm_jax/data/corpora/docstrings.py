@@ -12,14 +12,17 @@ import inspect
 import multiprocessing
 import os
 import pydoc_data.topics
+import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Characters; less is no document.
 _SHORTEST = 300
+# Words of a summary.
+_FEWEST, _MOST = 3, 14
 # Folders that are not walked: `site-packages` has a root of its own, and tests document
 # nothing.
 _SKIPPED = {
@@ -46,6 +49,20 @@ class SourceDocs(NamedTuple):
 
   package: str
   source: str
+  text: str
+
+
+class Summary(NamedTuple):
+  """What a function is for.
+
+  Attributes:
+    package: top-level package or module.
+    function: its name and arguments, 'get(key, default)'.
+    text: the first sentence of its docstring.
+  """
+
+  package: str
+  function: str
   text: str
 
 
@@ -76,14 +93,8 @@ def sources() -> list[tuple[str, str]]:
 
 def read(args: tuple[str, str]) -> SourceDocs | None:
   """The documentation of one file; None if it cannot be parsed."""
-  root, path = args
-  package = Path(path).parts[0].removesuffix('.py')
-  try:
-    # Parsing others' sources warns of their invalid escapes.
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')
-      tree = ast.parse(Path(root, path).read_text(encoding='utf-8'))
-  except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+  tree = _parsed(args)
+  if tree is None:
     return None
   parts = []
   for node in ast.walk(tree):
@@ -93,7 +104,49 @@ def read(args: tuple[str, str]) -> SourceDocs | None:
       if text.strip():
         parts.append((getattr(node, 'lineno', 0), inspect.cleandoc(text).strip()))
   # ast.walk goes level by level; by line they are in the order of the file.
-  return SourceDocs(package, path, '\n\n'.join(text for _, text in sorted(parts)))
+  return SourceDocs(_package(args), args[1], '\n\n'.join(text for _, text in sorted(parts)))
+
+
+def read_summaries(args: tuple[str, str]) -> list[Summary]:
+  """Those of one file, level by level; none if it cannot be parsed."""
+  tree = _parsed(args)
+  made = []
+  for node in () if tree is None else ast.walk(tree):
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+      continue
+    text = _first_sentence(ast.get_docstring(node) or '')
+    if text and not node.name.startswith('__'):
+      names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+      arguments = ', '.join(name for name in names if name not in ('self', 'cls'))
+      made.append(Summary(_package(args), f'{node.name}({arguments})', text))
+  return made
+
+
+def _first_sentence(text: str) -> str:
+  """Of a docstring, on one line; '' if it is no sentence of a few words.
+
+  Example:
+    >>> _first_sentence('Returns the\\nlength. Never fails.\\n\\nArgs:')
+    'Returns the length.'
+  """
+  paragraph = ' '.join(text.strip().partition('\n\n')[0].split())
+  sentence = re.split(r'(?<=[.])\s', paragraph, maxsplit=1)[0]
+  few = _FEWEST <= len(sentence.split()) <= _MOST
+  return sentence if few and sentence.isascii() and sentence.endswith('.') else ''
+
+
+def _package(args: tuple[str, str]) -> str:
+  return Path(args[1]).parts[0].removesuffix('.py')
+
+
+def _parsed(args: tuple[str, str]) -> ast.Module | None:
+  try:
+    # Parsing others' sources warns of their invalid escapes.
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      return ast.parse(Path(*args).read_text(encoding='utf-8'))
+  except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+    return None
 
 
 def documents() -> Iterator[SourceDocs | None]:
@@ -102,10 +155,21 @@ def documents() -> Iterator[SourceDocs | None]:
   Items of less than 300 characters are left out.
   """
   yield from topics()
+  for docs in _of_files(read):
+    if docs is None or len(docs.text) >= _SHORTEST:
+      yield docs
+
+
+def summaries() -> Iterator[Summary]:
+  """Those of all files, in order."""
+  for made in _of_files(read_summaries):
+    yield from made
+
+
+def _of_files(function: Callable[[tuple[str, str]], Any]) -> Iterator[Any]:
+  """A function of each file, in processes of their own."""
   files = sources()
   # Spawned, not forked: TensorFlow has threads in the parent by now.
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
-    for docs in pool.map(read, files, chunksize=64):
-      if docs is None or len(docs.text) >= _SHORTEST:
-        yield docs
+    yield from pool.map(function, files, chunksize=64)

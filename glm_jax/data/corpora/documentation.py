@@ -13,7 +13,7 @@ import importlib.metadata
 import io
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,13 @@ class Documentation(tfds.core.GeneratorBasedBuilder):
 
 def prepared(cache_dir: Path) -> Documentation:
   """The builder, its data made at first use (half a minute)."""
+  return prepare(Documentation, cache_dir)
+
+
+def prepare(kind: Callable[..., Any], cache_dir: Path) -> Any:
+  """A builder of what this Python has, its data made at first use."""
   tfds.disable_progress_bar()
-  builder = Documentation(data_dir=str(cache_dir / 'tfds' / _environment()))
+  builder = kind(data_dir=str(cache_dir / 'tfds' / _environment()))
   if not Path(builder.data_dir).exists():
     # TFDS reports what it does on stdout and stderr; only the lines of this module count.
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -90,6 +95,14 @@ def prepared(cache_dir: Path) -> Documentation:
       flush=True,
     )
   return builder
+
+
+def held_out(cache_dir: Path) -> set[str]:
+  """Names of the packages whose documentation is the validation split."""
+  split = prepared(cache_dir).as_dataset(
+    split='validation', read_config=tfds.ReadConfig(try_autocache=False)
+  )
+  return {example['package'].decode() for example in tfds.as_numpy(split)}
 
 
 @functools.cache

@@ -222,6 +222,20 @@ class InstalledDocs(DataSet):
     return _state_of(sorted(epath.Path(self.builder().data_dir).iterdir()))
 
 
+class Questions(InstalledDocs):
+  """Questions about its functions: what they do, see `summaries`."""
+
+  prefix = 'documentation:summaries'
+
+  def builder(self) -> Any:
+    from glm_jax.data.corpora import summaries
+
+    return summaries.prepared(cache_dir(self.config))
+
+  def has_prompts(self) -> bool:
+    return True
+
+
 class SeqioTask(TextSource):
   """A registered seqio task: of text, or of the feature tokens."""
 
@@ -306,7 +320,13 @@ class Shards(TextSource):
     return shards.vocabulary_of(self.name)
 
 
-KINDS: tuple[type[TextSource], ...] = (InstalledDocs, DataSet, SeqioTask, Shards)
+KINDS: tuple[type[TextSource], ...] = (
+  InstalledDocs,
+  Questions,
+  DataSet,
+  SeqioTask,
+  Shards,
+)
 """By their prefixes; whatever has none of them is a glob of files."""
 
 
