@@ -42,6 +42,8 @@ class CorpusConfig:
       the pairs of `glm_jax.data.corpora.fields.PAIRS` where there is none.
     conversations: the family (of `glm_jax.text.chat.FAMILIES`) in whose roles objects are
       read as conversations; '' for texts and pairs. The task glm_conversations sets it.
+    ranked: whether objects are answers of which one was preferred, in those roles; a recipe
+      of preferences sets it.
     tfds_data_dir: where TFDS data sets are; '' for the TFDS default.
     cache_dir: where vocabularies and rows are kept between runs.
   """
@@ -61,6 +63,7 @@ class CorpusConfig:
   prompt_key: str = ''
   answer_key: str = ''
   conversations: Annotated[str, one_of('', *FAMILIES)] = ''
+  ranked: bool = False
   tfds_data_dir: Annotated[str, READABLE] = ''
   cache_dir: Annotated[str, LOCAL] = '~/.cache/glm_jax'
 

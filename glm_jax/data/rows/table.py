@@ -41,6 +41,7 @@ class RowPlan:
     template: family whose conversations the documents are; '' for texts and pairs.
     blank: how a prompt becomes Part A, see `glm_jax.text.asking`; '' where prompt and
       answer are one text.
+    ranked: each row is two documents, of which the first was preferred.
   """
 
   row_length: int
@@ -48,6 +49,7 @@ class RowPlan:
   room: tuple[int, ...] = ()
   template: str = ''
   blank: str = ''
+  ranked: bool = False
 
   @property
   def packed(self) -> bool:
@@ -181,6 +183,29 @@ def pack(pieces: Sequence[Piece], plan: RowPlan) -> RowTable:
     if left:
       rows_by_left.setdefault(left, []).append(row)
       sizes_left |= 1 << left
+  return table.finish()
+
+
+def rows_of_pairs(
+  pairs: Iterable[tuple[Piece, Piece]], plan: RowPlan, pad: int
+) -> RowTable:
+  """A row for each pair: the preferred piece, the other, and room for one token more.
+
+  The last token of a row is a target alone; behind the end of the other piece stands one,
+  so that a model reads that end as it does the first one's.
+
+  Example:
+    >>> piece = lambda *ids: (np.array(ids), np.array(ids) > 6)
+    >>> rows = rows_of_pairs([(piece(5, 7), piece(5, 8, 9))], RowPlan(row_length=7), 0)
+    >>> rows.tokens.tolist(), rows.lengths.tolist()
+    ([[5, 7, 5, 8, 9, 0, 0]], [6])
+  """
+  table = _Table(plan.row_length)
+  for pair in pairs:
+    at = table.new()
+    for tokens, scored in pair:
+      at = table.add(at, tokens, scored, starts=True)
+    table.add(at, np.array([pad]), np.array([False]), starts=False)
   return table.finish()
 
 
