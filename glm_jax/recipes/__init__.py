@@ -1,13 +1,14 @@
 """Stages of training, a file each, and how a seqio task becomes a run's data."""
 
 from glm_jax.models.config import ONCE_FIELDS
-from glm_jax.recipes import finetuning, pretraining
+from glm_jax.recipes import finetuning, preference, pretraining
 from glm_jax.training import config
 
 CONFIGURABLES = (
   *config.CONFIGURABLES,
   *pretraining.CONFIGURABLES,
   *finetuning.CONFIGURABLES,
+  *preference.CONFIGURABLES,
 )
 """What gin may bind in a run."""
 
