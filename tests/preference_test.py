@@ -15,8 +15,11 @@ from runs import params
 from glm_jax import checkpoints, sharding
 from glm_jax.batch import Batch
 from glm_jax.models import ComputeConfig, build
+from glm_jax.planning import shapes
 from glm_jax.recipes.preference import Preference
-from glm_jax.training import state, writer
+from glm_jax.training import program, state, writer
+from glm_jax.training.adapters import LoRAConfig
+from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossConfig
 
 LN2 = math.log(2)
@@ -237,6 +240,12 @@ REFUSED = [
     {},
     ['without dropout', '0.1'],
   ),
+  (("Preference.blank='{prompt} [MASK]'",), {}, ['of a model that fills them']),
+  (
+    ("Preference.blank='{prompt} [MASK]'", "Preference.template='chatglm'"),
+    {},
+    ['by a chat template or a blank'],
+  ),
   (('TrainConfig.adapters=@PTuningConfig()',), {}, ['a row of preferences holds two']),
   ((), {'corpus': 'same'}, ['must hold a document', 'with no better answer left out']),
   ((), {'corpus': 'lines'}, ['must be named', 'lines.jsonl line 1']),
@@ -357,6 +366,36 @@ def test_losses_and_gradients_are_those_of_numpy(settings, chunks):
   # The row that fills up the batch counts nowhere.
   assert float(metrics['accuracy'][1]) == 2
   assert {'sft_loss'} <= {*metrics} if recipe.sft_weight else 'sft_loss' not in metrics
+
+
+def test_a_plan_counts_the_reference_as_it_is_kept():
+  """Weights in the dtype of the computation, and nothing of what is not trained."""
+  config = TrainConfig(
+    model=tuned.MODELS['chatglm3'][0],
+    recipe=Preference(feature_lengths={'tokens': 64}),
+    compute=ComputeConfig(dtype='bfloat16'),
+    batch_size=8,
+    train_steps=1,
+    model_dir='none',
+    init_from='none',
+  )
+  layout = sharding.make_mesh(sharding.MeshConfig())
+  built = program.build(config, layout)
+  kept, params = built.frozen['reference'], built.state['params']
+  assert jax.tree.map(lambda a: a.shape, kept) == jax.tree.map(lambda a: a.shape, params)
+  assert kept['words']['weight'].dtype == jnp.bfloat16
+  assert kept['words']['weight'].sharding == params['words']['weight'].sharding
+  assert program.count_frozen(built) == 0
+  config = dataclasses.replace(config, adapters=LoRAConfig(rank=2))
+  built = program.build(config, layout)
+  assert {*built.frozen['reference']} == {'adapters'} == {*built.state['params']}
+  assert program.count_frozen(built) == state.count(params)
+  memory = shapes.memory(config, built, layout)
+  without = built._replace(frozen={**built.frozen, 'reference': {}})
+  leaves = jax.tree.leaves(built.frozen['reference'])
+  kept = sum(a.size * a.dtype.itemsize for a in leaves)
+  more = memory['frozen'] - shapes.memory(config, without, layout)['frozen']
+  assert 0 < more <= kept
 
 
 def test_the_loss_holds_a_quarter_of_the_logits_at_most():

@@ -80,6 +80,12 @@ class Ranking(Pretraining):
     super().__post_init__()
     if self.blank:
       asking.check_pattern(self.blank)
+      configs.check(
+        not self.template,
+        'preferences must be read by a chat template or a blank',
+        f'template={self.template!r} and blank={self.blank!r}',
+        'leave one of them out',
+      )
 
   def check(self, config: TrainConfig) -> None:
     super().check(config)
@@ -118,10 +124,15 @@ class Ranking(Pretraining):
     from glm_jax.data import prepare_answers
 
     family = ''
-    if not self.blank or config.model.causal:
+    if not self.blank:
       family = finetuning.template_of(self, config, vocabulary).family
-    blank = '' if family else self.blank
-    plan = prepare_answers.plan_ranked(self.length, template=family, blank=blank)
+    configs.check(
+      not self.blank or not config.model.causal,
+      'a blank must be of a model that fills them',
+      f'{self.blank!r} for {type(config.model).__name__}',
+      f'leave {type(self).__name__}.blank out',
+    )
+    plan = prepare_answers.plan_ranked(self.length, template=family, blank=self.blank)
     corpora = {
       name: dataclasses.replace(corpus, conversations=family or _PLAIN, ranked=True)
       for name, corpus in self.corpora().items()

@@ -28,7 +28,8 @@ class CorpusConfig:
       beginning ('truncate_prompt_left') or its answer its end ('truncate_answer'), which
       is followed by the end token all the same; it is left out ('drop'), as where nothing
       of one or the other would remain; or it stops the run ('error'). A conversation
-      loses its first rounds with both of the former, and only its last answer an end.
+      loses its first rounds with both of the former, and only its last answer an end;
+      answers that are compared lose rounds alone.
     verify: compare shards with their checksums before training, each process its part.
     validation: a glob of held-out files; '' holds out `validation_fraction`.
     validation_fraction: share of the documents held out, by a hash of all of each; of
