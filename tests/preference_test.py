@@ -159,6 +159,10 @@ def test_a_stopped_run_goes_on_to_the_bit(place, adapted, monkeypatch, way):
     other = ("Preference.kind='ipo'",)
     done = _run('train', place, *bindings, *other, 'TRAIN_STEPS=5', run='straight_full')
     refused(done, 'preference.kind', "was 'sigmoid' and is now 'ipo'")
+    # Nor may it be held against something else than it began with.
+    steps = 'TRAIN_STEPS=5'
+    done = _run('train', place, *bindings, steps, base=stopped, run='straight_full')
+    refused(done, 'reference.fingerprint was')
 
 
 @pytest.mark.slow
