@@ -108,7 +108,9 @@ def train(
       say(f'parameters from {config.init_from}')
     # Traced, so that a mistake in the loss leaves no folder behind.
     evaluation.check(config, data, built, layout)
-  frozen = start.frozen(built, base)
+  frozen = start.frozen(
+    config, built, layout, data.vocabulary.fingerprint, base, current if new else None
+  )
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():

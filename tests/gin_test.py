@@ -11,7 +11,7 @@ from glm_jax.configs import UserError
 from glm_jax.models import ChatGLMConfig
 from glm_jax.recipes import CONFIGURABLES, MOVED, WIRED
 from glm_jax.training import state
-from glm_jax.training.config import TrainConfig
+from glm_jax.training.config import CheckpointModel, TrainConfig
 from glm_jax.tune import TuneConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -70,6 +70,9 @@ def test_every_run_configuration_is_complete(file):
     if f'%{name}' in (ROOT / file).read_text() or name == 'MODEL_DIR'
   ]
   config, text = _load(*required, files=(file,))
+  if isinstance(config.model, CheckpointModel):
+    assert 'Finetuning.task' in text and config.init_from == config.model.path
+    return
   assert config.model.vocab_size % 128 == 0
   row = config.recipe.objectives.row_length(config.recipe.length)
   assert row <= config.model.max_positions + 1

@@ -89,7 +89,7 @@ def prepare(
     task not in tasks.ANSWERS,
     'fine-tuning must have a recipe of its own',
     f'MIXTURE_OR_TASK_NAME={task!r} in pretraining',
-    'use gin_configs/runs/sft.gin, or cloze.gin',
+    'use gin_configs/runs/sft.gin, cloze.gin or dpo.gin',
   )
   if task not in tasks.NAMES:
     return _registered_task(task)
@@ -273,7 +273,10 @@ def rows_of(
 
 
 def _check_plan(path: str, stored: RowPlan, planned: RowPlan) -> None:
-  asks = [f'{plan.template or plan.blank or "text"}' for plan in (stored, planned)]
+  asks = [
+    'ranked answers to ' * plan.ranked + (plan.template or plan.blank or 'text')
+    for plan in (stored, planned)
+  ]
   configs.check(
     asks[0] == asks[1],
     f'the shards in {path} must be of what this run reads, {asks[1]}',

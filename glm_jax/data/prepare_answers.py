@@ -36,6 +36,12 @@ def plan_answers(
   return plan
 
 
+def plan_ranked(length: int, *, template: str = '', blank: str = '') -> RowPlan:
+  """The plan of rows of two answers each, the preferred one first; see `RowPlan`."""
+  plan = plan_answers(length, template=template, blank=blank)
+  return dataclasses.replace(plan, ranked=True)
+
+
 def plan_text(length: int, objectives: ObjectiveConfig, *, causal: bool) -> RowPlan:
   """The plan of rows of text between them, which are of the same size."""
   plan = causal_packing(length)

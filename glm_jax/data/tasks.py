@@ -1,5 +1,6 @@
 """The registered tasks: of pretraining, glm_blank, glm_document, glm_sentence, glm_mixture
-and glm_causal; of fine-tuning, glm_conversations, glm_pairs and glm_cloze."""
+and glm_causal; of fine-tuning, glm_conversations, glm_pairs and glm_cloze; of preferences,
+glm_ranked."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ MIXTURE = 'glm_mixture'
 CAUSAL = 'glm_causal'
 NAMES = (*(f'glm_{name}' for name in MIXED), MIXTURE, CAUSAL)
 CONVERSATIONS, PAIRS = 'glm_conversations', 'glm_pairs'
-CLOZE = 'glm_cloze'
-ANSWERS = (CONVERSATIONS, PAIRS, CLOZE)
+CLOZE, RANKED = 'glm_cloze', 'glm_ranked'
+ANSWERS = (CONVERSATIONS, PAIRS, CLOZE, RANKED)
 EVALUATION = '_evaluation'
 """Ends the names of tasks whose losses can be compared between runs."""
 

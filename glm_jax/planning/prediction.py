@@ -21,6 +21,7 @@ from glm_jax.performance.chips import Chip, of_device_kind
 from glm_jax.planning import estimate, hlo, shapes
 from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
+from glm_jax.training.recipe import REFERENCE
 
 GIB = 2**30
 
@@ -149,7 +150,8 @@ def _build(config: TrainConfig, layout: sharding.Layout, stored: Frozen) -> prog
   built = program.build(config, layout, stored.quantized)
   flat = traverse_util.flatten_dict(built.frozen)
   for path, a in flat.items():
-    if path[-1] != quantized.SCALE and jnp.issubdtype(a.dtype, jnp.floating):
+    as_stored = path[-1] != quantized.SCALE and path[0] != REFERENCE
+    if as_stored and jnp.issubdtype(a.dtype, jnp.floating):
       flat[path] = jax.ShapeDtypeStruct(a.shape, stored.dtype, sharding=a.sharding)
   return built._replace(frozen=traverse_util.unflatten_dict(flat))
 

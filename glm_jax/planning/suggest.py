@@ -168,7 +168,7 @@ def _needs(
   # Embedding and head count apart: they are not gathered layer by layer.
   weights = flops.matmul_weights(m) + m.hidden_size * m.vocab_size
   trained, frozen = weights, 0.0
-  if config.in_part:
+  if config.in_part or config.recipe.reference:
     params, others = program.parts(config, None, stored.quantized)
     trained = state.count(params)
     bits = 8 * np.dtype(stored.dtype).itemsize

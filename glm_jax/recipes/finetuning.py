@@ -83,14 +83,7 @@ class Finetuning(Pretraining):
     return losses.pretraining_loss(model, self.loss_config)
 
   def own_vocabulary(self) -> Vocabulary:
-    # One that is trained on conversations would be of their braces and quotes.
-    configs.check(
-      self.has_vocabulary,
-      'fine-tuning must have the vocabulary of a checkpoint',
-      'none',
-      'set TrainConfig.model=@CheckpointModel() (runs/sft.gin) or VocabularyConfig.path',
-    )
-    return loading.load(self.vocabulary.path)
+    return vocabulary_of(self)
 
   def corpora(self) -> dict[str, CorpusConfig]:
     from glm_jax.data.prepare_answers import TEXT
@@ -117,7 +110,7 @@ class Finetuning(Pretraining):
 
     causal, family, blank = config.model.causal, '', ''
     if self.task == _CONVERSATIONS:
-      family = self._template(config, vocabulary).family
+      family = template_of(self, config, vocabulary).family
     elif not causal:
       blank = self.blank
     plan = prepare_answers.plan_answers(
@@ -133,17 +126,6 @@ class Finetuning(Pretraining):
       corpora[name] = dataclasses.replace(corpora[name], conversations='')
       plans[name] = prepare_answers.plan_text(self.length, self.objectives, causal=causal)
     return corpora, plans, ''
-
-  def _template(self, config: TrainConfig, vocabulary: Vocabulary) -> Any:
-    model = config.model
-    template = chat.template_for(vocabulary, self.template or chat.family_of(model))
-    configs.check(
-      template.reads_again != model.causal,
-      "a chat template must be of the model's family",
-      f'{template.family!r} for {type(model).__name__}',
-      'leave Finetuning.template out',
-    )
-    return template
 
   def of_shards(self, corpora: Mapping[str, str]) -> list[str]:
     from glm_jax.data.prepare_answers import TEXT
@@ -197,7 +179,7 @@ class Finetuning(Pretraining):
       config,
       layout,
       vocabulary,
-      self._template(config, vocabulary) if plan.template else None,
+      template_of(self, config, vocabulary) if plan.template else None,
       [c.rows['validation'] for c in answers if 'validation' in c.rows],
       self.answers,
     )
@@ -238,6 +220,31 @@ class Finetuning(Pretraining):
       for name, text in line.items():
         say(f'  {name:<10} {text}'.replace('\n', '↵'))
     return {'answers': shown}
+
+
+def vocabulary_of(recipe: Any) -> Vocabulary:
+  """That which a recipe of answers names, where no checkpoint has one."""
+  # One that is trained on conversations would be of their braces and quotes.
+  configs.check(
+    recipe.has_vocabulary,
+    'fine-tuning must have the vocabulary of a checkpoint',
+    'none',
+    'set TrainConfig.model=@CheckpointModel() (runs/sft.gin) or VocabularyConfig.path',
+  )
+  return loading.load(recipe.vocabulary.path)
+
+
+def template_of(recipe: Any, config: TrainConfig, vocabulary: Vocabulary) -> Any:
+  """The chat template of a run: the model's, or what `recipe.template` names."""
+  model = config.model
+  template = chat.template_for(vocabulary, recipe.template or chat.family_of(model))
+  configs.check(
+    template.reads_again != model.causal,
+    "a chat template must be of the model's family",
+    f'{template.family!r} for {type(model).__name__}',
+    f'leave {type(recipe).__name__}.template out',
+  )
+  return template
 
 
 CONFIGURABLES = (Finetuning, AnswerConfig)

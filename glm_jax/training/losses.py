@@ -271,3 +271,27 @@ def pretraining_loss(
     return total, metrics
 
   return loss
+
+
+def target_losses(model: Any, variables: Variables, batch: Batch, chunks: int) -> jax.Array:
+  """[B, T] float32: -log p of each target, without dropout.
+
+  Args:
+    model: see `pretraining_loss`.
+    variables: its collections.
+    batch: of rows.
+    chunks: see `LossConfig.vocab_chunks`.
+  """
+
+  def of_chunks(x_BTD: jax.Array, weight_VD: jax.Array) -> jax.Array:
+    return chunked_cross_entropy(x_BTD, weight_VD, batch.targets, chunks)[0]
+
+  result, _ = model.apply(
+    variables,
+    batch.tokens,
+    batch.positions,
+    batch.block_positions,
+    batch.visibility,
+    **({'head': of_chunks} if chunks else {}),
+  )
+  return result if chunks else cross_entropy(result, batch.targets)

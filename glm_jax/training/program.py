@@ -18,6 +18,7 @@ from glm_jax.performance import flags
 from glm_jax.training import adapters, optimizer, state, step, trained
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossFn
+from glm_jax.training.recipe import REFERENCE
 
 
 class Program(NamedTuple):
@@ -30,7 +31,8 @@ class Program(NamedTuple):
     optimizer: of optax.
     state: shapes, dtypes and shardings of the training state.
     frozen: likewise, of the parameters that are not trained, were they float32, or
-      integers and their scales; {} if all are.
+      integers and their scales; and, under `recipe.REFERENCE`, of what is trained as the
+      run began, where the recipe asks for it. Else {}.
     batch: likewise, of a batch.
     attention: the backend, and why it was chosen.
   """
@@ -119,7 +121,11 @@ def build(
 def count_frozen(built: Program) -> int:
   """Number of parameters that are not trained; scales of integers are none."""
   flat = traverse_util.flatten_dict(built.frozen)
-  return sum(leaf.size for path, leaf in flat.items() if path[-1] != integers.SCALE)
+  return sum(
+    leaf.size
+    for path, leaf in flat.items()
+    if path[-1] != integers.SCALE and path[0] != REFERENCE
+  )
 
 
 def all_leaves(config: TrainConfig) -> dict[str, Any]:
@@ -134,7 +140,21 @@ def parts(
   leaves = all_leaves(config)
   params = state.abstract_params(config.model, layout, leaves)
   params, frozen = trained.split(params, config.pattern, leaves)
-  return params, collections.stored(frozen, quantized)
+  frozen = collections.stored(frozen, quantized)
+  if config.recipe.reference:
+    frozen = {**frozen, REFERENCE: _as_began(config, params)}
+  return params, frozen
+
+
+def _as_began(config: TrainConfig, params: Any) -> Any:
+  """Shapes of the copy that a reference is, of those of what is trained."""
+  own = {k: v for k, v in params.items() if k not in config.recipe.leaves(config)}
+  dtypes = jax.eval_shape(lambda tree: step.cast(tree, config.compute.dtype), own)
+  return jax.tree.map(
+    lambda a, cast: jax.ShapeDtypeStruct(a.shape, cast.dtype, sharding=a.sharding),
+    own,
+    dtypes,
+  )
 
 
 def computation(
@@ -148,7 +168,13 @@ def computation(
     return loss(variables, virtual.opened_batch(batch, P), *rest)
 
   def variables(params: Any, frozen: Any) -> dict[str, Any]:
-    whole = trained.merge(params, frozen)
-    return adapters.variables(config.adapters, config.model, whole, quantized)
+    rest = {name: tree for name, tree in frozen.items() if name != REFERENCE}
+
+    def of(trees: Any) -> dict[str, Any]:
+      whole = trained.merge(trees, rest)
+      return adapters.variables(config.adapters, config.model, whole, quantized)
+
+    began = {k: of(frozen[k]) for k in (REFERENCE,) if k in frozen}
+    return {**of(params), **began}
 
   return opened if P else loss, variables

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
   from glm_jax.training.config import TrainConfig
 
 
+REFERENCE = 'reference'
+"""Among the collections that a loss is given: those of what the run began with."""
+
+
 class Work(NamedTuple):
   """What one update is made of.
 
@@ -172,6 +176,15 @@ class Recipe:
     """Parameters that are not the model's: name -> key -> tree, boxed or plain arrays."""
     del config
     return {}
+
+  @property
+  def reference(self) -> bool:
+    """Whether the loss is given `variables[REFERENCE]`, the collections as the run began.
+
+    What is not trained is there once; of what is trained, adapters too, a copy is kept in
+    the dtype of the computation. A run that goes on reads it from `init_from` again.
+    """
+    return False
 
   def work(self, config: TrainConfig, visibility: Visibility) -> tuple[float, float]:
     """Tokens and FLOPs of rows, of numpy: of a batch, or of an average row for a plan."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from glm_jax import checkpoints
 from glm_jax.checkpoints import folder
 from glm_jax.models import config as model_config
 from glm_jax.training import adapters, report
@@ -48,6 +49,9 @@ def identity(config: TrainConfig, data: Any, base: dict[str, str] | None) -> dic
   trained = {'trained': config.trained, 'base': base} if base else {}
   if config.adapters is not None:
     trained['adapters'] = adapters.to_dict(config.adapters)
+  if config.recipe.reference:
+    began = checkpoints.find(config.init_from)
+    trained['reference'] = checkpoints.describe(began)
   return folder.identity(
     model_config.to_dict(config.model),
     data.vocabulary.fingerprint,

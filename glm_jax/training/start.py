@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from flax import traverse_util
 
@@ -18,6 +19,7 @@ from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import adapters, optimizer, program, state
 from glm_jax.training.config import CheckpointModel, TrainConfig
+from glm_jax.training.recipe import REFERENCE
 
 # Fields that two models may differ in and still share their parameters' meaning.
 _FREE = {
@@ -339,8 +341,36 @@ def _check_continues(config: TrainConfig, abstract: Any, folder: epath.Path) -> 
   )
 
 
-def frozen(built: Any, base: Base | None) -> Any:
-  """The parameters that a run does not train, as its base stores them; {} if none."""
-  if base is None:
-    return {}
-  return checkpoints.read_params(base.folder, built.frozen, as_stored=True, some=True)
+def frozen(
+  config: TrainConfig,
+  built: Any,
+  layout: sharding.Layout,
+  vocabulary: str,
+  base: Base | None,
+  current: state.State | None,
+) -> Any:
+  """What a run does not change: parameters as its base stores them, and its reference.
+
+  Args:
+    config: of the run.
+    built: its `program.Program`.
+    layout: of the devices.
+    vocabulary: fingerprint of the run's.
+    base: see `find_base`.
+    current: the state that a new run begins with; None for one that goes on, which looks
+      for its reference where it began.
+  """
+  abstract = {name: tree for name, tree in built.frozen.items() if name != REFERENCE}
+  result = {}
+  if base is not None:
+    result = checkpoints.read_params(base.folder, abstract, as_stored=True, some=True)
+  if REFERENCE in built.frozen:
+    kept = built.frozen[REFERENCE]
+    began = current or begin(config, built, layout, vocabulary, base)
+    # The state is donated to its first step: a copy stays.
+    copy = jax.jit(
+      lambda tree: jax.tree.map(lambda a, like: jnp.copy(a.astype(like.dtype)), tree, kept),
+      out_shardings=jax.tree.map(lambda a: a.sharding, kept),
+    )
+    result[REFERENCE] = copy({name: began['params'][name] for name in kept})
+  return result

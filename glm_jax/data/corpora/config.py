@@ -29,7 +29,8 @@ class CorpusConfig:
       beginning ('truncate_prompt_left') or its answer its end ('truncate_answer'), which
       is followed by the end token all the same; it is left out ('drop'), as where nothing
       of one or the other would remain; or it stops the run ('error'). A conversation
-      loses its first rounds with both of the former, and only its last answer an end.
+      loses its first rounds with both of the former, and only its last answer an end;
+      answers that are compared lose rounds alone.
     verify: compare shards with their checksums before training, each process its part.
     validation: a glob of held-out files; '' holds out `validation_fraction`.
     validation_fraction: share of the documents held out, by a hash of all of each; of
@@ -43,6 +44,8 @@ class CorpusConfig:
       the pairs of `glm_jax.data.corpora.fields.PAIRS` where there is none.
     conversations: the family (of `glm_jax.text.chat.FAMILIES`) in whose roles objects are
       read as conversations; '' for texts and pairs. The task glm_conversations sets it.
+    ranked: whether objects are answers of which one was preferred, in those roles; a recipe
+      of preferences sets it.
     tfds_data_dir: where TFDS data sets are; '' for the TFDS default.
     cache_dir: where vocabularies and rows are kept between runs.
   """
@@ -62,6 +65,7 @@ class CorpusConfig:
   prompt_key: str = ''
   answer_key: str = ''
   conversations: Annotated[str, one_of('', *FAMILIES)] = ''
+  ranked: bool = False
   tfds_data_dir: Annotated[str, READABLE] = ''
   cache_dir: Annotated[str, LOCAL] = '~/.cache/glm_jax'
 

@@ -37,6 +37,8 @@ class Document(NamedTuple):
     prompt: what precedes the text without being learnt.
     ids: tokens, of a document that has them.
     messages: of a conversation.
+    pairs: two conversations each that differ in their last answer, the preferred one first.
+    unranked: how many pairs were found in which no answer is the better one.
     where: it stands, in words, for what is found wrong with it later.
   """
 
@@ -44,6 +46,8 @@ class Document(NamedTuple):
   prompt: str = ''
   ids: Sequence[int] | None = None
   messages: tuple[Message, ...] = ()
+  pairs: tuple[tuple[tuple[Message, ...], tuple[Message, ...]], ...] = ()
+  unranked: int = 0
   where: Callable[[], str] = str
 
 

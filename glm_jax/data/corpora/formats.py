@@ -19,7 +19,7 @@ from etils import epath
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.data.corpora import turns
+from glm_jax.data.corpora import objects
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import Document
 
@@ -174,7 +174,7 @@ def _of_lines(
     if not text.strip():
       continue
     where = functools.partial(_line_in_words, path, number, before)
-    yield turns.read(
+    yield objects.read(
       _loads(text, where, 'a .jsonl file must have a JSON object a line'), config, where
     )
 
@@ -193,7 +193,7 @@ def _of_list(text: str, path: epath.Path, config: CorpusConfig) -> Iterator[Docu
   )
   for number, item in enumerate(content):
     where = functools.partial(' in {}, item {}'.format, path, number + 1)
-    yield turns.read(item, config, where)
+    yield objects.read(item, config, where)
 
 
 def _of_csv(text: str, path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
@@ -229,7 +229,7 @@ def _of_csv(text: str, path: epath.Path, config: CorpusConfig) -> Iterator[Docum
       'put fields that hold a comma in quotes',
     )
     last = functools.partial(_line_in_words, path, reader.line_num - 1, None)
-    yield turns.read(dict(zip(names, row, strict=True)), config, last)
+    yield objects.read(dict(zip(names, row, strict=True)), config, last)
 
 
 def _of_table(path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
@@ -244,7 +244,7 @@ def _of_table(path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
         for row in batch.to_pylist():
           number += 1
           where = functools.partial(' in {}, row {}'.format, path, number)
-          yield turns.read(row, config, where)
+          yield objects.read(row, config, where)
     except (pa.ArrowException, OSError) as error:
       raise UserError(
         f'a .parquet file must be readable, got {path} '

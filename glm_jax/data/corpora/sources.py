@@ -21,7 +21,7 @@ from etils import epath
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.data.corpora import formats, text_files, turns
+from glm_jax.data.corpora import formats, objects, text_files
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import Document
 from glm_jax.data.corpora.held_out import HoldOut
@@ -201,7 +201,7 @@ class DataSet(TextSource):
     with self._prepared():
       dataset = tfds.as_numpy(builder.as_dataset(split=split, read_config=reading))
     for example in dataset:
-      yield turns.read(example, self.config, self._where)
+      yield objects.read(example, self.config, self._where)
 
 
 class InstalledDocs(DataSet):
@@ -286,7 +286,7 @@ class SeqioTask(TextSource):
       if 'tokens' in example:
         yield Document('', ids=example['tokens'].tolist())
       else:
-        yield turns.read(example, self.config, self._where)
+        yield objects.read(example, self.config, self._where)
 
 
 class Shards(TextSource):

@@ -23,15 +23,10 @@ from glm_jax.data.corpora.fields import Document
 from glm_jax.text.chat import form_of
 from glm_jax.text.conversation import Message, Template
 
-_TURNS = ('messages', 'conversations', 'conversation')
+TURNS = ('messages', 'conversations', 'conversation')
 # Of ShareGPT and OpenAI -> ours.
 _ROLES = {'human': 'user', 'gpt': 'assistant', 'function': 'observation'}
 _ROLES |= {'tool': 'observation'}
-
-
-def read(content: Any, config: CorpusConfig, where: Callable[[], str] = str) -> Document:
-  """The conversation of an object, or its text or pair, as `config.conversations` says."""
-  return (document if config.conversations else fields.document)(content, config, where)
 
 
 def document(
@@ -64,10 +59,10 @@ def document(
     )
     # A table has null where a row lacks a field.
     present = {k: v for k, v in content.items() if v is not None}
-    tools = _tools(present.pop('tools', None))
+    described = tools(present.pop('tools', None))
     messages = (*_messages(present, config, template),)
     template.check(messages)
-    messages = template.with_tools(messages, tools)
+    messages = template.with_tools(messages, described)
     template.check(messages)
   except UserError as error:
     raise UserError(f'{str(error).removesuffix(".")}{where()}.') from error
@@ -80,20 +75,12 @@ def _messages(
 ) -> Iterator[Message]:
   if system := content.pop('system', ''):
     yield Message('system', system)
-  name = next((name for name in _TURNS if name in content), None)
+  name = next((name for name in TURNS if name in content), None)
   if name is not None:
-    for turn in _list(content[name], name, 'write [{"role": ..., "content": ...}, ...]'):
-      yield from _turn(turn, template)
+    for said in listed(content[name], name, 'write [{"role": ..., "content": ...}, ...]'):
+      yield from turn(said, template)
     return
-  for past in _list(content.pop('history', ()), 'history', 'write [[question, answer]]'):
-    configs.check(
-      isinstance(past, Sequence) and not isinstance(past, str) and len(past) == 2,
-      'a round of a history must be a question and its answer',
-      f'{past!r:.80}',
-      'write [question, answer]',
-    )
-    yield Message('user', past[0])
-    yield Message('assistant', past[1], without_loss=True)
+  yield from past(content.pop('history', ()))
   pair = fields.document(content, config)
   configs.check(
     bool(pair.prompt),
@@ -104,18 +91,31 @@ def _messages(
   yield from (Message('user', pair.prompt), Message('assistant', pair.text))
 
 
-def _turn(turn: Any, template: Template) -> Iterator[Message]:
+def past(history: Any) -> Iterator[Message]:
+  """The messages of rounds that were, in order."""
+  for one in listed(history, 'history', 'write [[question, answer]]'):
+    configs.check(
+      isinstance(one, Sequence) and not isinstance(one, str) and len(one) == 2,
+      'a round of a history must be a question and its answer',
+      f'{one!r:.80}',
+      'write [question, answer]',
+    )
+    yield Message('user', one[0])
+    yield Message('assistant', one[1], without_loss=True)
+
+
+def turn(given: Any, template: Template) -> Iterator[Message]:
   """The messages that one turn says, in order."""
   configs.check(
-    isinstance(turn, Mapping) and ('role' in turn or 'from' in turn),
+    isinstance(given, Mapping) and ('role' in given or 'from' in given),
     'a turn must be an object with a role',
-    f'{turn!r:.80}',
+    f'{given!r:.80}',
     'write {"role": ..., "content": ...}',
   )
-  turn = {k: v for k, v in turn.items() if v is not None}
-  role, text = str(turn.get('role', turn.get('from'))), turn.get('content', '')
-  text = turn.get('value', text)
-  learnt = turn.get('loss', bool(turn.get('weight', 1)))
+  said = {k: v for k, v in given.items() if v is not None}
+  role, text = str(said.get('role', said.get('from'))), said.get('content', '')
+  text = said.get('value', text)
+  learnt = said.get('loss', bool(said.get('weight', 1)))
   configs.check(
     isinstance(learnt, bool),
     'the loss of a turn must be true or false',
@@ -123,19 +123,19 @@ def _turn(turn: Any, template: Template) -> Iterator[Message]:
     'say',
   )
   unlearnt = {'without_loss': not learnt}
-  if role == 'function_call' or 'parameters' in turn:
-    call = turn if role != 'function_call' else _parsed(text, 'a call of a tool')
+  if role == 'function_call' or 'parameters' in said:
+    call = said if role != 'function_call' else _parsed(text, 'a call of a tool')
     yield _call(call, template, unlearnt)
-    if 'observation' in turn:
-      seen = turn['observation']
+    if 'observation' in said:
+      seen = said['observation']
       yield Message('observation', seen if isinstance(seen, str) else _json(seen))
     return
   role = _ROLES.get(role, role)
-  calls = turn.get('tool_calls', ())
+  calls = said.get('tool_calls', ())
   if role == 'assistant':
     if text or not calls:
-      yield Message(role, text, turn.get('metadata', ''), **unlearnt)
-    for call in _list(calls, 'tool_calls', 'write a list'):
+      yield Message(role, text, said.get('metadata', ''), **unlearnt)
+    for call in listed(calls, 'tool_calls', 'write a list'):
       function = call.get('function', call) if isinstance(call, Mapping) else call
       yield _call(function, template, unlearnt)
   else:
@@ -158,11 +158,12 @@ def _call(call: Any, template: Template, unlearnt: dict[str, bool]) -> Message:
   return Message(said.role, said.content, said.metadata, **unlearnt)
 
 
-def _tools(tools: Any) -> list[Any]:
-  if isinstance(tools, str):
-    tools = _parsed(tools, 'tools')
-  tools = [*_list(tools or (), 'tools', 'write a list')]
-  for tool in tools:
+def tools(given: Any) -> list[Any]:
+  """The tools of an object, checked."""
+  if isinstance(given, str):
+    given = _parsed(given, 'tools')
+  given = [*listed(given or (), 'tools', 'write a list')]
+  for tool in given:
     function = tool.get('function', tool) if isinstance(tool, Mapping) else {}
     configs.check(
       isinstance(function, Mapping) and isinstance(function.get('parameters'), Mapping),
@@ -170,10 +171,11 @@ def _tools(tools: Any) -> list[Any]:
       f'{tool!r:.80}',
       'give {"name": …, "description": …, "parameters": {…}}',
     )
-  return tools
+  return given
 
 
-def _list(value: Any, name: str, remedy: str) -> Sequence[Any]:
+def listed(value: Any, name: str, remedy: str) -> Sequence[Any]:
+  """A field's value; UserError unless it is a list."""
   configs.check(
     isinstance(value, Sequence) and not isinstance(value, str),
     f'the field {name!r} must be a list',

@@ -24,7 +24,7 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
   reads as the document does.
 
   Args:
-    example: [L] arrays of the batch contract.
+    example: [L] arrays of the batch contract; with `ranked`, of two answers.
     vocabulary: of the tokens.
   """
   tokens, block = example['tokens'], example['block_positions']
@@ -41,11 +41,12 @@ def render(example: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> str:
     lines = [f'{name}: {length} tokens, {len(starts)} document(s), {scored} scored']
     if name == 'answer':
       lines[0] += f', between {_LEARNT[0]} and {_LEARNT[1]}'
-    for start, end in zip(starts, [*starts[1:], length], strict=True):
+    which = ('chosen ', 'rejected ') if 'ranked' in example else [''] * len(starts)
+    for start, end, whose in zip(starts, [*starts[1:], length], which, strict=True):
       one = {k: v[start:end] for k, v in example.items() if v.ndim}
       text = _answers(one, vocabulary) if name == 'answer' else ''
       text = text or _texts([tokens[start:end]], vocabulary)[0]
-      lines += _wrap(f'  {start}..{end - 1}:  ', text)
+      lines += _wrap(f'  {whose}{start}..{end - 1}:  ', text)
     return '\n'.join(lines)
   lines = [
     f'{name}: {length} tokens, Part A {part_a}, '

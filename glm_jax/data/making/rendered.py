@@ -6,7 +6,8 @@ What carries loss is an answer and the token that ends it. The ids are those of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -61,6 +62,88 @@ def pieces(
       counts['tokens'] += len(ids)
       counts['shortened'] += shortened
       yield np.array(ids, np.int32), np.array(scored, bool)
+
+
+def ranked(
+  documents: Iterable[Document],
+  vocabulary: Vocabulary,
+  plan: RowPlan,
+  rule: str,
+  counts: dict[str, int],
+) -> Iterator[tuple[Piece, Piece]]:
+  """Pairs of answers, with as much of what was asked as lets both fit one row.
+
+  What is too long loses whole turns from the left, the same in both; its last question
+  and its answers are never cut.
+
+  Args:
+    documents: in order.
+    vocabulary: of the tokens.
+    plan: of the rows; with a blank, of a model without a chat template.
+    rule: of `CorpusConfig.too_long`.
+    counts: see `tokenized.part_rows`.
+
+  Raises:
+    UserError: one that is no pair; one too long, with the rule 'error'; several turns
+      where there is no chat template.
+  """
+  template = chat.template_for(vocabulary, plan.template) if plan.template else None
+  # Behind both, there is one token more.
+  longest = plan.longest - 1
+
+  def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    if template is not None:
+      return template.encode_masked(messages)
+    prompt, answer = (message.content for message in messages)
+    room = len(prompt.encode()) + len(answer.encode()) + longest
+    ids, unscored, _ = asking.encode_pair(vocabulary, plan.blank, prompt, answer, room)
+    return ids, [i >= unscored for i in range(len(ids))]
+
+  for number, document in enumerate(documents, 1):
+    where = document.where() or f' in document {number}'
+    configs.check(
+      bool(document.pairs) or document.unranked > 0,
+      'preferences must be read from objects: .jsonl, .json, .csv or .parquet',
+      f'a text{where}',
+      'write {"prompt": ..., "chosen": ..., "rejected": ...} in a line each',
+    )
+    counts['unranked'] += document.unranked
+    for pair in document.pairs:
+      configs.check(
+        template is not None or len(pair[0]) == 2,
+        'a model without a chat template must be asked a single question',
+        f'{len(pair[0])} messages{where}',
+        'leave out what was said before, or name a template',
+      )
+      for asked in _from_the_left(pair[0][:-1]):
+        both = [encode([*asked, side[-1]]) for side in pair]  # the preferred one first
+        total = sum(len(ids) for ids, _ in both)
+        if total <= longest:
+          break
+        _refuse(rule, total, longest, where)
+        if rule == 'drop':
+          break
+      if total > longest:
+        counts['dropped'] += 1
+        continue
+      counts['documents'] += 1
+      counts['tokens'] += total
+      counts['shortened'] += len(asked) < len(pair[0]) - 1
+      # The last token of a row is a target alone: behind the end of the other answer stands
+      # one more, so that a model reads that end as it does the first one's.
+      both[1] = both[1][0] + [vocabulary.specials.pad], both[1][1] + [False]
+      first, second = (
+        (np.array(ids, np.int32), np.array(scored, bool)) for ids, scored in both
+      )
+      yield first, second
+
+
+def _from_the_left(asked: Sequence[Message]) -> Iterator[tuple[Message, ...]]:
+  """All of what was asked; then from each later question on, behind what opens it."""
+  opens = [*itertools.takewhile(lambda m: m.role == 'system', asked)]
+  for i, message in enumerate(asked):
+    if message.role == 'user':
+      yield (*opens, *asked[i:])
 
 
 _Fitted = tuple[list[int], list[bool], bool]

@@ -26,7 +26,7 @@ from glm_jax.data.corpora.sources import CorpusPart
 from glm_jax.data.making import rendered
 from glm_jax.data.making.order import Order
 from glm_jax.data.rows import pairs, shards
-from glm_jax.data.rows.table import Encoded, RowPlan, make_rows, pack
+from glm_jax.data.rows.table import Encoded, RowPlan, grouped_rows, make_rows, pack
 from glm_jax.text.vocabulary import Vocabulary
 
 # Counts up when the same text and plan would make other rows: caches are made again.
@@ -93,7 +93,10 @@ def part_rows(
   Returns:
     [n] uint64 keys, see `Order`; and [n, record_bytes] uint8 records.
   """
-  if plan.template or plan.blank:
+  if plan.ranked:
+    found = rendered.ranked(documents, vocabulary, plan, config.too_long, counts)
+    table = grouped_rows(found, plan.row_length)
+  elif plan.template or plan.blank:
     table = pack(
       [*rendered.pieces(documents, vocabulary, plan, config.too_long, counts)], plan
     )
@@ -112,6 +115,7 @@ def in_words(counts: Mapping[str, int]) -> str:
     'skipped': 'with nothing to predict skipped',
     'shortened': 'longer than a row shortened',
     'dropped': 'longer than a row left out',
+    'unranked': 'with no better answer left out',
   }
   some = [f'{counts[name]:,} {what}' for name, what in words.items() if counts[name]]
   text = f'{counts["documents"]:,} documents, {counts["tokens"]:,} tokens'
@@ -135,7 +139,7 @@ def cached_rows(
   # All that decides what is in the rows is in the name of their folder.
   key = [_FORMAT, corpora.fingerprint(config), vocabulary.fingerprint, split]
   key += [plan.row_length, plan.positions, plan.room, config.too_long]
-  key += [plan.template, plan.blank]
+  key += [plan.template, plan.blank] + ['ranked'] * plan.ranked
   name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
   folder = sources.cache_dir(config) / 'rows' / name
   if not (folder / shards.INDEX).exists():

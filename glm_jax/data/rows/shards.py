@@ -35,9 +35,10 @@ from glm_jax.text.vocabulary import Vocabulary
 FORMAT = 2
 HEAD, TAIL = 12, 4
 """Bytes before and behind a record in a TFRecord file: its size and checksums."""
-COUNTS = ('documents', 'tokens', 'skipped', 'shortened', 'dropped')
+COUNTS = ('documents', 'tokens', 'skipped', 'shortened', 'dropped', 'unranked')
 """What is counted of a split: documents that became rows, their tokens; documents with
-nothing to predict; pairs longer than a row that were shortened, or left out."""
+nothing to predict; pairs longer than a row that were shortened, or left out; pairs of
+answers none of which is the better one. Two answers to be compared are one document."""
 INDEX, VOCABULARY = 'index.json', 'vocabulary.json'
 # Pieces of the largest vocabulary whose ids are written as uint16.
 _LARGEST_NARROW = 2**16
@@ -295,6 +296,7 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
       # Older shards are of texts and pairs.
       template=str(fields.get('template', '')),
       blank=str(fields.get('blank', '')),
+      ranked=bool(fields.get('ranked', False)),
     )
     splits = {
       name: (tuple(File(**file) for file in split['files']), split)

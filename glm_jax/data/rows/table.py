@@ -41,6 +41,7 @@ class RowPlan:
     template: family whose conversations the documents are; '' for texts and pairs.
     blank: how a prompt becomes Part A, see `glm_jax.text.asking`; '' where prompt and
       answer are one text.
+    ranked: each row is two documents, of which the first was preferred.
   """
 
   row_length: int
@@ -48,6 +49,7 @@ class RowPlan:
   room: tuple[int, ...] = ()
   template: str = ''
   blank: str = ''
+  ranked: bool = False
 
   @property
   def packed(self) -> bool:
