@@ -17,7 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import backend
 
 from glm_jax import configs
-from glm_jax.attention import hopper
 from glm_jax.batch import Visibility
 
 DTYPES = ('bfloat16', 'float16')
@@ -139,6 +138,9 @@ def _backward(own_gradients, saved, d_out):
 
   q, k, v, start, end, out, statistics = saved
   if own_gradients:
+    # Only a GPU's program needs Mosaic, which takes half a second to import.
+    from glm_jax.attention import hopper
+
     return *hopper.gradients(q, k, v, d_out, out, statistics, start, end), None, None
   if is_hopper(backend.get_default_device()):
     mask = Mask(k_start=start[:, None], k_end=end[:, None])
