@@ -7,7 +7,7 @@ imported by the losses of GLM's objectives alone, which are made as in training.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ from glm_jax.inference.forward import Forward, Loss, Scores
 from glm_jax.inference.generation import Completion, Generation
 from glm_jax.inference.request import Answer, check_context
 from glm_jax.models.cache import DTYPES
+from glm_jax.text import chat
+from glm_jax.text.conversation import Message
 
 
 def load(
@@ -93,7 +95,7 @@ class LanguageModel:
     configs.check_value('cache_dtype', cache_dtype, configs.one_of('', *DTYPES))
     compute = models.ComputeConfig(dtype=dtype)
     self.config, self.vocabulary, self.layout = source.config, source.vocabulary, layout
-    self.variables = source.read(layout)
+    self.variables, self._value = source.read(layout), source.value
     self._forward = Forward(self.config, self.variables, compute, layout, batch_size)
     self.reader = candidate_lib.Reader(
       self.config, self.variables, self.vocabulary, compute, layout
@@ -212,6 +214,43 @@ class LanguageModel:
       tokens,
       np.array([one.stops[-1] for one in said]),
     )
+
+  def reward(
+    self, conversations: Sequence[Sequence[Mapping[str, str]]], template: str = ''
+  ) -> np.ndarray:
+    """[n] float32: what a reward model (gin_configs/runs/reward.gin) makes of answers.
+
+    Args:
+      conversations: each ends with an answer: [{'role': 'user', 'content': ...}, ...].
+      template: a key of `glm_jax.text.chat.FAMILIES`; '' for that of the model.
+
+    Raises:
+      UserError: no reward model, or no conversation of its template.
+    """
+    value_D = self._value()
+    configs.check(
+      value_D is not None,
+      'rewards must be those of a reward model',
+      'a model that has none',
+      'train one with gin_configs/runs/reward.gin',
+    )
+    configs.check(
+      bool(conversations) and not isinstance(conversations[0], Mapping),
+      'conversations must be a list of lists of messages',
+      repr(conversations)[:80],
+      "give [[{'role': 'user', 'content': ...}, {'role': 'assistant', ...}]]",
+    )
+    c, v = self.config, self.vocabulary
+    form, made = chat.template_for(v, template or chat.family_of(c)), []
+    for messages in conversations:
+      ids, scored = form.encode_masked([Message(**message) for message in messages])
+      # Behind the prompt, of a model that fills blanks, stands what opens an answer.
+      first = scored.index(True) - (not c.causal)
+      check_context(c, len(ids))
+      asked = prompt_lib.request(c, v, 0, ids[:first])
+      made.append(scoring.lay_out(c, v, asked, [ids[first + (not c.causal) :]]))
+    values = self._forward.values(scoring.batch(made, 'answer', v.specials.pad), value_D)
+    return np.array([x[len(row.tokens) - 1] for x, row in zip(values, made, strict=True)])
 
   def generate(self, prompts: str | Sequence[str], **how: Any) -> list[Completion]:
     """Fills the blanks of prompts, or goes on with them; `samples` answers a prompt.

@@ -28,12 +28,14 @@ class Stored(NamedTuple):
     read: the collections of the model on a mesh: {'params'}, and more, those of adapters
       among them.
     fingerprint: tells these weights from others.
+    value: [D] float32, which scores answers, of a reward model; None of any other.
   """
 
   config: Any
   vocabulary: Vocabulary
   read: Callable[[sharding.Layout], dict[str, Any]]
   fingerprint: Callable[[], str]
+  value: Callable[[], jax.Array | None] = lambda: None
 
 
 def find(path: str, beside: str = '') -> Stored:
@@ -63,7 +65,8 @@ def find(path: str, beside: str = '') -> Stored:
   vocabulary = start.vocabulary_of(folder, meta)
   if not beside:
     read = lambda layout: _read(folder, folder, meta.get('adapters'), config, layout)
-    return Stored(config, vocabulary, read, lambda: fingerprint(folder))
+    value = lambda: _value(folder)
+    return Stored(config, vocabulary, read, lambda: fingerprint(folder), value)
   own, trained = _adapters_for(folder, beside)
   return Stored(
     config,
@@ -71,6 +74,18 @@ def find(path: str, beside: str = '') -> Stored:
     lambda layout: _read(folder, own, trained, config, layout),
     lambda: f'{fingerprint(folder)} {fingerprint(own)}',
   )
+
+
+def _value(folder: Any) -> jax.Array | None:
+  """The leaf of `glm_jax.recipes.reward` that a checkpoint holds, if it does."""
+  held = checkpoints.stored_leaves(folder).get(('value', 'weight'))
+  if held is None:
+    return None
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shape = jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=here)
+  shapes = {'value': {'weight': shape}}
+  params = checkpoints.read_params(folder, shapes, some=True, merge=False)
+  return params['value']['weight']
 
 
 def _adapters_for(folder: Any, beside: str) -> tuple[Any, dict[str, Any]]:

@@ -284,7 +284,8 @@ B, T, V = 3, 9, 5
 class _Table:
   """A model whose parameters are its logits [B, T, V]."""
 
-  def apply(self, variables, *_, head=None):
+  def apply(self, variables, *_, head=None, deterministic, rngs):
+    assert deterministic and rngs is None
     logits = variables['params']['logits']
     return (logits if head is None else head(logits, jnp.eye(V)), None)
 

@@ -97,6 +97,10 @@ class Forward:
     targets, ends = zip(*parts, strict=True)
     return np.concatenate(targets), np.concatenate(ends)
 
+  def values(self, rows: Batch, value_D: np.ndarray) -> np.ndarray:
+    """[B, T] float32: what each token is worth to a reward model."""
+    return np.concatenate([*self._in_parts(_values, rows, value_D=value_D)])
+
   def _in_parts(self, function: Any, rows: Batch, **more: Any) -> Iterator[Any]:
     """A function of rows, a few of them at a time."""
     B, T = rows.tokens.shape
@@ -127,13 +131,33 @@ class Forward:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(config: Any, compute: Any, variables: Any, batch: Batch) -> jax.Array:
   """[B, T, V] float32."""
+  return _whole(_applied(config, compute, variables, batch).astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _values(
+  config: Any, compute: Any, variables: Any, batch: Batch, value_D: jax.Array
+) -> jax.Array:
+  """See `Forward.values`."""
+  x_BTD = _applied(config, compute, variables, batch, head=lambda x_BTD, _: x_BTD)
+  return _whole(x_BTD.astype(jnp.float32) @ value_D)
+
+
+def _applied(
+  config: Any, compute: Any, variables: Any, batch: Batch, **head: Any
+) -> jax.Array:
   P = virtual.count(variables)
   if P:
     batch = virtual.opened_batch(batch, P)
-  logits_BTV, _ = models.build(config, compute).apply(
-    variables, batch.tokens, batch.positions, batch.block_positions, batch.visibility
+  result, _ = models.build(config, compute).apply(
+    variables,
+    batch.tokens,
+    batch.positions,
+    batch.block_positions,
+    batch.visibility,
+    **head,
   )
-  return _whole(logits_BTV[:, P:].astype(jnp.float32))
+  return result[:, P:]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames='stops')

@@ -1,7 +1,7 @@
 """Stages of training, a file each, and how a seqio task becomes a run's data."""
 
 from glm_jax.models.config import ONCE_FIELDS
-from glm_jax.recipes import cloze, finetuning, preference, pretraining
+from glm_jax.recipes import cloze, finetuning, preference, pretraining, reward
 from glm_jax.training import config
 
 CONFIGURABLES = (
@@ -10,6 +10,7 @@ CONFIGURABLES = (
   *finetuning.CONFIGURABLES,
   *cloze.CONFIGURABLES,
   *preference.CONFIGURABLES,
+  *reward.CONFIGURABLES,
 )
 """What gin may bind in a run."""
 

@@ -31,7 +31,7 @@ from glm_jax.recipes.reading import TaskData
 from glm_jax.text import asking, loading
 from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training.config import TrainConfig
-from glm_jax.training.losses import LossFn, chunked_cross_entropy, cross_entropy
+from glm_jax.training.losses import LossFn, applied, chunked_cross_entropy, cross_entropy
 
 _TASK = 'glm_cloze'
 _LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix')
@@ -351,7 +351,7 @@ def candidates_loss(
     if chunks:
       of_chunks = lambda x, w: chunked_cross_entropy(x, w, batch.targets, chunks)[0]
       head = {'head': of_chunks}
-    result = _applied(model, variables, batch, key, **head)
+    result = applied(model, variables, batch, key, **head)
     losses_BT = result if chunks else cross_entropy(result, batch.targets)
     scores_BN, there_BN = scores(-losses_BT, batch, most, penalty)
     rows = there_BN[:, 0]
@@ -366,7 +366,7 @@ def classifier_loss(model: Any, dropout: float) -> LossFn:
 
   def loss(variables: Any, batch: Any, key: jax.Array | None, counts: Any = None):
     del counts
-    x_BTD = _applied(model, variables, batch, key, head=lambda x_BTD, _: x_BTD)
+    x_BTD = applied(model, variables, batch, key, head=lambda x_BTD, _: x_BTD)
     at = batch.loss_weights > 0
     label = jnp.where(at, batch.targets, 0).sum(1)
     x_BD = jnp.where(at[..., None], x_BTD, 0).astype(jnp.float32).sum(1)
@@ -393,20 +393,6 @@ def classified(
     kept = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - dropout, x_BD.shape)
     x_BD = jnp.where(kept, x_BD / (1 - dropout), 0)
   return x_BD @ weights['out']['weight'] + weights['out']['bias']
-
-
-def _applied(model: Any, variables: Any, batch: Any, key: Any, **head: Any) -> jax.Array:
-  result, _ = model.apply(
-    variables,
-    batch.tokens,
-    batch.positions,
-    batch.block_positions,
-    batch.visibility,
-    deterministic=key is None,
-    rngs=None if key is None else {'dropout': key},
-    **head,
-  )
-  return result
 
 
 CONFIGURABLES = (Cloze,)

@@ -64,7 +64,7 @@ class RankedData(TaskData):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking(Pretraining):
-  """What `Preference` is made of.
+  """What `Preference` and `Reward` are made of.
 
   Attributes, besides those of `Pretraining`, of which `objectives` are not used:
     template: a key of `glm_jax.text.chat.FAMILIES`; '' for that of the model.

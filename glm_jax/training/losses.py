@@ -286,12 +286,31 @@ def target_losses(model: Any, variables: Variables, batch: Batch, chunks: int) -
   def of_chunks(x_BTD: jax.Array, weight_VD: jax.Array) -> jax.Array:
     return chunked_cross_entropy(x_BTD, weight_VD, batch.targets, chunks)[0]
 
+  head = {'head': of_chunks} if chunks else {}
+  result = applied(model, variables, batch, None, **head)
+  return result if chunks else cross_entropy(result, batch.targets)
+
+
+def applied(
+  model: Any, variables: Variables, batch: Batch, key: jax.Array | None, **head: Any
+) -> jax.Array:
+  """What a model makes of a batch: logits, or what `head` makes of (x_BTD, weight_VD).
+
+  Args:
+    model: see `pretraining_loss`.
+    variables: its collections.
+    batch: of rows.
+    key: of dropout; None for none.
+    **head: see `glm_jax.models.glm.GLM`.
+  """
   result, _ = model.apply(
     variables,
     batch.tokens,
     batch.positions,
     batch.block_positions,
     batch.visibility,
-    **({'head': of_chunks} if chunks else {}),
+    deterministic=key is None,
+    rngs=None if key is None else {'dropout': key},
+    **head,
   )
-  return result if chunks else cross_entropy(result, batch.targets)
+  return result

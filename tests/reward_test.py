@@ -1,0 +1,176 @@
+"""Reward models: through the command, beside NumPy, and in Python."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tuned
+from commands import gin, in_process, refused
+from preference_test import T, _batch, _lines
+
+import glm_jax
+from glm_jax import sharding
+from glm_jax.configs import UserError
+from glm_jax.recipes.reward import Reward, at_end
+from glm_jax.training import writer
+
+LN2 = math.log(2)
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('rewarded')
+  for family in ('chatglm3', 'chatglm'):
+    tuned.checkpoint(folder, family)
+  tuned.write(folder / 'ranked.jsonl', _lines(160))
+  tuned.write(folder / 'held_out.jsonl', _lines(24, first=300))
+  return folder
+
+
+def _run(folder, *bindings, family='chatglm3', run='run', flags=()):
+  places = [
+    f"MODEL_DIR='{folder}/{run}'",
+    f"INIT_FROM='{folder / f'{family}_base'}'",
+    f"CORPUS='{folder / 'ranked.jsonl'}'",
+    f"CorpusConfig.validation='{folder / 'held_out.jsonl'}'",
+    f"CorpusConfig.cache_dir='{folder}/cache'",
+    "TASK_FEATURE_LENGTHS={'tokens': 128}",
+    "ComputeConfig.dtype='float32'",
+    'BATCH_SIZE=8',
+    'TRAIN_STEPS=4',
+    'OptimizerConfig.warmup_steps=1',
+    'OptimizerConfig.learning_rate=3e-3',
+    'EvaluationConfig.examples=0',
+    'EvaluationConfig.every=100',
+    'TrainConfig.log_every=1',
+  ]
+  flags = ['--gin_file=gin_configs/runs/reward.gin', *flags]
+  return in_process('train', *flags, *gin(*places, *bindings))
+
+
+def _conversations(lines, name):
+  return [
+    [
+      {'role': 'user', 'content': line['prompt']},
+      {'role': 'assistant', 'content': line[name]},
+    ]
+    for line in lines
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['chatglm3', 'chatglm'])
+def test_a_reward_is_what_was_validated(place, family):
+  """Answers that shared a row in training are apart here: what is packed leaks nothing."""
+  bindings = [f"Reward.template='{family}'", 'TRAIN_STEPS=120', 'TrainConfig.log_every=40']
+  done = _run(place, *bindings, family=family, run=family)
+  assert done.returncode == 0, done.stderr
+  first, *_, last = writer.read(str(place / family), 'validation')
+  assert first['loss'] == pytest.approx(LN2, abs=1e-6) and first['accuracy'] == 0.5
+  assert last['accuracy'] >= 0.9, last
+  model = glm_jax.load(place / family)
+  lines = _lines(24, first=300)
+  chosen, rejected = (
+    model.reward(_conversations(lines, name), family) for name in ('chosen', 'rejected')
+  )
+  assert chosen.mean() == pytest.approx(last['reward/chosen'], abs=1e-4)
+  assert rejected.mean() == pytest.approx(last['reward/rejected'], abs=1e-4)
+  assert (chosen > rejected).mean() == pytest.approx(last['accuracy'])
+  # One at a time is the same: nothing depends on what stands beside it.
+  one = model.reward(_conversations(lines[3:4], 'chosen'), family)
+  np.testing.assert_allclose(one, chosen[3:4], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_devices_and_micro_batches_balance_the_same_batch(place, monkeypatch):
+  found, make_mesh = {}, sharding.make_mesh
+  for name, count, more in (
+    ('one', 1, ()),
+    ('parts', 1, ('TrainConfig.microbatches=4',)),
+    ('eight', 8, ('MeshConfig.fsdp=4', 'MeshConfig.tensor=2')),
+  ):
+    here = jax.devices()[:count]
+    monkeypatch.setattr(sharding, 'make_mesh', lambda c, d=None: make_mesh(c, d or here))
+    done = _run(place, 'Reward.length_balanced=True', *more, run=name)
+    assert done.returncode == 0 and f'on {count} cpu' in done.stdout, done.stderr
+    found[name] = [r['loss'] for r in writer.read(str(place / name), 'train')]
+  for name in ('parts', 'eight'):
+    np.testing.assert_allclose(found[name], found['one'], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_and_the_vector_are_trained_and_read(place):
+  lora = ('--gin_file=gin_configs/runs/lora.gin',)
+  done = _run(place, run='adapted', flags=lora)
+  assert done.returncode == 0, done.stderr
+  model = glm_jax.load(place / 'adapted')
+  assert np.abs(model.reward(_conversations(_lines(2), 'chosen'))).min() > 0
+
+
+class _Values:
+  """A model that makes of each token what it is worth, [B, T, 1]."""
+
+  def apply(self, variables, *_, head, deterministic, rngs):
+    return head(variables['params']['worth'][..., None], None), None
+
+
+SETTINGS = [{}, {'margin': 0.5}, {'squares': 0.1}, {'length_balanced': True}]
+
+
+@pytest.mark.parametrize('settings', SETTINGS, ids=str)
+def test_losses_and_gradients_are_those_of_numpy(settings):
+  recipe = Reward(feature_lengths={'tokens': T}, **settings)
+  batch = _batch()
+  # A third pair, alike in length to none of the others.
+  weights, start = batch.loss_weights.copy(), batch.key_start.copy()
+  weights[2, 1:3], weights[2, 5:6], start[2] = 1, 1, [0] * 4 + [4] * 5
+  batch = batch._replace(loss_weights=weights, key_start=start)
+  worth = np.random.default_rng(1).normal(size=batch.tokens.shape)
+  loss, counts = recipe.loss(None, _Values()), recipe.counts(batch)
+  # Behind the last target of each; better answers have 2, 4, 2 tokens, others 3, 1, 1.
+  ends = np.array([[4, 9], [5, 7], [3, 6]])
+  # The end of the second answer of the first row is not read: its row is full.
+  ends[0, 1] = -1
+
+  def mean(worth):
+    variables = {'params': {'worth': worth, 'value': {'weight': jnp.ones(1)}}}
+    total, metrics = loss(variables, batch, None, counts)
+    return total / metrics['loss'][1], metrics
+
+  with jax.enable_x64(True):
+    run = jax.value_and_grad(mean, has_aux=True)
+    (value, metrics), gradient = run(jnp.asarray(worth))
+  of = lambda i, j: worth[i, ends[i, j]] if ends[i, j] >= 0 else 0.0
+  share = [1.5 / 1, 1.5 / 2, 1.5 / 2] if recipe.length_balanced else [1, 1, 1]
+  expected, slope, right = 0.0, np.zeros_like(worth), []
+  for i in range(3):
+    a, b = of(i, 0), of(i, 1)
+    d = a - b - recipe.margin
+    expected += share[i] * (np.log1p(np.exp(-d)) + recipe.squares * (a * a + b * b)) / 3
+    for j, (sign, x) in enumerate(((1, a), (-1, b))):
+      if ends[i, j] >= 0:
+        by = -sign / (1 + np.exp(d)) + 2 * recipe.squares * x
+        slope[i, ends[i, j]] += share[i] * by / 3
+    right.append(float(a > b))
+  assert float(value) == pytest.approx(expected, abs=1e-6)
+  np.testing.assert_allclose(gradient, slope, atol=1e-6)
+  means = {k: float(s) / float(n) for k, (s, n) in metrics.items()}
+  assert means['accuracy'] == pytest.approx(np.mean(right))
+  assert means['accuracy/shorter'] == right[0]
+  assert means['accuracy/longer'] == pytest.approx(np.mean(right[1:]))
+
+
+def test_a_row_that_fills_up_a_batch_has_no_end():
+  weights = jnp.array([[0.0, 1, 1, 0], [0, 0, 0, 0]])
+  assert at_end(weights).tolist() == [[False, False, False, True], [False] * 4]
+
+
+def test_what_has_no_reward_is_refused(place):
+  model = glm_jax.load(place / 'chatglm3_base')
+  with pytest.raises(UserError, match='must be those of a reward model'):
+    model.reward(_conversations(_lines(1), 'chosen'))
+  done = _run(place, "CorpusConfig.too_long='truncate_answer'", run='refused')
+  refused(done, 'must be whole')
+  assert not (place / 'refused').exists()
