@@ -57,13 +57,18 @@ OF_CLASS = {
     f'--gin_file={ROOT}/gin_configs/runs/continue.gin',
     *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'"),
   ),
-  **dict.fromkeys(
-    ('Finetuning', 'AnswerConfig'),
-    (
-      f'--gin_file={ROOT}/gin_configs/runs/sft.gin',
+  **{
+    kind: (
+      f'--gin_file={ROOT}/gin_configs/runs/{name}.gin',
       *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'"),
-    ),
-  ),
+    )
+    for kind, name in (
+      ('Finetuning', 'sft'),
+      ('AnswerConfig', 'sft'),
+      ('Preference', 'dpo'),
+      ('Reward', 'reward'),
+    )
+  },
   'Cloze': (
     f'--gin_file={ROOT}/gin_configs/runs/cloze.gin',
     *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'", "BENCHMARK='boolq'"),
