@@ -162,13 +162,7 @@ def _flags() -> argparse.ArgumentParser:
     'Talks with a checkpoint of ChatGLM-6B, ChatGLM2, ChatGLM3 or GLM-4, or one tuned so.',
     'python -m glm_jax.chat --checkpoint=runs/chatglm3 --temperature=0.8',
   )
-  flags.add_argument(
-    '--checkpoint',
-    required=True,
-    metavar='DIR',
-    help='a MODEL_DIR, a checkpoint, or a released model',
-  )
-  cli.add_adapters_flag(flags)
+  cli.add_checkpoint_flags(flags)
   flags.add_argument(
     '--template',
     default='',

@@ -135,15 +135,7 @@ def add_gin_flags(flags: argparse.ArgumentParser, *, required: bool = True) -> N
     help='set one value, such as --gin.TRAIN_STEPS=100 or '
     '--gin.MODEL_DIR="\'runs/a\'"; may be repeated',
   )
-  group.add_argument(
-    '--import',
-    dest='imports',
-    action='append',
-    default=[],
-    metavar='MODULE',
-    help='Python module to import first, which may '
-    'register seqio tasks of your own; may be repeated',
-  )
+  add_import_flag(group)
 
 
 def add_process_flags(flags: argparse.ArgumentParser) -> None:
@@ -161,7 +153,25 @@ def add_process_flags(flags: argparse.ArgumentParser) -> None:
   )
   group.add_argument('--process_count', type=int, metavar='N')
   group.add_argument('--process_index', type=int, metavar='I')
-  group.add_argument(
+  add_cpu_devices_flag(group)
+
+
+def add_import_flag(flags: Any) -> None:
+  """The flag of `startup.import_modules`."""
+  flags.add_argument(
+    '--import',
+    dest='imports',
+    action='append',
+    default=[],
+    metavar='MODULE',
+    help='Python module to import first, which may '
+    'register tasks of your own; may be repeated',
+  )
+
+
+def add_cpu_devices_flag(flags: Any) -> None:
+  """The flag of `startup.use_cpu_devices`."""
+  flags.add_argument(
     '--cpu_devices',
     type=int,
     default=0,
@@ -170,8 +180,14 @@ def add_process_flags(flags: argparse.ArgumentParser) -> None:
   )
 
 
-def add_adapters_flag(flags: argparse.ArgumentParser) -> None:
-  """The flag of what `opening.find` calls `beside`."""
+def add_checkpoint_flags(flags: argparse.ArgumentParser) -> None:
+  """The flags of what `opening.find` calls `path` and `beside`."""
+  flags.add_argument(
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a MODEL_DIR (its newest checkpoint), one checkpoint folder, or a released model',
+  )
   flags.add_argument(
     '--adapters',
     default='',
@@ -206,6 +222,11 @@ def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
     help='above 1: makes tokens less probable that were there before (1)',
   )
   flags.add_argument('--seed', type=int, default=0, help='of sampling (0)')
+  add_dtype_flag(flags)
+
+
+def add_dtype_flag(flags: argparse.ArgumentParser) -> None:
+  """The flag of `ComputeConfig.dtype`."""
   flags.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16'),

@@ -7,6 +7,7 @@ again goes on where it was stopped. The table is made from the records alone.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import cli, configs, startup
-
-_OPTIONS = ('length', 'stride', 'unidirectional', 'mask', 'shots', 'split', 'limit')
-_OPTIONS += ('answers', 'max_new_tokens', 'blank', 'seed')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,8 +32,9 @@ def main(argv: Sequence[str]) -> None:
   tasks = evaluation.tasks()
   configs.check_value('--task', flags.task, configs.one_of(*tasks))
   task = tasks[flags.task]
-  how = {name: getattr(flags, name) for name in _OPTIONS}
-  options = Options(**how, mask_ratios=_ratios(flags.mask_ratios))
+  flags.mask_ratios = _ratios(flags.mask_ratios)
+  names = [field.name for field in dataclasses.fields(Options)]
+  options = Options(**{name: getattr(flags, name) for name in names})
   configs.check_value('--batch_size', flags.batch_size, configs.at_least(1))
   configs.check_value('--checkpoint', flags.checkpoint, configs.READABLE)
   configs.check_value('--input', flags.input, configs.LOCAL)
@@ -124,8 +123,8 @@ def _identity(source: Any, items: Any, flags: Any, options: Any) -> dict[str, An
     'examples': len(items),
     'asked': digest.hexdigest()[:16],
     'dtype': flags.dtype,
-    **{name: getattr(options, name) for name in (*_OPTIONS,)},
-    'mask_ratios': list(options.mask_ratios),
+    **dataclasses.asdict(options),
+    'mask_ratios': [*options.mask_ratios],
   }
 
 
@@ -138,13 +137,7 @@ def _flags() -> argparse.ArgumentParser:
     '  python -m glm_jax.evaluate --checkpoint=runs/chatglm3 --task=ceval --shots=5 '
     '--input=ceval/ --output=ceval.jsonl',
   )
-  flags.add_argument(
-    '--checkpoint',
-    required=True,
-    metavar='DIR',
-    help='a MODEL_DIR (its newest checkpoint), one checkpoint folder, or a released model',
-  )
-  cli.add_adapters_flag(flags)
+  cli.add_checkpoint_flags(flags)
   flags.add_argument(
     '--task',
     required=True,
@@ -219,12 +212,7 @@ def _flags() -> argparse.ArgumentParser:
     '--max_new_tokens', type=int, default=64, help='longest generated answer (64)'
   )
   flags.add_argument('--seed', type=int, default=0, help='of what is blanked (0)')
-  flags.add_argument(
-    '--dtype',
-    choices=('float32', 'bfloat16'),
-    default='float32',
-    help='of activations (float32)',
-  )
+  cli.add_dtype_flag(flags)
   flags.add_argument(
     '--batch_size', type=int, default=8, help='examples that are worked on at a time (8)'
   )
@@ -234,21 +222,8 @@ def _flags() -> argparse.ArgumentParser:
   flags.add_argument(
     '--tensor', type=int, default=1, help='devices that heads are spread over (1)'
   )
-  flags.add_argument(
-    '--cpu_devices',
-    type=int,
-    default=0,
-    metavar='N',
-    help='act as N devices on the CPU, to try a mesh',
-  )
-  flags.add_argument(
-    '--import',
-    dest='imports',
-    action='append',
-    default=[],
-    metavar='MODULE',
-    help='Python module to import first, which may add tasks of your own; may be repeated',
-  )
+  cli.add_cpu_devices_flag(flags)
+  cli.add_import_flag(flags)
   return flags
 
 

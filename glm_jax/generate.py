@@ -179,13 +179,7 @@ def _flags() -> argparse.ArgumentParser:
     '  python -m glm_jax.generate --checkpoint=runs/quickstart --input=prompts.txt '
     '--output=answers.jsonl',
   )
-  flags.add_argument(
-    '--checkpoint',
-    required=True,
-    metavar='DIR',
-    help='a MODEL_DIR (its newest checkpoint), one checkpoint folder, or a released model',
-  )
-  cli.add_adapters_flag(flags)
+  cli.add_checkpoint_flags(flags)
   flags.add_argument(
     '--prompt',
     metavar='TEXT',

@@ -6,6 +6,7 @@ imported by the losses of GLM's objectives alone, which are made as in training.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -95,7 +96,8 @@ class LanguageModel:
     configs.check_value('cache_dtype', cache_dtype, configs.one_of('', *DTYPES))
     compute = models.ComputeConfig(dtype=dtype)
     self.config, self.vocabulary, self.layout = source.config, source.vocabulary, layout
-    self.variables, self._value = source.read(layout), source.value
+    self.variables = source.read(layout)
+    self._value = functools.cache(source.value)
     self._forward = Forward(self.config, self.variables, compute, layout, batch_size)
     self.reader = candidate_lib.Reader(
       self.config, self.variables, self.vocabulary, compute, layout

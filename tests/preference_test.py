@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tuned
-from commands import gin, in_process, refused, snapshot
+from commands import gin, refused, snapshot
 from runs import params
 
 from glm_jax import checkpoints, sharding
@@ -49,24 +49,15 @@ def place(tmp_path_factory):
   return folder
 
 
-def _run(command, folder, *bindings, base=None, run='run', corpus=None, flags=()):
+def _run(command, folder, *bindings, corpus=None, **where):
   """A command on runs/dpo.gin."""
-  places = [
-    f"MODEL_DIR='{folder}/{run}'",
-    f"INIT_FROM='{base or folder / 'chatglm3_base'}'",
-    f"CORPUS='{corpus or folder / 'ranked.jsonl'}'",
-    f"CorpusConfig.cache_dir='{folder}/cache'",
+  small = [
     "TASK_FEATURE_LENGTHS={'tokens': 128}",
-    "ComputeConfig.dtype='float32'",
     'BATCH_SIZE=8',
-    'TRAIN_STEPS=2',
-    'OptimizerConfig.warmup_steps=1',
     'OptimizerConfig.learning_rate=1e-3',
-    'EvaluationConfig.examples=8',
-    'TrainConfig.log_every=1',
   ]
-  files = ['--gin_file=gin_configs/runs/dpo.gin', *flags]
-  return in_process(command, *files, *gin(*places, *bindings))
+  corpus = corpus or folder / 'ranked.jsonl'
+  return tuned.of_stage('dpo', command, folder, *small, *bindings, corpus=corpus, **where)
 
 
 LORA = ('--gin_file=gin_configs/runs/lora.gin',)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tuned
-from commands import gin, in_process, refused
+from commands import refused
 from preference_test import T, _batch, _lines
 
 import glm_jax
@@ -29,25 +29,27 @@ def place(tmp_path_factory):
   return folder
 
 
-def _run(folder, *bindings, family='chatglm3', run='run', flags=()):
-  places = [
-    f"MODEL_DIR='{folder}/{run}'",
-    f"INIT_FROM='{folder / f'{family}_base'}'",
-    f"CORPUS='{folder / 'ranked.jsonl'}'",
+def _run(folder, *bindings, family='chatglm3', **where):
+  """A run on runs/reward.gin."""
+  small = [
     f"CorpusConfig.validation='{folder / 'held_out.jsonl'}'",
-    f"CorpusConfig.cache_dir='{folder}/cache'",
     "TASK_FEATURE_LENGTHS={'tokens': 128}",
-    "ComputeConfig.dtype='float32'",
     'BATCH_SIZE=8',
     'TRAIN_STEPS=4',
-    'OptimizerConfig.warmup_steps=1',
     'OptimizerConfig.learning_rate=3e-3',
     'EvaluationConfig.examples=0',
     'EvaluationConfig.every=100',
-    'TrainConfig.log_every=1',
   ]
-  flags = ['--gin_file=gin_configs/runs/reward.gin', *flags]
-  return in_process('train', *flags, *gin(*places, *bindings))
+  return tuned.of_stage(
+    'reward',
+    'train',
+    folder,
+    *small,
+    *bindings,
+    base=folder / f'{family}_base',
+    corpus=folder / 'ranked.jsonl',
+    **where,
+  )
 
 
 def _conversations(lines, name):

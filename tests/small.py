@@ -5,19 +5,11 @@ import functools
 import flax.linen as nn
 import jax
 
+from benchmarks import step
 from glm_jax import models
 from glm_jax.training import state
 
-CHATGLM2_6B = models.ChatGLM2Config(
-  num_layers=28,
-  hidden_size=4096,
-  num_heads=32,
-  num_kv_heads=2,
-  head_size=128,
-  mlp_size=13696,
-  vocab_size=65024,
-  max_positions=32768,
-)
+CHATGLM2_6B = step.WIDE_CHATGLM2
 """Of the released size, for shapes and tables: nothing of it is computed."""
 
 

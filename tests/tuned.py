@@ -69,25 +69,30 @@ def lines(count, seed=0):
   return found
 
 
-def run(command, folder, *bindings, base=None, run='run', corpus=None, flags=()):
-  """A command on runs/sft.gin."""
+def run(command, folder, *bindings, **where):
+  """A command on runs/sft.gin, see `of_stage`."""
+  small = [
+    "TASK_FEATURE_LENGTHS={'tokens': 96}",
+    'BATCH_SIZE=4',
+    'EvaluationConfig.at_start=False',
+  ]
+  return of_stage('sft', command, folder, *small, *bindings, **where)
+
+
+def of_stage(
+  stage, command, folder, *bindings, base=None, run='run', corpus=None, flags=()
+):
+  """A command on the gin file of a stage, for a model and a corpus of a folder."""
   places = [
     f"MODEL_DIR='{folder}/{run}'",
     f"INIT_FROM='{base or folder / 'chatglm3_base'}'",
     f"CORPUS='{corpus or folder / 'lines.jsonl'}'",
     f"CorpusConfig.cache_dir='{folder}/cache'",
-    "TASK_FEATURE_LENGTHS={'tokens': 96}",
     "ComputeConfig.dtype='float32'",
-    'BATCH_SIZE=4',
     'TRAIN_STEPS=2',
     'OptimizerConfig.warmup_steps=1',
     'EvaluationConfig.examples=8',
-    'EvaluationConfig.at_start=False',
     'TrainConfig.log_every=1',
   ]
-  return in_process(
-    command,
-    '--gin_file=gin_configs/runs/sft.gin',
-    *gin(*places, *bindings),
-    *flags,
-  )
+  file = f'--gin_file=gin_configs/runs/{stage}.gin'
+  return in_process(command, file, *flags, *gin(*places, *bindings))

@@ -175,21 +175,14 @@ class Cloze(Pretraining):
     if asker.cut:
       note = f'{asker.cut} examples are longer than {asker.length} tokens and shortened'
       prepared = dataclasses.replace(prepared, notes=(note,))
-    identity = {
-      'task': self.task,
-      'benchmark': self.benchmark,
-      'candidates_loss': self.candidates_loss or self.pattern.loss,
-      'classifier': self.classifier,
-      'feature_lengths': dict(self.feature_lengths),
-      'data': prepared.fingerprint,
-    }
-    data = ClozeData(
+    data = self.data_of(
+      ClozeData,
       config,
       layout,
-      task=self.task,
-      feature_lengths=self.feature_lengths,
-      prepared=prepared,
-      identity=identity,
+      prepared,
+      benchmark=self.benchmark,
+      candidates_loss=self.candidates_loss or self.pattern.loss,
+      classifier=self.classifier,
     )
     data.judged = []
     if not self.classifier:

@@ -139,47 +139,21 @@ class Finetuning(Pretraining):
   def prepare(
     self, config: TrainConfig, vocabulary: Any, layout: sharding.Layout
   ) -> AnswerData:
-    from glm_jax.data import prepare_answers
+    from glm_jax.data.prepare_answers import TEXT
 
     vocabulary = vocabulary or self.own_vocabulary()
-    model = config.model
-    corpora, plans, _ = self.row_plans(config, vocabulary)
-    prepared = prepare_answers.prepare_answers(
-      self.task,
-      corpora,
-      plans,
-      vocabulary,
-      mixture=self.mixture,
-      text_share=self.text_share,
-      objectives=self.objectives,
-      causal=model.causal,
-      two_positions=not model.causal and model.two_positions,
-      packed=self.packed,
+    prepared, identity = prepare_rows(
+      self, config, vocabulary, text_share=self.text_share, packed=self.packed
     )
-    answers = [c for c in prepared.corpora if c.name != prepare_answers.TEXT]
-    plan = plans[answers[0].name]
-    identity = {
-      'task': self.task,
-      'feature_lengths': dict(self.feature_lengths),
-      'template': plan.template,
-      'blank': plan.blank,
-      'data': prepared.fingerprint,
-    }
+    answers = [c for c in prepared.corpora if c.name != TEXT]
     if self.text:
       identity['objectives'] = dataclasses.asdict(self.objectives)
-    data = AnswerData(
-      config,
-      layout,
-      task=self.task,
-      feature_lengths=self.feature_lengths,
-      prepared=prepared,
-      identity=identity,
-    )
+    data = self.data_of(AnswerData, config, layout, prepared, **identity)
     data.answering = Answering(
       config,
       layout,
       vocabulary,
-      template_of(self, config, vocabulary) if plan.template else None,
+      template_of(self, config, vocabulary) if identity['template'] else None,
       [c.rows['validation'] for c in answers if 'validation' in c.rows],
       self.answers,
     )
@@ -220,6 +194,43 @@ class Finetuning(Pretraining):
       for name, text in line.items():
         say(f'  {name:<10} {text}'.replace('\n', '↵'))
     return {'answers': shown}
+
+
+def prepare_rows(
+  recipe: Any,
+  config: TrainConfig,
+  vocabulary: Vocabulary,
+  *,
+  text_share: float = 0.0,
+  packed: bool = True,
+) -> tuple[Any, dict[str, Any]]:
+  """The rows of a recipe of answers, and what they are besides their text.
+
+  Args:
+    recipe: whose `row_plans` say how they are made, those of answers first.
+    config: of the run.
+    vocabulary: of the tokens.
+    text_share: of the rows, which are of pretraining text.
+    packed: several documents a row.
+  """
+  from glm_jax.data import prepare_answers
+
+  model = config.model
+  corpora, plans, _ = recipe.row_plans(config, vocabulary)
+  prepared = prepare_answers.prepare_answers(
+    recipe.task,
+    corpora,
+    plans,
+    vocabulary,
+    mixture=recipe.mixture,
+    text_share=text_share,
+    objectives=recipe.objectives,
+    causal=model.causal,
+    two_positions=not model.causal and model.two_positions,
+    packed=packed,
+  )
+  plan = next(iter(plans.values()))
+  return prepared, {'template': plan.template, 'blank': plan.blank}
 
 
 def vocabulary_of(recipe: Any) -> Vocabulary:

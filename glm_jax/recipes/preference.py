@@ -90,7 +90,7 @@ class Preference(Ranking):
     ) -> tuple[jax.Array, losses.Metrics]:
       del key  # there is no dropout
       own = {name: tree for name, tree in variables.items() if name != REFERENCE}
-      pair, present = pair_of(batch), pair_of(batch).present
+      pair = pair_of(batch)
       with jax.named_scope('policy'):
         losses_BT = losses.target_losses(model, own, batch, chunks)
       with jax.named_scope('reference'):
@@ -106,16 +106,16 @@ class Preference(Ranking):
 
       chosen, rejected = reward(pair.chosen), reward(pair.rejected)
       margin = chosen - rejected
-      total = (self.of_margins(margin) * present).sum()
+      total = (self.of_margins(margin) * pair.present).sum()
       # Before training all margins are 0, and half of a tie is right.
       right = (margin > 0) + 0.5 * (margin == 0)
-      count = present.sum()
+      count = pair.present.sum()
       metrics = {
         'loss': (total, count),
-        'margin': ((margin * present).sum(), count),
-        'accuracy': ((right * present).sum(), count),
-        'reward/chosen': ((chosen * present).sum(), count),
-        'reward/rejected': ((rejected * present).sum(), count),
+        'margin': ((margin * pair.present).sum(), count),
+        'accuracy': ((right * pair.present).sum(), count),
+        'reward/chosen': ((chosen * pair.present).sum(), count),
+        'reward/rejected': ((rejected * pair.present).sum(), count),
       }
       if self.sft_weight:
         spoken, tokens = (losses_BT * pair.chosen).sum(), pair.chosen.sum()

@@ -92,13 +92,33 @@ class Pretraining(recipe.Recipe):
       evaluation=self.validated,
       packed=folder.decided(config.model_dir).get('packed'),
     )
+    objectives = dataclasses.asdict(self.objectives)
+    return self.data_of(TaskData, config, layout, prepared, objectives=objectives)
+
+  def data_of(
+    self,
+    kind: Any,
+    config: TrainConfig,
+    layout: sharding.Layout,
+    prepared: Any,
+    **identity: Any,
+  ) -> Any:
+    """What was prepared, as `kind` gives it to a run.
+
+    Args:
+      kind: `TaskData`, or of its subclasses.
+      config: of the run.
+      layout: of the devices.
+      prepared: a `glm_jax.data.prepare.Prepared`.
+      **identity: what a resumed run must keep, besides the task, its lengths and the data.
+    """
     identity = {
       'task': self.task,
       'feature_lengths': dict(self.feature_lengths),
-      'objectives': dataclasses.asdict(self.objectives),
+      **identity,
       'data': prepared.fingerprint,
     }
-    return TaskData(
+    return kind(
       config,
       layout,
       task=self.task,

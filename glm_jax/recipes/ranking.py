@@ -142,39 +142,9 @@ class Ranking(Pretraining):
   def prepare(
     self, config: TrainConfig, vocabulary: Any, layout: sharding.Layout
   ) -> RankedData:
-    from glm_jax.data import prepare_answers
-
     vocabulary = vocabulary or self.own_vocabulary()
-    model = config.model
-    corpora, plans, _ = self.row_plans(config, vocabulary)
-    prepared = prepare_answers.prepare_answers(
-      self.task,
-      corpora,
-      plans,
-      vocabulary,
-      mixture=self.mixture,
-      text_share=0.0,
-      objectives=self.objectives,
-      causal=model.causal,
-      two_positions=not model.causal and model.two_positions,
-    )
-    plan = next(iter(plans.values()))
-    identity = {
-      'task': self.task,
-      'feature_lengths': dict(self.feature_lengths),
-      'template': plan.template,
-      'blank': plan.blank,
-      'data': prepared.fingerprint,
-      **self.settings(),
-    }
-    return RankedData(
-      config,
-      layout,
-      task=self.task,
-      feature_lengths=self.feature_lengths,
-      prepared=prepared,
-      identity=identity,
-    )
+    prepared, identity = finetuning.prepare_rows(self, config, vocabulary)
+    return self.data_of(RankedData, config, layout, prepared, **identity, **self.settings())
 
   def settings(self) -> dict[str, Any]:
     """What a resumed run must keep, besides the data."""

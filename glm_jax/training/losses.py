@@ -231,16 +231,7 @@ def pretraining_loss(
       return *losses, mean
 
     head = {'head': of_chunks} if config.vocab_chunks else {}
-    result, _ = model.apply(
-      variables,
-      batch.tokens,
-      batch.positions,
-      batch.block_positions,
-      batch.visibility,
-      deterministic=key is None,
-      rngs=None if key is None else {'dropout': key},
-      **head,
-    )
+    result = applied(model, variables, batch, key, **head)
     with jax.named_scope('loss'):
       if config.vocab_chunks:
         losses_BT, total_BT, *means = result

@@ -23,19 +23,13 @@ class Summaries(tfds.core.GeneratorBasedBuilder):
   RELEASE_NOTES = {'1.0.0': 'Functions and methods.'}
   MANUAL_DOWNLOAD_INSTRUCTIONS = None
 
-  def __init__(
-    self,
-    cache_dir: Path,
-    summaries: Iterable[docstrings.Summary] | None = None,
-    **kwargs,
-  ):
+  def __init__(self, cache_dir: Path, **kwargs):
     """
     Args:
       cache_dir: where the documentation is, or is made.
-      summaries: what to build from; None for what this Python has.
       **kwargs: as every TFDS builder has them.
     """
-    self._cache_dir, self._summaries = cache_dir, summaries
+    self._cache_dir = cache_dir
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -50,13 +44,11 @@ class Summaries(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing is downloaded
     held_out = documentation.held_out(self._cache_dir)
-    summaries = self._summaries
-    made = [*(docstrings.summaries() if summaries is None else summaries)]
-    validation = [s for s in made if s.package in held_out]
+    made = [*docstrings.summaries()]
     train = [s for s in made if s.package not in held_out]
     # An answer that is learnt is no test, whatever function it is of.
     known = {s.text for s in train}
-    validation = [s for s in validation if s.text not in known]
+    validation = [s for s in made if s.package in held_out and s.text not in known]
     return {
       'train': self._generate_examples(train),
       'validation': self._generate_examples(validation),
