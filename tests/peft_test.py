@@ -132,7 +132,8 @@ def test_factors_that_peft_has_trained_are_read_by_their_own_rule(bases, tmp_pat
   save_file(weights, tmp_path / 'plain' / 'model.safetensors')
   _convert(tmp_path / 'plain', tmp_path / 'merged', '--vocabulary=bytes')
   found, expected = _logits(tmp_path / 'run'), _logits(tmp_path / 'merged')
-  assert _relative(found, expected) < 1e-6
+  # Factors are added up in another order; processors round 1e-6 apart.
+  assert _relative(found, expected) < 3e-6
   assert _relative(_logits(base), expected) > 1e-3
 
 
