@@ -11,7 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from glm_jax import checkpoints, cli, distributed, sharding, startup, storage
+from glm_jax import checkpoints, cli, configs, distributed, sharding, startup, storage
 from glm_jax.checkpoints import Checkpoints, folder
 from glm_jax.models import config as model_config
 from glm_jax.training import (
@@ -117,6 +117,7 @@ def train(
     folder.write(config.model_dir, identity, settings, config_text, data.decided)
   manager = Checkpoints(config.model_dir, config.checkpoint)
   stream = data.stream(saved_step or 0)
+  stream.variables = lambda state: built.variables(state['params'], frozen)
   if not new:
     current = manager.restore(saved_step, built.state, stream)
     say(f'resumed {config.model_dir} at step {saved_step}')
@@ -148,6 +149,10 @@ def train(
       stop.see(number, values)
       return values
 
+    def save(number: int, scores: dict[str, float]) -> None:
+      progress = {'step': number, 'so_far': meter.so_far, 'stopping': stop.state}
+      manager.save(current, {**meta, **progress}, scores, stream)
+
     if config.evaluation.at_start and first == 0:
       telling('validating what the run begins with')
       validate(0)
@@ -157,7 +162,14 @@ def train(
     # A run that has stopped early, and was killed before its report, is only reported.
     for number in range(first + 1, config.train_steps + 1 if not stop.over else 0):
       with profile.step(number):
-        work = meter.wait_for(stream, current, results.running)
+        try:
+          work = meter.wait_for(stream, current, results.running)
+        except configs.UserError:  # such as of a reward: what was learnt is kept
+          results.wait(0)
+          if number - 1 > max(first, saved_step or 0):
+            save(number - 1, {})
+          manager.close()
+          raise
         meter.count(work.tokens, work.flops)
         # Returns at once. The state before is donated: `current` is the only one.
         current, step_metrics = built.train_step(current, frozen, work.batch)
@@ -190,8 +202,8 @@ def train(
       # An older validation says nothing of this checkpoint.
       scores = validate(number) if validates else {}
       if saves or stop.over:
-        progress = {'step': number, 'so_far': meter.so_far, 'stopping': stop.state}
-        manager.save(current, {**meta, **progress}, scores, stream)
+        save(number, scores)
+        saved_step = number
       if stop.over:
         say(f'stopped early at step {number}: {stop.in_words()}')
         break

@@ -76,12 +76,15 @@ def _check(config, variables, requests, answers):
   assert [a.number for a in answers] == [r.number for r in requests]
   for request, answer in zip(requests, answers, strict=True):
     log_probs, at = _teacher_forced(config, variables, request, answer), 0
-    for made, scores in zip(answer.spans, answer.log_probs, strict=True):
+    spans = zip(answer.spans, answer.log_probs, answer.ends, strict=True)
+    for made, scores, end in spans:
       ended = [] if len(made) == MOST else [int(log_probs[at + len(made)].argmax())]
       assert not ended or ended[0] in STOPS
+      assert end == (ended[0] if ended else -1)
       said = [*made, *ended]
       expected = log_probs[np.arange(at, at + len(said)), said]
-      np.testing.assert_allclose(scores, expected, atol=1e-5)
+      # Of integers, processors round logits 1e-5 apart.
+      np.testing.assert_allclose(scores, expected, atol=2e-5)
       assert (expected >= log_probs[at : at + len(said)].max(-1) - 1e-5).all()
       at += len(made) + 1
 

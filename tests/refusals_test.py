@@ -69,6 +69,13 @@ OF_CLASS = {
       ('Reward', 'reward'),
     )
   },
+  **{
+    kind: (
+      f'--gin_file={ROOT}/gin_configs/runs/{kind.lower()}.gin',
+      *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'", f"{kind}.reward_model='x'"),
+    )
+    for kind in ('PPO', 'GRPO')
+  },
   'Cloze': (
     f'--gin_file={ROOT}/gin_configs/runs/cloze.gin',
     *gin("MODEL_DIR='x'", "CORPUS='x'", "INIT_FROM='x'", "BENCHMARK='boolq'"),

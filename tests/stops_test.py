@@ -65,6 +65,7 @@ def _generate(script, slots, active, *, stops, cache=None):
     least=full(0),
     limit=full(MOST),
     seed=full(0, jnp.uint32),
+    end=full(-1),
     done=~jnp.asarray(active),
     tokens=jnp.zeros((B, MOST), jnp.int32),
     log_probs=jnp.zeros((B, MOST + 1)),

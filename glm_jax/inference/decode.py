@@ -38,6 +38,7 @@ class RowStates(NamedTuple):
     least: int32, tokens before which no stop token is said.
     limit: int32, most tokens of the span.
     seed: uint32, from which the span's random numbers come.
+    end: int32, the stop token that has ended the span; -1 without one.
     done: bool, whether the span has ended, or the row has none.
     tokens: int32 [B, most], of the span.
     log_probs: float32 [B, most + 1], theirs and, behind them, that of the stop token: those
@@ -53,6 +54,7 @@ class RowStates(NamedTuple):
   least: Any
   limit: Any
   seed: Any
+  end: Any
   done: Any
   tokens: Any
   log_probs: Any
@@ -259,6 +261,7 @@ def advance(
       log_probs=put(r.log_probs, chosen_B, ~done),
       token=jnp.where(kept, token_B, r.token),
       count=r.count + kept,
+      end=jnp.where(~done & stopped, token_B, r.end),
       done=done | stopped,
     )
     if had_BV is not None:

@@ -121,6 +121,7 @@ class Engine:
     seed: int = 0,
     watch: Callable[[int, list[int]], bool] | None = None,
     cut: Callable[[int, list[int]], int] | None = None,
+    slots: int = 0,
   ) -> Iterator[Answer]:
     """Answers requests, in the order in which they are done.
 
@@ -134,6 +135,7 @@ class Engine:
         whether the span is to end here.
       cut: told of the same, and of finished spans; says how many of its tokens the span
         keeps. One that loses some has ended, and later spans see what it keeps.
+      slots: that each row has at least: calls with the same number run the same program.
 
     Raises:
       UserError: a context or a span that the model has no positions for.
@@ -143,7 +145,7 @@ class Engine:
       return
     B = self._batch(len(requests), self.rows)
     longest = max(self._slots(r, most) for r in requests)
-    cache = self.cache(B, bucket(longest))
+    cache = self.cache(B, bucket(max(longest, slots)))
     penalized = sampling.repetition_penalty != 1
     had = np.zeros((B, self.config.vocab_size), bool) if penalized else None
     rows = no_rows(B, most)
@@ -197,6 +199,7 @@ class Engine:
           scores = rows.log_probs[row]
           answers[row].spans.append(made)
           answers[row].log_probs.append(scores[~np.isnan(scores)].tolist())
+          answers[row].ends.append(int(rows.end[row]))
           if len(answers[row].spans) == len(request.spans):
             asked[row] = None
             yield answers[row]
@@ -406,6 +409,7 @@ def no_rows(B: int, most: int) -> RowStates:
   return RowStates(
     **{name: zeros() for name in RowStates._fields[:8]},
     seed=zeros(np.uint32),
+    end=zeros(),
     done=np.ones(B, bool),
     tokens=zeros(np.int32, most),
     log_probs=zeros(np.float32, most + 1),
@@ -418,7 +422,7 @@ def begin(
   """Sets a row to the beginning of a span; its slot is where the last one ended."""
   rows.token[row] = span.first
   rows.position[row] = following if span.position is None else span.position
-  rows.stride[row], rows.block[row], rows.count[row] = span.stride, 1, 0
+  rows.stride[row], rows.block[row], rows.count[row], rows.end[row] = span.stride, 1, 0, -1
   rows.least[row], rows.limit[row], rows.done[row] = least, most, False
   rows.log_probs[row] = np.nan
 
@@ -433,7 +437,7 @@ def _shorten(rows: RowStates, row: int, kept: int) -> None:
   rows.position[row] -= lost * rows.stride[row]
   rows.block[row] -= lost
   rows.log_probs[row, kept:] = np.nan
-  rows.count[row] = rows.limit[row] = kept
+  rows.count[row], rows.limit[row], rows.end[row] = kept, kept, -1
   # Of a span that has not ended, the last token is yet to be read.
   rows.token[row] = rows.tokens[row, kept - 1]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from glm_jax import configs, models
 from glm_jax.inference import prompts as prompt_lib
 from glm_jax.inference.beam import BeamConfig, check_alone
@@ -41,18 +39,12 @@ class Filler:
       rows: see `Engine`.
       cache_dtype: likewise.
     """
-    # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
-    # pieces, a span of GLM has none but a stop token.
-    allowed = np.arange(config.vocab_size) < vocabulary.size
-    if not config.causal:
-      allowed[list(vocabulary.names)] = False
-      allowed[list(vocabulary.stops)] = True
     self._config, self._vocabulary = config, vocabulary
     self.engine = Engine(
       config,
       variables,
       stops=vocabulary.stops,
-      allowed=allowed,
+      allowed=prompt_lib.allowed(config, vocabulary),
       compute=compute,
       rows=rows,
       cache_dtype=cache_dtype,

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from glm_jax import configs
 from glm_jax.inference.request import Request, Span, check_context
 from glm_jax.text import asking
@@ -124,6 +126,22 @@ def request(
       Span(first=s.sop, position=None if goes_on else position, stride=int(goes_on))
     )
   return Request(number=number, context=ids, spans=spans)
+
+
+def allowed(config: Any, vocabulary: Vocabulary) -> np.ndarray:
+  """[V] bool: tokens that a model may generate.
+
+  Args:
+    config: of the model.
+    vocabulary: that it was trained with.
+  """
+  # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
+  # pieces, a span of GLM has none but a stop token.
+  can = np.arange(config.vocab_size) < vocabulary.size
+  if not config.causal:
+    can[list(vocabulary.names)] = False
+    can[list(vocabulary.stops)] = True
+  return can
 
 
 def blanks(vocabulary: Vocabulary, ids: Sequence[int]) -> list[int]:

@@ -49,6 +49,8 @@ class Answer:
     number: of the request.
     spans: token ids of each, without what ended it.
     log_probs: of these tokens, and behind them that of the stop token, if there was one.
+    ends: the stop token of each span; -1 of one that was cut short. Of spans that were
+      searched with beams there are none.
     scores: of each span that was searched with beams, see `beam`; of others there are none.
     read: tokens of context that were read for it.
   """
@@ -56,6 +58,7 @@ class Answer:
   number: int
   spans: list[list[int]] = dataclasses.field(default_factory=list)
   log_probs: list[list[float]] = dataclasses.field(default_factory=list)
+  ends: list[int] = dataclasses.field(default_factory=list)
   scores: list[float] = dataclasses.field(default_factory=list)
   read: int = 0
 

@@ -155,6 +155,7 @@ def lower(
   states = decode.RowStates(
     *[ids] * 8,
     seed=of(jnp.uint32, rows),
+    end=ids,
     done=of(jnp.bool_, rows),
     tokens=of(jnp.int32, rows, _STEPS),
     log_probs=of(jnp.float32, rows, _STEPS + 1),

@@ -1,7 +1,7 @@
 """Stages of training, a file each, and how a seqio task becomes a run's data."""
 
 from glm_jax.models.config import ONCE_FIELDS
-from glm_jax.recipes import cloze, finetuning, preference, pretraining, reward
+from glm_jax.recipes import cloze, finetuning, grpo, ppo, preference, pretraining, reward
 from glm_jax.training import config
 
 CONFIGURABLES = (
@@ -11,6 +11,8 @@ CONFIGURABLES = (
   *cloze.CONFIGURABLES,
   *preference.CONFIGURABLES,
   *reward.CONFIGURABLES,
+  *ppo.CONFIGURABLES,
+  *grpo.CONFIGURABLES,
 )
 """What gin may bind in a run."""
 

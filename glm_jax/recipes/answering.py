@@ -96,8 +96,9 @@ class Answering:
       )
       # Nothing of them is kept: the next step's program writes to their memory.
       self._filler.engine.variables = {}
-    said = [self._text(made[0]) for made in spans]
-    wanted = [self._text(question.answer) for question in self.questions]
+    text = lambda ids: text_of(ids, self._vocabulary, self._template)
+    said = [text(made[0]) for made in spans]
+    wanted = [text(question.answer) for question in self.questions]
     if distributed.is_leader():
       lines = [
         {
@@ -112,11 +113,19 @@ class Answering:
       folder.write(PREDICTIONS, content.encode('utf-8'))
     return metrics.score(said, wanted)
 
-  def _text(self, ids: Sequence[int]) -> str:
-    if self._template is None:
-      return self._vocabulary.decode(ids).strip()
-    messages = self._template.decode_answer(ids)
-    return '\n'.join(text for m in messages for text in (m.metadata, m.content) if text)
+
+def text_of(ids: Sequence[int], vocabulary: Any, template: Template | None) -> str:
+  """An answer as a person reads it.
+
+  Args:
+    ids: of it, without what ended it.
+    vocabulary: of the tokens.
+    template: of the conversation; None for what fills a blank.
+  """
+  if template is None:
+    return vocabulary.decode(ids).strip()
+  messages = template.decode_answer(ids)
+  return '\n'.join(text for m in messages for text in (m.metadata, m.content) if text)
 
 
 def _chosen(rows: Any, count: int, prefix: bool) -> Iterator[Question]:

@@ -107,6 +107,8 @@ def progress_line(step: int, total: int, values: Mapping[str, float]) -> str:
   # Batches may hold prompts alone.
   scored = f'loss {values["loss"]:.3f}' if 'loss' in values else 'nothing scored'
   parts = [f'step {step:>5}/{total}', scored]
+  if 'reward' in values:  # of a policy, whose loss says little
+    parts.append(f'reward {values["reward"]:.3f}')
   if 'tokens_per_second' in values:
     parts.append(f'{values["tokens_per_second"]:,.0f} tokens/s')
   if 'mfu' in values:

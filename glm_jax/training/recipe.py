@@ -49,12 +49,15 @@ class WorkStream:
     kept: a tree of arrays on the mesh that the stream needs from one step to the next, such
       as rollouts that several updates learn from. Checkpoints hold them, and a resumed run
       sets them again, on whatever mesh it has; None for a function of the step.
+    variables: set before the first step: state -> the collections of the model, the
+      reference's among them, for what is computed with the weights as they stand.
     place: what each process keeps by itself, with `save(prefix)` and `restore(prefix)`, as
       an iterator of TensorFlow does: as many processes go on from it. None for nothing.
   """
 
   kept: Any = None
   place: Any = None
+  variables: Callable[[Any], dict[str, Any]] | None = None
 
   def __call__(self, current: Any) -> Work:
     raise NotImplementedError

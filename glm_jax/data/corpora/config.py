@@ -46,6 +46,8 @@ class CorpusConfig:
       read as conversations; '' for texts and pairs. The task glm_conversations sets it.
     ranked: whether objects are answers of which one was preferred, in those roles; a recipe
       of preferences sets it.
+    asked: whether objects are questions, in those roles, to which a run finds answers of
+      its own; a recipe of rewards sets it.
     tfds_data_dir: where TFDS data sets are; '' for the TFDS default.
     cache_dir: where vocabularies and rows are kept between runs.
   """
@@ -66,6 +68,7 @@ class CorpusConfig:
   answer_key: str = ''
   conversations: Annotated[str, one_of('', *FAMILIES)] = ''
   ranked: bool = False
+  asked: bool = False
   tfds_data_dir: Annotated[str, READABLE] = ''
   cache_dir: Annotated[str, LOCAL] = '~/.cache/glm_jax'
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from glm_jax import configs
@@ -39,6 +40,7 @@ class Document(NamedTuple):
     messages: of a conversation.
     pairs: two conversations each that differ in their last answer, the preferred one first.
     unranked: how many pairs were found in which no answer is the better one.
+    fields: of an object that asks a question: all of it, for whoever judges an answer.
     where: it stands, in words, for what is found wrong with it later.
   """
 
@@ -48,6 +50,7 @@ class Document(NamedTuple):
   messages: tuple[Message, ...] = ()
   pairs: tuple[tuple[tuple[Message, ...], tuple[Message, ...]], ...] = ()
   unranked: int = 0
+  fields: Mapping[str, Any] = MappingProxyType({})
   where: Callable[[], str] = str
 
 

@@ -159,9 +159,9 @@ def _answered(
       fields = answer if isinstance(answer, Mapping) else {}
       answers.append(_field(fields, _TEXTS, answer))
       scores.append(_score(_field(fields, _SCORES, beside and beside[i])))
-  asked = [*_asked(content, config, template)]
+  question = [*asked(content, config, template)]
   for answer, score in zip(answers, scores, strict=True):
-    yield _conversation(asked, answer, template), score
+    yield _conversation(question, answer, template), score
 
 
 def _conversation(asked: list[Message], answer: Any, template: Template) -> list[Message]:
@@ -182,7 +182,7 @@ def _conversation(asked: list[Message], answer: Any, template: Template) -> list
   return said if whole else [*asked, *said]
 
 
-def _asked(
+def asked(
   content: dict[str, Any], config: CorpusConfig, template: Template
 ) -> Iterator[Message]:
   """What stands before the answers; nothing where they have it in them."""

@@ -1,0 +1,70 @@
+"""An object of a file as a question that a run finds answers to, and what judges these.
+
+- {"prompt"}, "instruction", "question" or "query": a text, or messages; beside it "input",
+  "history" and "system", as `glm_jax.data.corpora.turns` knows them
+- {"messages"} or {"conversations"}: all up to the last question; an answer behind it is
+  left out
+
+Whatever else the object holds, such as the right answer, is for the reward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from glm_jax import configs
+from glm_jax.configs import UserError
+from glm_jax.data.corpora import ranked, turns
+from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.corpora.fields import Document
+from glm_jax.text.chat import form_of
+
+
+def document(
+  content: Any, config: CorpusConfig, where: Callable[[], str] = str
+) -> Document:
+  """The question of an object, checked as its family reads it.
+
+  Args:
+    content: of the object.
+    config: the family, and the name of the question's field.
+    where: the object stands, in words; called for a message alone.
+
+  Raises:
+    UserError: no question; see `turns.document`.
+
+  Example:
+    >>> config = CorpusConfig(corpus='*.jsonl', conversations='chatglm2', asked=True)
+    >>> found = document({'prompt': '1 + 1?', 'right': '2'}, config)
+    >>> found.messages[0].content, found.fields['right']
+    ('1 + 1?', '2')
+  """
+  template = form_of(config.conversations)
+  try:
+    configs.check(
+      isinstance(content, Mapping),
+      'a question must stand in an object',
+      type(content).__name__,
+      'write {"prompt": ...}',
+    )
+    # A table has null where a row lacks a field.
+    present = {k: v for k, v in content.items() if v is not None}
+    tools = turns.tools(present.pop('tools', None))
+    messages = [*ranked.asked(present, config, template)]
+    while messages and messages[-1].role == 'assistant':
+      messages.pop()
+    configs.check(
+      bool(messages),
+      'an object must ask a question',
+      f'the fields {sorted(map(str, content))}',
+      'write {"prompt": ...}, or name its field with CorpusConfig.prompt_key',
+    )
+    template.check(messages)
+    asked = template.with_tools(messages, tools)
+    template.check(asked)
+  except UserError as error:
+    raise UserError(f'{str(error).removesuffix(".")}{where()}.') from error
+  text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+  return Document(text, messages=asked, fields=present, where=where)

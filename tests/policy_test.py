@@ -1,0 +1,619 @@
+"""Policies through the commands: their rollouts, their steps, what they learn."""
+
+import dataclasses
+import functools
+import json
+import random
+import time
+
+import jax
+import numpy as np
+import pytest
+import tuned
+from commands import gin, refused, snapshot
+from runs import params
+
+import glm_jax
+from glm_jax import checkpoints, sharding
+from glm_jax.batch import OBJECTIVES
+from glm_jax.inference import prompts
+from glm_jax.inference.request import Answer
+from glm_jax.models import ComputeConfig
+from glm_jax.recipes import questions as asked
+from glm_jax.recipes import rollouts
+from glm_jax.recipes.grpo import GRPO
+from glm_jax.recipes.ppo import PPO
+from glm_jax.recipes.rewards import Judge, RewardModel, Sample
+from glm_jax.recipes.rollouts import Rollouts
+from glm_jax.text import chat
+from glm_jax.training import state, writer
+from glm_jax.training.config import TrainConfig
+
+ANIMALS = ['fox', 'dog', 'cat', 'cow']
+REWARDS = """
+import time
+
+def named(prompts, completions, right, **_):
+  return [float(said == name) for said, name in zip(completions, right)]
+
+def long(prompts, completions, **_):
+  return [0.01 * len(said) for said in completions]
+
+def raises(prompts, completions, **_):
+  return [1 / (1 - ('3 ' in prompt)) for prompt in prompts]
+
+def later(prompts, completions, **_):
+  later.calls += 1
+  return [0.0 if later.calls < 3 else float('nan')] * len(prompts)
+
+later.calls = 0
+
+def few(prompts, completions, **_):
+  return [0.0]
+
+def words(prompts, completions, **_):
+  return ['good' for _ in prompts]
+
+def sleeps(prompts, completions, **_):
+  time.sleep(30)
+"""
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """Models of fresh parameters, questions, and rewards that --import finds."""
+  folder = tmp_path_factory.mktemp('policies')
+  for family in ('chatglm3', 'chatglm', 'glm'):
+    tuned.checkpoint(folder, family)
+  asked_ = [
+    {'prompt': f'{n} {ANIMALS[n % 4]}?', 'right': ANIMALS[n % 4]} for n in range(400)
+  ]
+  tuned.write(folder / 'questions.jsonl', asked_)
+  (folder / 'own_rewards.py').write_text(REWARDS)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(folder)
+    yield folder
+
+
+@pytest.fixture(scope='module')
+def answering(place):
+  """A model that has learnt to name an animal, any of the four, whatever it is asked."""
+  rng = random.Random(0)
+  lines = [
+    {
+      'messages': [
+        {'role': 'user', 'content': f'{n} {rng.choice(ANIMALS)}?'},
+        {'role': 'assistant', 'content': rng.choice(ANIMALS)},
+      ]
+    }
+    for n in range(400)
+  ]
+  done = tuned.run(
+    'train',
+    place,
+    'TRAIN_STEPS=200',
+    'BATCH_SIZE=16',
+    'OptimizerConfig.learning_rate=3e-3',
+    'TrainConfig.log_every=100',
+    run='answering',
+    corpus=tuned.write(place / 'any.jsonl', lines),
+  )
+  assert done.returncode == 0, done.stderr
+  return place / 'answering'
+
+
+def _run(command, folder, *bindings, stage='grpo', flags=(), corpus=None, **where):
+  """A command on runs/grpo.gin or runs/ppo.gin."""
+  name = stage.upper()
+  small = [
+    "TASK_FEATURE_LENGTHS={'tokens': 32}",
+    'BATCH_SIZE=8',
+    'OptimizerConfig.learning_rate=1e-3',
+    f'{name}.rollout_size=16',
+    f'{name}.max_new_tokens=8',
+    f"{name}.rewards={{'own_rewards.long': 1.0}}",
+    *(['GRPO.samples=4'] if stage == 'grpo' else []),
+    'EvaluationConfig.at_start=False',
+  ]
+  return tuned.of_stage(
+    stage,
+    command,
+    folder,
+    *small,
+    *bindings,
+    corpus=corpus or folder / 'questions.jsonl',
+    flags=('--import=own_rewards', *flags),
+    **where,
+  )
+
+
+def _rolled(run):
+  """What rollouts/ holds, by the number of the rollout."""
+  return {
+    int(path.stem): [json.loads(line) for line in path.read_text().splitlines()]
+    for path in sorted((run / 'rollouts').iterdir())
+  }
+
+
+@functools.cache
+def _of(family, folder, *, blank='', kind=PPO, **settings):
+  """(configuration, variables with a reference, rollouts, questions) of a fresh model."""
+  model, vocabulary = tuned.model(family)
+  recipe = kind(
+    feature_lengths={'tokens': 48},
+    rewards={'own_rewards.long': 1.0},
+    max_new_tokens=8,
+    rollout_size=16,
+    blank=blank,
+    **settings,
+  )
+  config = TrainConfig(
+    model=model,
+    recipe=recipe,
+    compute=ComputeConfig(dtype='float32'),
+    batch_size=8,
+    train_steps=1,
+    model_dir=str(folder / 'none'),
+    init_from=str(folder / f'{family}_base'),
+  )
+  layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  template = None if blank else chat.template_for(vocabulary, _template(family))
+  judge = Judge({}, 1.0)
+  made = Rollouts(config, layout, vocabulary, template, judge)
+  fresh = state.init_state(model, _Nothing(), layout, 3)['params']
+  # An end is as likely as it is where models have learnt something.
+  table = fresh['head' if 'head' in fresh else 'words']
+  table['weight'] = table['weight'].at[np.array(vocabulary.stops)].multiply(8.0)
+  variables = {'params': fresh, 'reference': {'params': fresh}}
+  reader = asked.PromptReader(model, vocabulary, template, blank, 30)
+  from glm_jax.data.corpora.config import CorpusConfig
+
+  source = CorpusConfig(corpus=str(folder / 'questions.jsonl'))
+  return config, variables, made, reader.read(source)['train']
+
+
+class _Nothing:
+  """An optimizer without a state."""
+
+  def init(self, params):
+    return {}
+
+
+def _template(family):
+  return '' if family == 'chatglm3' else family
+
+
+FAMILIES = [('chatglm3', ''), ('chatglm', ''), ('glm', '{prompt} [MASK]')]
+
+
+@pytest.mark.parametrize('family,blank', FAMILIES, ids=str)
+def test_a_policy_says_what_it_was_sampled_with(place, family, blank):
+  """At any temperature, ends included; and begins without any KL."""
+  _, variables, made, queries = _of(family, place, blank=blank, temperature=0.7)
+  chosen = queries[:16]
+  answers = made.answers(variables, chosen, seed=5)
+  rows = made.rows(chosen, answers)
+  log_probs, reference, values = made.said(variables, rows)
+  np.testing.assert_array_equal(log_probs, reference)
+  assert not values.any()
+  ended = 0
+  for answer, row, weights, targets, tokens in zip(
+    answers, log_probs, rows.loss_weights, rows.targets, rows.tokens, strict=True
+  ):
+    np.testing.assert_allclose(row[weights > 0], answer.log_probs[0], atol=1e-4)
+    end = [answer.ends[0]] if answer.ends[0] >= 0 else []
+    assert targets[weights > 0].tolist() == [*answer.spans[0], *end]
+    assert len(end) or len(answer.spans[0]) == 8
+    # Each target but an end is what is read next.
+    at = np.flatnonzero(weights)
+    assert tokens[at[1:]].tolist() == targets[at[:-1]].tolist()
+    ended += len(end)
+  assert 0 < ended and (ended < 16 or family != 'chatglm3')
+  assert (rows.objective == OBJECTIVES.index('answer')).any()
+
+
+def test_answers_to_one_question_differ_and_a_seed_repeats_them(place):
+  _, variables, made, queries = _of('chatglm3', place)
+  spans = lambda seed: [a.spans[0] for a in made.answers(variables, [queries[0]] * 8, seed)]
+  first = spans(1)
+  assert len({*map(tuple, first)}) > 4
+  assert first == spans(1) and first != spans(2)
+
+
+def test_one_program_serves_questions_of_all_lengths(place):
+  _, variables, made, queries = _of('chatglm3', place, epochs=3)
+  for part in (queries[:16], queries[100:116], queries[300:316]):
+    answers = made.answers(variables, part, 0)
+    made.said(variables, made.rows(part, answers))
+  assert made._said._cache_size() == 1
+  assert made._engine._advance._cache_size() == 1
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_run_shows_what_it_does_and_its_model_answers(place, stage):
+  done = _run(
+    'train', place, 'TRAIN_STEPS=4', f'{stage.upper()}.show_every=1', stage=stage, run=stage
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'step     1/4  ' in done.stdout and '  reward 0.' in done.stdout
+  assert 'rollout 0: reward 0.' in done.stdout and ' -> ' in done.stdout
+  records = writer.read(str(place / stage), 'train')
+  first = records[0]
+  assert first['kl'] == pytest.approx(0, abs=1e-9) and first['clip_fraction'] == 0
+  assert 1 <= first['answer_length'] <= 9 and 0 <= first['ended'] <= 1
+  assert first['entropy'] > 1
+  # GRPO's advantages of a group add up to nothing, and so does the first loss.
+  if stage == 'grpo':
+    assert abs(first['policy_loss']) < 1e-6
+  shown = _rolled(place / stage)
+  assert {*shown} == ({0, 1} if stage == 'grpo' else {0})
+  mean = np.mean([line['reward'] for line in shown[0]])
+  both = [r['reward'] for r in records[:2]]
+  assert np.mean(both) == pytest.approx(mean, abs=1e-6) and mean % 1 > 0
+  if stage == 'grpo':
+    # The second rollout is of other questions.
+    assert {line['prompt'] for line in shown[0]}.isdisjoint(
+      {line['prompt'] for line in shown[1]}
+    )
+    assert len({line['prompt'] for line in shown[0]}) == 4
+  validated = writer.read(str(place / stage), 'validation')[-1]
+  assert {'reward', 'kl', 'answer_length', 'ended'} <= {*validated}
+  [answer] = glm_jax.load(place / stage).generate('what?', max_new_tokens=2)
+  assert answer.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_run_stopped_within_a_rollout_goes_on_to_the_bit(place, monkeypatch, stage):
+  """Its experience stands in the checkpoint; nothing is sampled anew."""
+  name = stage.upper()
+  bindings = (
+    "OptimizerConfig.schedule='constant'",
+    'CheckpointConfig.every=1',
+    f'{name}.epochs=2',
+    f'{name}.kl_target=0.5',
+    f'{name}.show_every=1',
+  )
+  for run, ends in (('straight', [6]), ('stopped', [3, 5, 6])):
+    for end in ends:
+      done = _run(
+        'train',
+        place,
+        *bindings,
+        f'TRAIN_STEPS={end}',
+        stage=stage,
+        run=f'{run}_{stage}',
+      )
+      assert done.returncode == 0, done.stderr
+  assert 'resumed' in done.stdout
+  straight, stopped = place / f'straight_{stage}', place / f'stopped_{stage}'
+  of = lambda run: {
+    r['step']: [r[k] for k in ('loss', 'reward', 'kl', 'kl_weight')]
+    for r in writer.read(str(run), 'train')
+  }
+  assert of(straight) == of(stopped) and {*of(stopped)} == {*range(1, 7)}
+  # Four updates a rollout: KL was adapted once.
+  weights = [values[3] for values in of(straight).values()]
+  assert len({*weights[:4]}) == 1 and weights[4] != weights[0]
+  assert _rolled(straight) == _rolled(stopped)
+  monkeypatch.setattr('runs.STEPS', 6)
+  for a, b in zip(*(jax.tree.leaves(params(r)) for r in (straight, stopped)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  done = _run(
+    'train',
+    place,
+    *bindings,
+    f'{name}.clip=0.1',
+    'TRAIN_STEPS=7',
+    stage=stage,
+    run=f'stopped_{stage}',
+  )
+  refused(done, 'policy.clip', 'was 0.2 and is now 0.1')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_devices_and_micro_batches_change_nothing(place, monkeypatch, stage):
+  found, make_mesh = {}, sharding.make_mesh
+  name = stage.upper()
+  for kind, count, bindings in (
+    ('one', 1, ()),
+    ('parts', 1, ('TrainConfig.microbatches=4', f'{name}.chunks=0')),
+    ('eight', 8, ('MeshConfig.fsdp=4', 'MeshConfig.tensor=2')),
+  ):
+    here = jax.devices()[:count]
+    monkeypatch.setattr(
+      sharding, 'make_mesh', lambda c, d=None, here=here: make_mesh(c, d or here)
+    )
+    more = (f'{name}.entropy_weight=0.01', f'{name}.epochs=2', 'TRAIN_STEPS=5')
+    run = f'{kind}_{stage}'
+    done = _run('train', place, *bindings, *more, stage=stage, run=run)
+    assert done.returncode == 0, done.stderr
+    assert f'on {count} cpu' in done.stdout
+    found[kind] = writer.read(str(place / run), 'train')
+  names = ('loss', 'reward', 'kl', 'entropy', 'answer_length', 'gradient_norm')
+  for other in ('parts', 'eight'):
+    for a, b in zip(found['one'], found[other], strict=True):
+      for name in names:
+        assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-4), (other, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_a_reward_that_depends_on_the_question_is_learnt(place, answering, stage):
+  """Of four animals, one is right: whoever names always the same is right in a quarter."""
+  name = stage.upper()
+  done = _run(
+    'train',
+    place,
+    'TRAIN_STEPS=160',
+    'BATCH_SIZE=64',
+    f"{name}.rewards={{'own_rewards.named': 1.0}}",
+    f'{name}.rollout_size={64 if stage == "grpo" else 128}',
+    *(['PPO.epochs=2', 'PPO.lam=1.0', 'PPO.value_weight=0.5'] if stage == 'ppo' else []),
+    f'{name}.chunks=0',
+    'CorpusConfig.validation_fraction=0.2',
+    'EvaluationConfig.examples=0',
+    'EvaluationConfig.at_start=True',
+    'TrainConfig.log_every=40',
+    stage=stage,
+    base=answering,
+    run=f'learnt_{stage}',
+  )
+  assert done.returncode == 0, done.stderr
+  records = writer.read(str(place / f'learnt_{stage}'), 'validation')
+  first, last = records[0], records[-1]
+  assert first['reward'] <= 0.35 and last['reward'] >= 0.8, (first, last)
+  # Whoever says the right one of four equally likely words is ln 4 away from whom it was.
+  assert last['kl'] <= 2.5 and last['ended'] >= 0.95, last
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_and_their_start_is_the_reference(place):
+  """Also of a run whose adapters say something else than the model without them."""
+  lora = ('--gin_file=gin_configs/runs/lora.gin',)
+  rate = 'OptimizerConfig.learning_rate=0.1'
+  done = tuned.run(
+    'train',
+    place,
+    rate,
+    run='adapted',
+    flags=lora,
+    corpus=tuned.write(place / 'lines.jsonl', tuned.lines(60)),
+  )
+  assert done.returncode == 0, done.stderr
+  flags = (*lora, *gin("TrainConfig.init_adapters='continue'"))
+  for stage in ('grpo', 'ppo'):
+    run = f'adapted_{stage}'
+    done = _run('train', place, stage=stage, base=place / 'adapted', run=run, flags=flags)
+    assert done.returncode == 0, done.stderr
+    first = writer.read(str(place / run), 'train')[0]
+    assert first['kl'] == pytest.approx(0, abs=1e-9)
+    held = checkpoints.stored_leaves(checkpoints.find(str(place / run)))
+    assert {path[0] for path in held} == {'adapters', 'value'} - (
+      {'value'} if stage == 'grpo' else set()
+    )
+
+
+@pytest.mark.slow
+def test_a_reward_model_judges_as_it_does_by_itself(place):
+  """In a run as through the library: the same text is worth the same."""
+  ranked = [
+    {'prompt': f'what is {n}?', 'chosen': f'{n}, yes', 'rejected': 'I do not know.'}
+    for n in range(60)
+  ]
+  done = tuned.of_stage(
+    'reward',
+    'train',
+    place,
+    "TASK_FEATURE_LENGTHS={'tokens': 128}",
+    'BATCH_SIZE=8',
+    'OptimizerConfig.learning_rate=1e-2',
+    'TRAIN_STEPS=10',
+    corpus=tuned.write(place / 'ranked.jsonl', ranked),
+    run='rewarding',
+  )
+  assert done.returncode == 0, done.stderr
+  bindings = (
+    f"PPO.reward_model='{place}/rewarding'",
+    'PPO.reward_model_weight=2.0',
+    'PPO.rewards={}',
+  )
+  done = _run('train', place, *bindings, stage='ppo', run='rewarded')
+  assert done.returncode == 0, done.stderr
+  model, vocabulary = tuned.model('chatglm3')
+  template = chat.template_for(vocabulary)
+  said, samples = [], []
+  for n in range(5):
+    said.append(
+      [
+        {'role': 'user', 'content': f'what is {n}?'},
+        {'role': 'assistant', 'content': 'yes, ' * n + 'a cat'},
+      ]
+    )
+    messages = [chat.Message(**message) for message in said[-1]]
+    ids, scored = template.encode_masked(messages)
+    first = scored.index(True)
+    request = prompts.request(model, vocabulary, 0, ids[:first])
+    samples.append(Sample('', '', {}, request, ids[first:]))
+  layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  judge = RewardModel(
+    str(place / 'rewarding'), model, vocabulary, ComputeConfig(dtype='float32'), layout, 2
+  )
+  expected = glm_jax.load(place / 'rewarding').reward(said)
+  np.testing.assert_allclose(judge(samples), expected, atol=1e-5)
+  assert np.ptp(expected) > 1e-3
+  rewards = {line['reward'] for line in _rolled(place / 'rewarded')[0]}
+  assert len(rewards) > 8
+  done = _run(
+    'train', place, f"PPO.reward_model='{place}/chatglm3_base'", stage='ppo', run='none'
+  )
+  refused(done, 'a reward model must be one')
+  done = _run(
+    'train',
+    place,
+    f"PPO.reward_model='{place}/rewarding'",
+    "PPO.template='chatglm'",
+    stage='ppo',
+    base=place / 'chatglm_base',
+    run='none',
+  )
+  refused(done, "must have the policy's vocabulary")
+
+
+REFUSED = [
+  ('grpo', ('GRPO.samples=1',), ['GRPO.samples must be']),
+  ('grpo', ('GRPO.samples=5',), ['must be a multiple of GRPO.samples', '8 and 5']),
+  ('grpo', ('BATCH_SIZE=6',), ['must be a multiple of BATCH_SIZE']),
+  ('grpo', ('GRPO.rewards={}',), ['must have rewards or a reward_model']),
+  ('grpo', ("GRPO.rewards={'long': 1.0}",), ["function's name behind its module's"]),
+  ('grpo', ("GRPO.rewards={'own_rewards.no': 1.0}",), ["'own_rewards.no'"]),
+  ('ppo', ('PPO.max_new_tokens=32',), ['must leave room for a question']),
+  ('ppo', ('PPO.kl=0.0', 'PPO.kl_target=1.0'), ['must adapt a kl above 0']),
+  ('ppo', ("PPO.blank='{prompt} [MASK]'",), ['of a model that fills them']),
+  ('ppo', ("PPO.blank='{prompt}'", "PPO.template='glm4'"), ['template or a blank']),
+  ('ppo', ("PPO.template='chatglm'",), ['must be used with a vocabulary of']),
+  ('ppo', ('TrainConfig.adapters=@PTuningConfig()',), ['with low-rank factors']),
+  (
+    'ppo',
+    ('TrainConfig.adapters=@LoRAConfig()', 'LoRAConfig.dropout=0.1'),
+    ['without dropout'],
+  ),
+  ('ppo', ("TASK_FEATURE_LENGTHS={'tokens': 12}",), ['none in', 'too long']),
+  (
+    'ppo',
+    ("TASK_FEATURE_LENGTHS={'tokens': 12}", "CorpusConfig.too_long='error'"),
+    ['must fit 4 tokens', 'questions.jsonl line 1'],
+  ),
+  ('ppo', ("PPO.reward_model='nowhere'",), ['nowhere']),
+  ('grpo', ("GRPO.rewards={'own_rewards.raises': 1.0}",), ['ZeroDivisionError', 'sample']),
+  ('grpo', ("GRPO.rewards={'own_rewards.words': 1.0}",), ['finite number', "'good'"]),
+  ('grpo', ("GRPO.rewards={'own_rewards.few': 1.0}",), ['for each of 16', '1 of them']),
+]
+
+
+@pytest.mark.parametrize('stage,bindings,words', REFUSED, ids=lambda v: str(v)[:50])
+def test_what_cannot_be_is_one_sentence_and_nothing_is_saved(place, stage, bindings, words):
+  before = snapshot(place)
+  run = f'refused_{abs(hash(bindings))}'
+  done = _run('train', place, *bindings, stage=stage, run=run)
+  refused(done, *words)
+  # A reward is first asked when the folder is the run's.
+  assert checkpoints.latest_step(str(place / run)) is None
+  others = lambda files: {path for path in files if run not in str(path)}
+  assert others(snapshot(place)) == others(before)
+
+
+def test_a_reward_that_hangs_is_left_in_time(place):
+  began = time.monotonic()
+  bindings = ("GRPO.rewards={'own_rewards.sleeps': 1.0}", 'GRPO.reward_seconds=0.5')
+  refused(_run('train', place, *bindings, run='hung'), 'must answer within 0.5 s', 'sample')
+  assert time.monotonic() - began < 25
+
+
+def test_what_was_learnt_before_a_reward_fails_is_kept(place):
+  """And the run goes on from there once it is mended."""
+  named = "GRPO.rewards={'own_rewards.later': 1.0}"
+  more = ('TRAIN_STEPS=8', 'EvaluationConfig.every=100')
+  done = _run('train', place, named, *more, run='failing')
+  refused(done, 'must return a finite number', 'nan for sample 0')
+  assert checkpoints.latest_step(str(place / 'failing')) == 4
+  # The module is imported: what it counts goes on.
+  import own_rewards
+
+  own_rewards.later.calls = -9
+  done = _run('train', place, named, *more, run='failing')
+  assert done.returncode == 0 and 'at step 4' in done.stdout, done.stderr
+
+
+def test_questions_are_read_with_all_that_judges_them(place, tmp_path):
+  _, vocabulary = tuned.model('chatglm3')
+  template = chat.template_for(vocabulary)
+  from glm_jax.data.corpora.config import CorpusConfig
+
+  turns = [
+    {'role': 'user', 'content': 'a much longer question than the last one'},
+    {'role': 'assistant', 'content': 'yes'},
+    {'role': 'user', 'content': 'and?'},
+    {'role': 'assistant', 'content': 'no'},
+  ]
+  lines = [{'prompt': f'{n}?', 'level': n} for n in range(30)]
+  lines += [{'messages': turns, 'level': 'deep'}, {'instruction': 'Add', 'input': '1, 2'}]
+  source = CorpusConfig(corpus=str(tuned.write(tmp_path / 'q.jsonl', lines)))
+  model = tuned.MODELS['chatglm3'][0]
+  read = lambda room, **more: asked.PromptReader(
+    model, vocabulary, template, '', room
+  ).read(dataclasses.replace(source, **more))
+  found = {q.text: q for part in read(99).values() for q in part}
+  assert found['3?'].fields == {'prompt': '3?', 'level': 3}
+  # The answer that the line has is not asked.
+  deep = found['a much longer question than the last one\nyes\nand?']
+  assert deep.fields['level'] == 'deep' and 'Add\n1, 2' in found
+  messages = [chat.Message(t['role'], t['content']) for t in turns[:3]]
+  assert deep.ids == template.encode(messages, opening=True)
+  # Its first round is left out where there is no room for it.
+  short = read(30)
+  [cut] = [q for part in short.values() for q in part if q.fields.get('level') == 'deep']
+  assert cut.ids == template.encode(messages[2:], opening=True)
+  dropped = [q for part in read(30, too_long='drop').values() for q in part]
+  assert len(dropped) == 31
+  prints = {asked.fingerprint(read(99)), asked.fingerprint(short)}
+  lines[0]['level'] = 7
+  tuned.write(tmp_path / 'q.jsonl', lines)
+  assert len(prints | {asked.fingerprint(read(99))}) == 3
+
+
+def test_updates_of_an_epoch_learn_from_each_answer_once(place):
+  config, variables, made, queries = _of('chatglm3', place, kind=GRPO, samples=4, epochs=2)
+  stream = rollouts.RolloutStream(config, made._layout, made, queries, 0)
+  stream.variables = lambda state: variables
+  seen = []
+  with sharding.active(made._layout):
+    for _ in range(4):
+      batch = stream(None).batch
+      seen.append(np.asarray(batch.rows.tokens))
+  rows = lambda parts: sorted(map(tuple, np.concatenate(parts)))
+  assert rows(seen[:2]) == rows(seen[2:]) and len(rows(seen[:2])) == 16
+  assert not np.array_equal(seen[0], seen[2])
+  # Four answers to each question, in groups side by side.
+  kept = np.asarray(stream.kept['tokens'])[:, :6].reshape(4, 4, 6)
+  assert (kept == kept[:, :1]).all()
+  # Advantages of a group are those of its own rewards.
+  scored = np.asarray(stream.kept['loss_weights']) > 0
+  better = np.asarray(stream.kept['advantages'])
+  each = np.where(scored, better, 0).sum(1) / scored.sum(1)
+  np.testing.assert_allclose(each.reshape(4, 4).sum(1), 0, atol=1e-5)
+  rewards = np.asarray(stream.kept['reward']).reshape(4, 4)
+  for group, own in zip(rewards, each.reshape(4, 4), strict=True):
+    assert (np.argsort(group, kind='stable') == np.argsort(own, kind='stable')).all()
+
+
+def test_preview_shows_what_is_asked(place):
+  flags = [f'--output={place}/mask.png', '--examples=1']
+  done = _run('preview', place, flags=flags)
+  assert done.returncode == 0, done.stderr
+  assert '0 fox?<|assistant|>⟦' in done.stdout
+
+
+def test_an_answer_cut_short_has_no_end_to_learn(place):
+  _, _, made, queries = _of('chatglm3', place)
+  cut = Answer(number=0, spans=[[7, 8]], ends=[-1], log_probs=[[-1.0, -1.0]])
+  end = made._stops[-1]
+  whole = dataclasses.replace(cut, ends=[end], log_probs=[[-1.0] * 3])
+  rows = made.rows([queries[0]] * 2, [cut, whole])
+  assert rows.loss_weights.sum(1).tolist() == [2, 3]
+  at = np.flatnonzero(rows.loss_weights[1])[-1]
+  assert rows.targets[1, at] == end and len(made._stops) > 1
+  np.testing.assert_array_equal(rows.tokens[0], rows.tokens[1])
+
+
+def test_an_unfinished_answer_loses_its_penalty_and_floats_stay_floats(place):
+  _, _, made, queries = _of('chatglm3', place, unfinished_penalty=0.25)
+  import own_rewards  # noqa: F401
+
+  made._judge = Judge({'own_rewards.long': 0.5}, 5.0)
+  ids = made._vocabulary.encode('abcdef')
+  of = lambda end: Answer(number=0, spans=[ids], ends=[end], log_probs=[[]])
+  samples, rewards = made.judged([queries[0]] * 2, [of(made._stops[0]), of(-1)])
+  assert samples[0].answer == 'abcdef' and samples[0].ids == [*ids, made._stops[0]]
+  np.testing.assert_allclose(rewards, [0.03, 0.03 - 0.25], atol=1e-6)
