@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 
+from glm_jax.recipes import rollouts
 from glm_jax.training import evaluation, writer
 
 # Of a run that saves every 2 steps, validates every 6 and keeps 3 checkpoints: events of
@@ -20,6 +21,7 @@ EVENTS = {
 }
 BETWEEN = 'between steps 3 and 4'
 VALIDATION = 'in the validation of step 6'
+ROLLOUT = 'in the second rollout'
 
 POINT = os.environ.get('KILLED')  # None for the test, which reads the names
 
@@ -47,7 +49,17 @@ def _validated(self, params, original=evaluation.Validation.__call__):
   _kill()
 
 
-if POINT == BETWEEN:
+def _judged(self, questions, answers, original=rollouts.Rollouts.judged):
+  if answers and questions and next(_ROLLOUTS) == 1:
+    _kill()
+  return original(self, questions, answers)
+
+
+_ROLLOUTS = itertools.count()
+
+if POINT == ROLLOUT:
+  rollouts.Rollouts.judged = _judged
+elif POINT == BETWEEN:
   writer.Writer.write = _written
 elif POINT == VALIDATION:
   evaluation.Validation.__call__ = _validated

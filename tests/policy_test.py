@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import random
 import time
 
 import jax
 import numpy as np
+import policies
 import pytest
 import tuned
 from commands import gin, refused, snapshot
@@ -29,47 +29,11 @@ from glm_jax.text import chat
 from glm_jax.training import state, writer
 from glm_jax.training.config import TrainConfig
 
-ANIMALS = ['fox', 'dog', 'cat', 'cow']
-REWARDS = """
-import time
-
-def named(prompts, completions, right, **_):
-  return [float(said == name) for said, name in zip(completions, right)]
-
-def long(prompts, completions, **_):
-  return [0.01 * len(said) for said in completions]
-
-def raises(prompts, completions, **_):
-  return [1 / (1 - ('3 ' in prompt)) for prompt in prompts]
-
-def later(prompts, completions, **_):
-  later.calls += 1
-  return [0.0 if later.calls < 3 else float('nan')] * len(prompts)
-
-later.calls = 0
-
-def few(prompts, completions, **_):
-  return [0.0]
-
-def words(prompts, completions, **_):
-  return ['good' for _ in prompts]
-
-def sleeps(prompts, completions, **_):
-  time.sleep(30)
-"""
-
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-  """Models of fresh parameters, questions, and rewards that --import finds."""
   folder = tmp_path_factory.mktemp('policies')
-  for family in ('chatglm3', 'chatglm', 'glm'):
-    tuned.checkpoint(folder, family)
-  asked_ = [
-    {'prompt': f'{n} {ANIMALS[n % 4]}?', 'right': ANIMALS[n % 4]} for n in range(400)
-  ]
-  tuned.write(folder / 'questions.jsonl', asked_)
-  (folder / 'own_rewards.py').write_text(REWARDS)
+  policies.prepare(folder)
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(folder)
     yield folder
@@ -82,8 +46,8 @@ def answering(place):
   lines = [
     {
       'messages': [
-        {'role': 'user', 'content': f'{n} {rng.choice(ANIMALS)}?'},
-        {'role': 'assistant', 'content': rng.choice(ANIMALS)},
+        {'role': 'user', 'content': f'{n} {rng.choice(policies.ANIMALS)}?'},
+        {'role': 'assistant', 'content': rng.choice(policies.ANIMALS)},
       ]
     }
     for n in range(400)
@@ -100,39 +64,6 @@ def answering(place):
   )
   assert done.returncode == 0, done.stderr
   return place / 'answering'
-
-
-def _run(command, folder, *bindings, stage='grpo', flags=(), corpus=None, **where):
-  """A command on runs/grpo.gin or runs/ppo.gin."""
-  name = stage.upper()
-  small = [
-    "TASK_FEATURE_LENGTHS={'tokens': 32}",
-    'BATCH_SIZE=8',
-    'OptimizerConfig.learning_rate=1e-3',
-    f'{name}.rollout_size=16',
-    f'{name}.max_new_tokens=8',
-    f"{name}.rewards={{'own_rewards.long': 1.0}}",
-    *(['GRPO.samples=4'] if stage == 'grpo' else []),
-    'EvaluationConfig.at_start=False',
-  ]
-  return tuned.of_stage(
-    stage,
-    command,
-    folder,
-    *small,
-    *bindings,
-    corpus=corpus or folder / 'questions.jsonl',
-    flags=('--import=own_rewards', *flags),
-    **where,
-  )
-
-
-def _rolled(run):
-  """What rollouts/ holds, by the number of the rollout."""
-  return {
-    int(path.stem): [json.loads(line) for line in path.read_text().splitlines()]
-    for path in sorted((run / 'rollouts').iterdir())
-  }
 
 
 @functools.cache
@@ -231,7 +162,7 @@ def test_one_program_serves_questions_of_all_lengths(place):
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
 def test_a_run_shows_what_it_does_and_its_model_answers(place, stage):
-  done = _run(
+  done = policies.run(
     'train', place, 'TRAIN_STEPS=4', f'{stage.upper()}.show_every=1', stage=stage, run=stage
   )
   assert done.returncode == 0, done.stderr
@@ -245,7 +176,7 @@ def test_a_run_shows_what_it_does_and_its_model_answers(place, stage):
   # GRPO's advantages of a group add up to nothing, and so does the first loss.
   if stage == 'grpo':
     assert abs(first['policy_loss']) < 1e-6
-  shown = _rolled(place / stage)
+  shown = policies.rolled(place / stage)
   assert {*shown} == ({0, 1} if stage == 'grpo' else {0})
   mean = np.mean([line['reward'] for line in shown[0]])
   both = [r['reward'] for r in records[:2]]
@@ -276,7 +207,7 @@ def test_a_run_stopped_within_a_rollout_goes_on_to_the_bit(place, monkeypatch, s
   )
   for run, ends in (('straight', [6]), ('stopped', [3, 5, 6])):
     for end in ends:
-      done = _run(
+      done = policies.run(
         'train',
         place,
         *bindings,
@@ -295,11 +226,11 @@ def test_a_run_stopped_within_a_rollout_goes_on_to_the_bit(place, monkeypatch, s
   # Four updates a rollout: KL was adapted once.
   weights = [values[3] for values in of(straight).values()]
   assert len({*weights[:4]}) == 1 and weights[4] != weights[0]
-  assert _rolled(straight) == _rolled(stopped)
+  assert policies.rolled(straight) == policies.rolled(stopped)
   monkeypatch.setattr('runs.STEPS', 6)
   for a, b in zip(*(jax.tree.leaves(params(r)) for r in (straight, stopped)), strict=True):
     np.testing.assert_array_equal(a, b)
-  done = _run(
+  done = policies.run(
     'train',
     place,
     *bindings,
@@ -327,7 +258,7 @@ def test_devices_and_micro_batches_change_nothing(place, monkeypatch, stage):
     )
     more = (f'{name}.entropy_weight=0.01', f'{name}.epochs=2', 'TRAIN_STEPS=5')
     run = f'{kind}_{stage}'
-    done = _run('train', place, *bindings, *more, stage=stage, run=run)
+    done = policies.run('train', place, *bindings, *more, stage=stage, run=run)
     assert done.returncode == 0, done.stderr
     assert f'on {count} cpu' in done.stdout
     found[kind] = writer.read(str(place / run), 'train')
@@ -343,7 +274,7 @@ def test_devices_and_micro_batches_change_nothing(place, monkeypatch, stage):
 def test_a_reward_that_depends_on_the_question_is_learnt(place, answering, stage):
   """Of four animals, one is right: whoever names always the same is right in a quarter."""
   name = stage.upper()
-  done = _run(
+  done = policies.run(
     'train',
     place,
     'TRAIN_STEPS=160',
@@ -385,7 +316,9 @@ def test_adapters_are_trained_and_their_start_is_the_reference(place):
   flags = (*lora, *gin("TrainConfig.init_adapters='continue'"))
   for stage in ('grpo', 'ppo'):
     run = f'adapted_{stage}'
-    done = _run('train', place, stage=stage, base=place / 'adapted', run=run, flags=flags)
+    done = policies.run(
+      'train', place, stage=stage, base=place / 'adapted', run=run, flags=flags
+    )
     assert done.returncode == 0, done.stderr
     first = writer.read(str(place / run), 'train')[0]
     assert first['kl'] == pytest.approx(0, abs=1e-9)
@@ -419,7 +352,7 @@ def test_a_reward_model_judges_as_it_does_by_itself(place):
     'PPO.reward_model_weight=2.0',
     'PPO.rewards={}',
   )
-  done = _run('train', place, *bindings, stage='ppo', run='rewarded')
+  done = policies.run('train', place, *bindings, stage='ppo', run='rewarded')
   assert done.returncode == 0, done.stderr
   model, vocabulary = tuned.model('chatglm3')
   template = chat.template_for(vocabulary)
@@ -443,13 +376,13 @@ def test_a_reward_model_judges_as_it_does_by_itself(place):
   expected = glm_jax.load(place / 'rewarding').reward(said)
   np.testing.assert_allclose(judge(samples), expected, atol=1e-5)
   assert np.ptp(expected) > 1e-3
-  rewards = {line['reward'] for line in _rolled(place / 'rewarded')[0]}
+  rewards = {line['reward'] for line in policies.rolled(place / 'rewarded')[0]}
   assert len(rewards) > 8
-  done = _run(
+  done = policies.run(
     'train', place, f"PPO.reward_model='{place}/chatglm3_base'", stage='ppo', run='none'
   )
   refused(done, 'a reward model must be one')
-  done = _run(
+  done = policies.run(
     'train',
     place,
     f"PPO.reward_model='{place}/rewarding'",
@@ -496,7 +429,7 @@ REFUSED = [
 def test_what_cannot_be_is_one_sentence_and_nothing_is_saved(place, stage, bindings, words):
   before = snapshot(place)
   run = f'refused_{abs(hash(bindings))}'
-  done = _run('train', place, *bindings, stage=stage, run=run)
+  done = policies.run('train', place, *bindings, stage=stage, run=run)
   refused(done, *words)
   # A reward is first asked when the folder is the run's.
   assert checkpoints.latest_step(str(place / run)) is None
@@ -507,7 +440,11 @@ def test_what_cannot_be_is_one_sentence_and_nothing_is_saved(place, stage, bindi
 def test_a_reward_that_hangs_is_left_in_time(place):
   began = time.monotonic()
   bindings = ("GRPO.rewards={'own_rewards.sleeps': 1.0}", 'GRPO.reward_seconds=0.5')
-  refused(_run('train', place, *bindings, run='hung'), 'must answer within 0.5 s', 'sample')
+  refused(
+    policies.run('train', place, *bindings, run='hung'),
+    'must answer within 0.5 s',
+    'sample',
+  )
   assert time.monotonic() - began < 25
 
 
@@ -515,14 +452,14 @@ def test_what_was_learnt_before_a_reward_fails_is_kept(place):
   """And the run goes on from there once it is mended."""
   named = "GRPO.rewards={'own_rewards.later': 1.0}"
   more = ('TRAIN_STEPS=8', 'EvaluationConfig.every=100')
-  done = _run('train', place, named, *more, run='failing')
+  done = policies.run('train', place, named, *more, run='failing')
   refused(done, 'must return a finite number', 'nan for sample 0')
   assert checkpoints.latest_step(str(place / 'failing')) == 4
   # The module is imported: what it counts goes on.
   import own_rewards
 
   own_rewards.later.calls = -9
-  done = _run('train', place, named, *more, run='failing')
+  done = policies.run('train', place, named, *more, run='failing')
   assert done.returncode == 0 and 'at step 4' in done.stdout, done.stderr
 
 
@@ -590,7 +527,7 @@ def test_updates_of_an_epoch_learn_from_each_answer_once(place):
 
 def test_preview_shows_what_is_asked(place):
   flags = [f'--output={place}/mask.png', '--examples=1']
-  done = _run('preview', place, flags=flags)
+  done = policies.run('preview', place, flags=flags)
   assert done.returncode == 0, done.stderr
   assert '0 fox?<|assistant|>⟦' in done.stdout
 

@@ -79,10 +79,13 @@ def run(command, folder, *bindings, **where):
   return of_stage('sft', command, folder, *small, *bindings, **where)
 
 
-def of_stage(
-  stage, command, folder, *bindings, base=None, run='run', corpus=None, flags=()
-):
-  """A command on the gin file of a stage, for a model and a corpus of a folder."""
+def of_stage(stage, command, folder, *bindings, **where):
+  """A command on the gin file of a stage, see `arguments`."""
+  return in_process(command, *arguments(stage, folder, *bindings, **where))
+
+
+def arguments(stage, folder, *bindings, base=None, run='run', corpus=None, flags=()):
+  """Of a command on the gin file of a stage, for a model and a corpus of a folder."""
   places = [
     f"MODEL_DIR='{folder}/{run}'",
     f"INIT_FROM='{base or folder / 'chatglm3_base'}'",
@@ -95,4 +98,4 @@ def of_stage(
     'TrainConfig.log_every=1',
   ]
   file = f'--gin_file=gin_configs/runs/{stage}.gin'
-  return in_process(command, file, *flags, *gin(*places, *bindings))
+  return [file, *flags, *gin(*places, *bindings)]
