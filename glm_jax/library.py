@@ -236,14 +236,8 @@ class LanguageModel:
       'a model that has none',
       'train one with gin_configs/runs/reward.gin',
     )
-    configs.check(
-      bool(conversations) and not isinstance(conversations[0], Mapping),
-      'conversations must be a list of lists of messages',
-      repr(conversations)[:80],
-      "give [[{'role': 'user', 'content': ...}, {'role': 'assistant', ...}]]",
-    )
-    c, v = self.config, self.vocabulary
-    form, made = chat.template_for(v, template or chat.family_of(c)), []
+    _check_listed(conversations)
+    c, v, form, made = self.config, self.vocabulary, self._template(template), []
     for messages in conversations:
       ids, scored = form.encode_masked([Message(**message) for message in messages])
       # Behind the prompt, of a model that fills blanks, stands what opens an answer.
@@ -253,6 +247,43 @@ class LanguageModel:
       made.append(scoring.lay_out(c, v, asked, [ids[first + (not c.causal) :]]))
     values = self._forward.values(scoring.batch(made, 'answer', v.specials.pad), value_D)
     return np.array([x[len(row.tokens) - 1] for x, row in zip(values, made, strict=True)])
+
+  def reply(
+    self,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    template: str = '',
+    **how: Any,
+  ) -> list[list[str]]:
+    """Answers to conversations, `samples` texts to each.
+
+    Args:
+      conversations: each ends with a question: [{'role': 'user', 'content': ...}, ...].
+      template: a key of `glm_jax.text.chat.FAMILIES`; '' for that of the model.
+      **how: of `answers`.
+
+    Raises:
+      UserError: no conversation of the template, or one that the model has no room for.
+    """
+    _check_listed(conversations)
+    form, asked, encoded = self._template(template), Generation.of(**how), []
+    for messages in conversations:
+      ids = form.encode([Message(**message) for message in messages], opening=True)
+      # What opens an answer is not read with the question by a model that fills blanks.
+      encoded.append(ids if self.config.causal else ids[:-1])
+    questions = [messages[-1]['content'] for messages in conversations]
+    replies = [[''] * asked.samples for _ in questions]
+    for answer in self._answers(questions, encoded, asked):
+      [ids] = answer.tokens
+      said = form.decode_answer(ids.tolist())
+      text = '\n'.join(line for m in said for line in (m.metadata, m.content) if line)
+      # Of an answer that was cut within a character, its bytes are left out.
+      cut = self.vocabulary.ends_within_character(ids.tolist())
+      replies[answer.number][answer.sample] = text.rstrip('\ufffd') if cut else text
+    return replies
+
+  def _template(self, name: str) -> Any:
+    """That of a name, or of the model."""
+    return chat.template_for(self.vocabulary, name or chat.family_of(self.config))
 
   def generate(self, prompts: str | Sequence[str], **how: Any) -> list[Completion]:
     """Fills the blanks of prompts, or goes on with them; `samples` answers a prompt.
@@ -284,9 +315,18 @@ class LanguageModel:
     Raises:
       UserError: a prompt that cannot be filled, or settings out of their range.
     """
-    asked = Generation.of(**how)
-    prompts, samples = _listed(prompts), asked.samples
+    asked, prompts = Generation.of(**how), _listed(prompts)
     encoded = [self._filler.encode(prompt, asked.gmask) for prompt in prompts]
+    return self._answers(prompts, encoded, asked, skip)
+
+  def _answers(
+    self,
+    prompts: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    asked: Generation,
+    skip: Container[tuple[int, int]] = (),
+  ) -> Iterator[Completion]:
+    samples = asked.samples
     wanted = [
       (number, sample)
       for number in range(len(prompts))
@@ -368,6 +408,16 @@ class LanguageModel:
       if answer is None:
         return
       yield answer
+
+
+def _check_listed(conversations: Any) -> None:
+  """Raises UserError for a single conversation, or none."""
+  configs.check(
+    bool(conversations) and not isinstance(conversations[0], Mapping),
+    'conversations must be a list of lists of messages',
+    repr(conversations)[:80],
+    "give [[{'role': 'user', 'content': ...}], ...]",
+  )
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:

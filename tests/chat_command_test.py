@@ -4,8 +4,10 @@ import json
 
 import pytest
 import small
+import tuned
 from commands import in_process, refused
 
+import glm_jax
 from glm_jax import chat as command
 from glm_jax.configs import UserError
 from glm_jax.inference.chatting import Chat
@@ -319,3 +321,36 @@ def test_an_answer_may_be_half_of_a_small_window(fillers, vocabulary):
 def test_the_command_refuses_what_is_no_checkpoint(tmp_path):
   refused(in_process('chat', f'--checkpoint={tmp_path}'), 'checkpoint')
   refused(in_process('chat', f'--checkpoint={tmp_path}', '--seed=-1'), '32 bits, got -1')
+
+
+@pytest.mark.parametrize('family', ['chatglm', 'chatglm2', 'chatglm3'])
+def test_the_library_replies_as_the_command_does(tmp_path, family):
+  """To several conversations at once, each as if it were alone."""
+  model = glm_jax.load(tuned.checkpoint(tmp_path, family))
+  named = '' if family != 'chatglm' else family
+  asked = [
+    [{'role': 'user', 'content': 'hello'}],
+    [
+      {'role': 'user', 'content': 'is it a fox?'},
+      {'role': 'assistant', 'content': 'yes'},
+      {'role': 'user', 'content': 'why?'},
+    ],
+  ]
+  found = model.reply(asked, named, max_new_tokens=6)
+  for messages, [reply] in zip(asked, found, strict=True):
+    session = Session(model._filler.engine, 200)
+    talk = Chat(
+      session,
+      templates.template_for(model.vocabulary, named),
+      max_new_tokens=6,
+      sampling=Sampling(),
+    )
+    talk.messages = [Message(**message) for message in messages[:-1]]
+    said = ''.join(talk.say(messages[-1]['content'])).strip()
+    assert reply == said
+  drawn = model.reply(asked, named, max_new_tokens=6, samples=3, temperature=1.0)
+  assert [len({*texts}) for texts in drawn] == [3, 3]
+  with pytest.raises(UserError, match='a list of lists'):
+    model.reply(asked[0], named)
+  with pytest.raises(UserError, match='must be of user'):
+    model.reply([asked[1][:2]], named)

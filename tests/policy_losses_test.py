@@ -40,6 +40,7 @@ def _experience(kl_weight=0.3):
     returns=near(1.0),
     old_values=near(1.0),
     reward=RNG.normal(size=B),
+    rewards=(RNG.normal(size=B),),
     ended=np.array([1.0, 0, 1, 0]),
     kl_weight=np.full(B, kl_weight),
     explained=np.full(B, 0.25),
@@ -262,7 +263,7 @@ def test_parts_of_a_row_change_nothing(chunks):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_a_judge_adds_its_functions_up(monkeypatch):
+def test_a_judge_asks_its_functions_about_all(monkeypatch):
   import sys
   import types
 
@@ -273,7 +274,7 @@ def test_a_judge_adds_its_functions_up(monkeypatch):
   )
   monkeypatch.setitem(sys.modules, 'judging', own)
   of = lambda prompt, answer, **fields: rewards.Sample(prompt, answer, fields, None, ())
-  judge = rewards.Judge({'judging.first': 2.0, 'judging.second': 0.5}, 5.0)
+  judge = rewards.Judge(['judging.first', 'judging.second'], 5.0)
   found = judge([of('ab', 'c', level=3), of('d', 'efg')])
-  np.testing.assert_allclose(found, [0.5 + 2.5, 1.5 + 0.5], atol=1e-6)
+  np.testing.assert_allclose(found, [[0.25, 5], [0.75, 1]], atol=1e-6)
   assert found.dtype == np.float32

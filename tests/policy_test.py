@@ -89,7 +89,9 @@ def _of(family, folder, *, blank='', kind=PPO, **settings):
   )
   layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   template = None if blank else chat.template_for(vocabulary, _template(family))
-  judge = Judge({}, 1.0)
+  import own_rewards  # noqa: F401
+
+  judge = Judge(['own_rewards.long'], 5.0)
   made = Rollouts(config, layout, vocabulary, template, judge)
   fresh = state.init_state(model, _Nothing(), layout, 3)['params']
   # An end is as likely as it is where models have learnt something.
@@ -548,9 +550,10 @@ def test_an_unfinished_answer_loses_its_penalty_and_floats_stay_floats(place):
   _, _, made, queries = _of('chatglm3', place, unfinished_penalty=0.25)
   import own_rewards  # noqa: F401
 
-  made._judge = Judge({'own_rewards.long': 0.5}, 5.0)
+  made._judge = Judge(['own_rewards.long'], 5.0)
   ids = made._vocabulary.encode('abcdef')
   of = lambda end: Answer(number=0, spans=[ids], ends=[end], log_probs=[[]])
-  samples, rewards = made.judged([queries[0]] * 2, [of(made._stops[0]), of(-1)])
+  samples, given, rewards = made.judged([queries[0]] * 2, [of(made._stops[0]), of(-1)])
   assert samples[0].answer == 'abcdef' and samples[0].ids == [*ids, made._stops[0]]
-  np.testing.assert_allclose(rewards, [0.03, 0.03 - 0.25], atol=1e-6)
+  np.testing.assert_allclose(given, [[0.06]] * 2, atol=1e-6)
+  np.testing.assert_allclose(rewards, [0.06, 0.06 - 0.25], atol=1e-6)

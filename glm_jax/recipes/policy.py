@@ -112,8 +112,8 @@ class Policy(recipe.Recipe):
     template: a key of `glm_jax.text.chat.FAMILIES`; '' for that of the model.
     blank: how a question is written for a model without a chat template (GLM), with the
       mask that the answer belongs to, such as '{prompt} [MASK]'; '' with a template.
-    rewards: functions 'module.name' of modules that --import names -> their weights; see
-      `glm_jax.recipes.rewards.RewardFn`.
+    rewards: functions 'module.name' of modules that --import names -> their weights, 0 for
+      one that is only reported; see `glm_jax.recipes.rewards.RewardFn`.
     reward_model: a checkpoint of `glm_jax.recipes.reward` that judges, too; '' for none.
     reward_model_weight: of it.
     reward_seconds: that a function may take for a rollout.
@@ -206,6 +206,12 @@ class Policy(recipe.Recipe):
   def logits_share(self) -> float:
     return 1 / (self.chunks or 1)
 
+  @property
+  def judges(self) -> dict[str, float]:
+    """Weights of what rewards, by name."""
+    model = {'reward_model': self.reward_model_weight} if self.reward_model else {}
+    return {**self.rewards, **model}
+
   def updates(self, config: TrainConfig) -> int:
     """Steps that learn from one rollout."""
     return self.epochs * self.rollout_size // config.batch_size
@@ -276,7 +282,7 @@ class Policy(recipe.Recipe):
         layout,
         config.batch_size // config.microbatches,
       )
-    judge = Judge(self.rewards, self.reward_seconds, model, self.reward_model_weight)
+    judge = Judge([*self.rewards], self.reward_seconds, model)
     identity = {
       'feature_lengths': dict(self.feature_lengths),
       'policy': {
@@ -291,7 +297,7 @@ class Policy(recipe.Recipe):
     return PolicyData(config, layout, vocabulary, questions, made, identity, notes)
 
   def batch(self, config: TrainConfig) -> Experience:
-    return rollouts.shapes(config.batch_size, self.length)
+    return rollouts.shapes(config.batch_size, self.length, len(self.judges))
 
   def advantages(
     self,
@@ -368,6 +374,10 @@ class Policy(recipe.Recipe):
         'loss': (total, count),
         **{name: (part, count) for name, part in sums.items()},
         'reward': of_rows(batch.reward),
+        **{
+          f'reward/{name}': of_rows(given)
+          for name, given in zip(self.judges, batch.rewards, strict=True)
+        },
         'kl': of_tokens(jnp.exp(apart) - apart - 1),
         'kl_weight': of_rows(batch.kl_weight),
         'entropy': of_tokens(said.entropy),
@@ -411,7 +421,7 @@ class Policy(recipe.Recipe):
     if not questions:
       return {}
     answers = data.rollouts.answers(variables, questions, _HELD_OUT)
-    _, rewards = data.rollouts.judged(questions, answers)
+    _, given, rewards = data.rollouts.judged(questions, answers)
     log_probs_NT, reference_NT, _ = data.rollouts.said(
       variables, data.rollouts.rows(questions, answers)
     )
@@ -419,6 +429,7 @@ class Policy(recipe.Recipe):
     kl = {'kl': float((log_probs_NT - reference_NT).sum(1).mean())}
     return {
       'reward': float(rewards.mean()),
+      **{f'reward/{k}': float(x) for k, x in zip(self.judges, given.mean(0), strict=True)},
       **(kl if self.reference else {}),
       'answer_length': float(np.mean([len(answer.spans[0]) for answer in answers])),
       'ended': float(np.mean([answer.ends[0] >= 0 for answer in answers])),

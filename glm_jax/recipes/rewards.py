@@ -67,24 +67,19 @@ class Judge:
   """Gives samples their rewards; all processes call it with the same samples."""
 
   def __init__(
-    self,
-    functions: Mapping[str, float],
-    seconds: float,
-    model: RewardModel | None = None,
-    weight: float = 1.0,
+    self, functions: Sequence[str], seconds: float, model: RewardModel | None = None
   ):
     """
     Args:
-      functions: name -> weight, see `function`.
+      functions: names, see `function`.
       seconds: that a function may take for its process's samples.
-      model: judges, too.
-      weight: of it.
+      model: judges, too, behind the functions.
     """
-    self._functions = {name: (function(name), w) for name, w in functions.items()}
-    self._seconds, self._model, self._weight = seconds, model, weight
+    self._functions = {name: function(name) for name in functions}
+    self._seconds, self._model = seconds, model
 
   def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
-    """[n] float32.
+    """[n, judges] float32.
 
     Each process asks its functions for a part of the samples.
 
@@ -92,16 +87,15 @@ class Judge:
       UserError: a function that raises, takes too long, or answers with something else
         than a finite number for each sample.
     """
-    total = np.zeros(len(samples), np.float32)
+    given = np.zeros((len(samples), len(self._functions)), np.float32)
     count, index = jax.process_count(), jax.process_index()
     own = np.array_split(np.arange(len(samples)), count)[index]
     error = None
     try:
-      for name, (reward, weight) in self._functions.items():
+      for number, (name, reward) in enumerate(self._functions.items()):
         part = [samples[i] for i in own]
         if part:
-          given = _given(name, reward, part, int(own[0]), self._seconds)
-          total[own] += np.float32(weight) * given
+          given[own, number] = _given(name, reward, part, int(own[0]), self._seconds)
     except configs.UserError as raised:
       error = raised
     if count > 1:
@@ -115,11 +109,11 @@ class Judge:
     if error is not None:
       raise error
     if count > 1:
-      # Of a sample, one process has the sum, the others 0.
-      total = np.asarray(multihost_utils.process_allgather(total)).sum(0)
-    if self._model is not None:
-      total += np.float32(self._weight) * self._model(samples)
-    return total
+      # Of a sample, one process has them, the others 0.
+      given = np.asarray(multihost_utils.process_allgather(given)).sum(0)
+    if self._model is None:
+      return given
+    return np.column_stack([given, self._model(samples)])
 
 
 def _given(

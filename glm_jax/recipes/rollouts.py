@@ -53,6 +53,7 @@ class Experience(NamedTuple):
     returns: what the critic is to say.
     old_values: what it said.
     reward: [B], of the answer, without KL.
+    rewards: [B] each, of which it is the weighted sum but for the penalty.
     ended: [B], 1 for an answer with an end.
     kl_weight: [B], of the rollout.
     explained: [B], share of the variance of the returns that the critic explained.
@@ -65,6 +66,7 @@ class Experience(NamedTuple):
   returns: Any
   old_values: Any
   reward: Any
+  rewards: tuple[Any, ...]
   ended: Any
   kl_weight: Any
   explained: Any
@@ -75,15 +77,16 @@ class Experience(NamedTuple):
 
 
 _BY_TOKEN = Experience._fields[1:6]
-_BY_ROW = Experience._fields[6:]
+_BY_ROW = ('reward', 'ended', 'kl_weight', 'explained')
 
 
-def shapes(rows: int, length: int) -> Experience:
-  """Shapes and dtypes of so many rows of so many positions."""
+def shapes(rows: int, length: int, judges: int) -> Experience:
+  """Shapes and dtypes of so many rows of so many positions, with so many rewards."""
   of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype)
   batch = Batch(*[of(dtype, length) for dtype in DTYPES])._replace(index=None)
   by_token = dict.fromkeys(_BY_TOKEN, of(np.float32, length))
-  return Experience(batch, **by_token, **dict.fromkeys(_BY_ROW, of(np.float32)))
+  by_row = dict.fromkeys(_BY_ROW, of(np.float32))
+  return Experience(batch, **by_token, **by_row, rewards=(of(np.float32),) * judges)
 
 
 class Rollouts:
@@ -165,8 +168,11 @@ class Rollouts:
 
   def judged(
     self, questions: Sequence[Query], answers: Sequence[Answer]
-  ) -> tuple[list[Sample], np.ndarray]:
-    """Samples and their rewards [n] float32; one without an end loses the penalty."""
+  ) -> tuple[list[Sample], np.ndarray, np.ndarray]:
+    """Samples, what each judge gives them [n, judges], and their rewards [n], float32.
+
+    An answer without an end loses the penalty.
+    """
     samples = []
     for question, answer in zip(questions, answers, strict=True):
       ids, end = answer.spans[0], answer.ends[0]
@@ -174,9 +180,10 @@ class Rollouts:
       ids = [*ids, end] if end >= 0 else ids
       request = self.request(answer.number, question)
       samples.append(Sample(question.text, text, question.fields, request, ids))
-    rewards = self._judge(samples)
-    ended = np.array([answer.ends[0] >= 0 for answer in answers])
-    return samples, rewards - np.float32(self._recipe.unfinished_penalty) * ~ended
+    given, r = self._judge(samples), self._recipe
+    rewards = given @ np.array([*r.judges.values()], np.float32)
+    unfinished = np.array([answer.ends[0] < 0 for answer in answers])
+    return samples, given, rewards - np.float32(r.unfinished_penalty) * unfinished
 
   def rows(self, questions: Sequence[Query], answers: Sequence[Answer]) -> Batch:
     """[n, T] numpy: what was asked and answered, as it is learnt from."""
@@ -233,6 +240,7 @@ class Rollouts:
     self,
     number: int,
     samples: Sequence[Sample],
+    given: np.ndarray,
     rewards: np.ndarray,
     kl: np.ndarray,
     ended: np.ndarray,
@@ -245,10 +253,13 @@ class Rollouts:
         'prompt': sample.prompt,
         'completion': sample.answer,
         'reward': float(reward),
+        'rewards': dict(zip(self._recipe.judges, map(float, own), strict=True)),
         'kl': float(nats),
         'ended': bool(end),
       }
-      for sample, reward, nats, end in zip(samples, rewards, kl, ended, strict=True)
+      for sample, own, reward, nats, end in zip(
+        samples, given, rewards, kl, ended, strict=True
+      )
     ]
     content = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
     name = f'rollouts/{number:06}.jsonl'
@@ -284,11 +295,12 @@ class RolloutStream(recipe.WorkStream):
     self._config, self._layout, self._recipe = config, layout, config.recipe
     self._rollouts, self._questions, self._step = rollouts, questions, first
     rank = lambda a: sharding.batch_sharding(layout, len(a.shape))
-    rows = shapes(self._recipe.rollout_size, self._recipe.length)
+    judges = len(self._recipe.judges)
+    rows = shapes(self._recipe.rollout_size, self._recipe.length, judges)
     spread = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rank(a))
     # Until the first rollout, what a checkpoint is read into.
     self.kept = _to_dict(jax.tree.map(spread, rows))
-    batch = jax.tree.map(rank, shapes(config.batch_size, self._recipe.length))
+    batch = jax.tree.map(rank, shapes(config.batch_size, self._recipe.length, judges))
     self._take = jax.jit(
       lambda kept, ids: jax.tree.map(lambda x: x[ids], _from_dict(kept)),
       out_shardings=batch,
@@ -319,7 +331,7 @@ class RolloutStream(recipe.WorkStream):
     chosen = [q for q in self._asked(number) for _ in range(r.samples)]
     seed = np.random.SeedSequence([c.seed, _ANSWERS, number]).generate_state(1)[0]
     answers = self._rollouts.answers(variables, chosen, int(seed))
-    samples, rewards = self._rollouts.judged(chosen, answers)
+    samples, given, rewards = self._rollouts.judged(chosen, answers)
     rows = self._rollouts.rows(chosen, answers)
     log_probs_NT, reference_NT, values_NT = self._rollouts.said(variables, rows)
     kl_N = (log_probs_NT - reference_NT).sum(1)
@@ -337,6 +349,7 @@ class RolloutStream(recipe.WorkStream):
       returns_NT.astype(np.float32),
       values_NT,
       rewards.astype(np.float32),
+      tuple(given.T),
       ended.astype(np.float32),
       of_all(kl_weight),
       of_all(_explained(returns_NT, values_NT, rows.loss_weights > 0)),
@@ -345,7 +358,7 @@ class RolloutStream(recipe.WorkStream):
     placed = sharding.place(own_rows(made, self._layout), self._layout)
     self.kept = _to_dict(placed)
     if number % r.show_every == 0:
-      self._rollouts.written(number, samples, rewards, kl_N, ended)
+      self._rollouts.written(number, samples, given, rewards, kl_N, ended)
 
   def _asked(self, number: int) -> list[Query]:
     """The questions of a rollout; each is asked again when all have been."""
@@ -400,12 +413,18 @@ def _explained(returns: np.ndarray, values: np.ndarray, scored: np.ndarray) -> f
 def _to_dict(made: Experience) -> dict[str, Any]:
   """As checkpoints hold it: arrays by name."""
   rows = {name: x for name, x in made.rows._asdict().items() if name != 'index'}
-  return {**rows, **{name: x for name, x in made._asdict().items() if name != 'rows'}}
+  own = {name: getattr(made, name) for name in (*_BY_TOKEN, *_BY_ROW)}
+  return {**rows, **own, **{f'reward_{i}': x for i, x in enumerate(made.rewards)}}
 
 
 def _from_dict(arrays: Mapping[str, Any]) -> Experience:
   rows = Batch(**{name: arrays[name] for name in Batch._fields if name != 'index'})
-  return Experience(rows, **{name: arrays[name] for name in (*_BY_TOKEN, *_BY_ROW)})
+  rewards = [name for name in arrays if name.startswith('reward_')]
+  return Experience(
+    rows,
+    rewards=tuple(arrays[f'reward_{i}'] for i in range(len(rewards))),
+    **{name: arrays[name] for name in (*_BY_TOKEN, *_BY_ROW)},
+  )
 
 
 def _short(text: str) -> str:
