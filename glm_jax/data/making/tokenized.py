@@ -30,7 +30,7 @@ from glm_jax.data.rows.table import Encoded, RowPlan, grouped_rows, make_rows, p
 from glm_jax.text.vocabulary import Vocabulary
 
 # Counts up when the same text and plan would make other rows: caches are made again.
-_FORMAT = 4
+_FORMAT = 5
 # Documents that are encoded together, which the vocabulary does in threads.
 _AT_ONCE = 256
 
