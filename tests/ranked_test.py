@@ -1,5 +1,7 @@
 """Answers of which people preferred one: what a line says, and how a pair becomes a row."""
 
+import re
+
 import numpy as np
 import pytest
 import tuned
@@ -103,26 +105,39 @@ def test_scored_answers_are_compared_each_with_each():
   assert document.unranked == 6
 
 
+TIED = {
+  'prompt': 'a',
+  'chosen': 'b',
+  'rejected': 'c',
+  'score_chosen': 1,
+  'score_rejected': 1,
+}
+
+
 @pytest.mark.parametrize(
-  'line',
+  'line,word',
   [
-    {'prompt': 'a', 'chosen': 'b', 'rejected': 'b '},
-    {'prompt': 'a', 'chosen': '', 'rejected': 'b'},
-    {'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'score_chosen': 1, 'score_rejected': 1},
-    {
-      'chosen': '\n\nHuman: 1?\n\nAssistant: one',
-      'rejected': '\n\nHuman: 2?\n\nAssistant: two',
-    },
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': 'b '}, 'equal'),
+    ({'prompt': 'a', 'chosen': '', 'rejected': 'b'}, 'empty'),
+    (TIED, 'tied'),
+    (
+      {
+        'chosen': '\n\nHuman: 1?\n\nAssistant: one',
+        'rejected': '\n\nHuman: 2?\n\nAssistant: two',
+      },
+      'different questions',
+    ),
   ],
 )
-def test_what_has_no_better_answer_is_counted(line):
+def test_what_is_no_pair_is_counted_and_said(line, word):
   document = ranked.document(line, _config())
   assert document.pairs == () and document.unranked == 1
   counts = tokenized.new_counts()
   vocabulary = tuned.model('chatglm3')[1]
   plan = plan_ranked(64, template='chatglm3')
   assert not [*rendered.ranked([document], vocabulary, plan, 'drop', counts)]
-  assert counts['unranked'] == 1 and 'with no better answer' in tokenized.in_words(counts)
+  said = tokenized.in_words(counts)
+  assert counts['unranked'] == 1 and re.search(f'1 with .*{word}.* left out', said), said
 
 
 @pytest.mark.parametrize(

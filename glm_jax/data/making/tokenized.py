@@ -115,7 +115,7 @@ def in_words(counts: Mapping[str, int]) -> str:
     'skipped': 'with nothing to predict skipped',
     'shortened': 'longer than a row shortened',
     'dropped': 'longer than a row left out',
-    'unranked': 'with no better answer left out',
+    'unranked': 'with tied, equal or empty answers or different questions left out',
   }
   some = [f'{counts[name]:,} {what}' for name, what in words.items() if counts[name]]
   text = f'{counts["documents"]:,} documents, {counts["tokens"]:,} tokens'
