@@ -32,6 +32,7 @@ class Validation:
     eval_step: Callable[[Any, Any], Any],
     layout: Layout,
     corpora: Mapping[str, int] = MappingProxyType({}),
+    told: metrics.Told = dict,
   ):
     """
     Args:
@@ -39,8 +40,9 @@ class Validation:
       eval_step: (variables, batch) -> metrics, to be jitted.
       layout: of the devices.
       corpora: rows of each in every set, see `recipe.Data.validated_rows`.
+      told: of the recipe.
     """
-    self._sets, self._layout = sets, layout
+    self._sets, self._layout, self._told = sets, layout, told
     self._step = jax.jit(eval_step)
     self._corpora = tuple(corpora)
     self._ends = np.cumsum([*corpora.values()])
@@ -63,11 +65,19 @@ class Validation:
           if len(there) > 1:
             own = self._measure(variables, self._rows(batch, i))
           of_corpus[i] = metrics.add(of_corpus[i], own)
-    values = _means(total)
+    values = self._means(total)
     for name, sums in zip(self._corpora, of_corpus, strict=True):
-      means = _means(sums)
+      means = self._means(sums)
       if 'loss' in means:
         values[_OF_CORPUS.format(name)] = means['loss']
+    return values
+
+  def _means(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    values = self._told(metrics.averages(sums))
+    # Weighted by tokens, 'loss' would mostly be that of the objective with long targets.
+    by_objective = [v for k, v in values.items() if k.startswith('loss/')]
+    if by_objective:
+      values['loss'] = sum(by_objective) / len(by_objective)
     return values
 
   def _measure(self, variables: Any, batch: Batch) -> dict[str, Any]:
@@ -91,15 +101,6 @@ class Validation:
     return batch._replace(loss_weights=np.where(own[:, None], batch.loss_weights, 0))
 
 
-def _means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-  values = metrics.averages(sums)
-  # Weighted by tokens, 'loss' would mostly be that of the objective with long targets.
-  by_objective = [v for k, v in values.items() if k.startswith('loss/')]
-  if by_objective:
-    values['loss'] = sum(by_objective) / len(by_objective)
-  return values
-
-
 def check(config: TrainConfig, data: Data, built: Program, layout: Layout) -> None:
   """Traces an evaluation, and looks at what it would measure.
 
@@ -115,6 +116,7 @@ def check(config: TrainConfig, data: Data, built: Program, layout: Layout) -> No
   with sharding.active(layout):
     variables = jax.eval_shape(built.variables, built.state['params'], built.frozen)
     names = jax.eval_shape(built.eval_step, variables, built.batch)
+    names = config.recipe.told(dict.fromkeys(names, 1.0))
   # What a recipe of one's own measures besides, its first validation shows.
   if type(config.recipe).validate is Recipe.validate:
     corpora = [_OF_CORPUS.format(name) for name in data.validated_rows]
