@@ -12,7 +12,7 @@ from commands import refused
 from preference_test import T, _batch, _lines
 
 import glm_jax
-from glm_jax import sharding
+from glm_jax import checkpoints, sharding
 from glm_jax.batch import Batch
 from glm_jax.configs import UserError
 from glm_jax.recipes.reward import Reward, at_end, correlation
@@ -258,6 +258,49 @@ def test_length_that_tells_is_reported_and_balanced_away(place):
   assert fair['accuracy/longer'] - fair['accuracy/shorter'] < 0.2, fair
   assert abs(fair['length_correlation']) < 0.3, fair
   assert fair['accuracy'] > biased['accuracy'] + 0.3
+
+
+@pytest.mark.slow
+def test_accuracy_is_told_by_corpus(place):
+  """Of a mixture in which nine of ten want kind answers, and the tenth a rude one."""
+  for name, kind in (('many', 1), ('few', 0)):
+    tuned.write(place / f'{name}.jsonl', _biased(200, longer=0.5, kind=kind))
+  files = {name: f'{place}/{name}.jsonl' for name in ('many', 'few')}
+  bindings = (
+    f'MixtureConfig.corpora={files}',
+    "MixtureConfig.rates={'many': 0.9, 'few': 0.1}",
+    'CorpusConfig.validation_fraction=0.1',
+    'TRAIN_STEPS=60',
+  )
+  done = tuned.of_stage(
+    'reward',
+    'train',
+    place,
+    *bindings,
+    "TASK_FEATURE_LENGTHS={'tokens': 128}",
+    'BATCH_SIZE=8',
+    'OptimizerConfig.learning_rate=3e-3',
+    'EvaluationConfig.examples=0',
+    "CheckpointConfig.best_metric='corpus/few/accuracy'",
+    base=place / 'chatglm3_base',
+    run='mixed',
+  )
+  assert done.returncode == 0, done.stderr
+  *_, last = records = writer.read(str(place / 'mixed'), 'validation')
+  many, few = (last[f'corpus/{name}/accuracy'] for name in ('many', 'few'))
+  assert many > 0.9 and few < 0.1, last
+  assert f'(accuracy of corpora: many {many:.3f}  few {few:.3f})' in done.stdout
+  names = {name for name in last if name not in ('step', 'kind')}
+  whole = {name for name in names if not name.startswith('corpus/')}
+  assert {'accuracy/shorter', 'length_correlation', 'reward/chosen'} < whole
+  assert names - whole == {f'corpus/{name}/{k}' for name in files for k in whole}
+  meta = checkpoints.read_meta(checkpoints.find(str(place / 'mixed')))
+  assert meta['stopping']['metric'] == 'corpus/few/accuracy'
+  best = max(record['corpus/few/accuracy'] for record in records)
+  assert meta['stopping']['best'] == pytest.approx(best)
+  done = _run(place, "CheckpointConfig.best_metric='corpus/none/accuracy'", run='no_such')
+  refused(done, "got 'corpus/none/accuracy'; choose among accuracy, ")
+  assert not (place / 'no_such').exists()
 
 
 def test_a_row_that_fills_up_a_batch_has_no_end():
