@@ -25,6 +25,7 @@ from glm_jax.interop import (
   hub,
   integers,
   leaves,
+  reward_models,
   rotary,
   tokenizer_files,
 )
@@ -125,7 +126,7 @@ def convert(flags: argparse.Namespace) -> None:
 
   # What DST becomes.
   target = flags.to or (_default_format(model) if is_checkpoint else _CHECKPOINT)
-  name = model_config.to_dict(model.config)['family']
+  name, held = model_config.to_dict(model.config)['family'], model.leaves.specs
   if target != _CHECKPOINT:
     configs.check(
       FORMATS[target].config is type(model.config),
@@ -134,6 +135,7 @@ def convert(flags: argparse.Namespace) -> None:
       repr(target),
       'choose one of these',
     )
+    held = reward_models.exported(target, model.config, held)
     _check_integers(model, target)
     if FORMATS[target].container == 'huggingface':
       hub.check(target, model.config, model.source, model.vocabulary)
@@ -146,7 +148,7 @@ def convert(flags: argparse.Namespace) -> None:
     f'{parts} for {target!r}',
     'leave it out',
   )
-  specs = slices.cast(model.leaves.specs, dtype)
+  specs = slices.cast(held, dtype)
   count = slices.count(specs)
   size = sum(spec.nbytes for spec in specs.values())
   if target != _CHECKPOINT:
@@ -172,6 +174,8 @@ def convert(flags: argparse.Namespace) -> None:
     if model.vocabulary is None
     else f'vocabulary {model.vocabulary.kind} of {model.vocabulary.size:,}'
   )
+  if left_out := [path for path in model.leaves.specs if path not in specs]:
+    print(f'left out, which such a model has not: {", ".join(map("/".join, left_out))}')
   if target in hub.OWN_CODE:
     print('copy the .py files of the released model beside it for transformers to read it')
     if getattr(model.config, 'rope_ratio', 1) != 1:
@@ -294,7 +298,8 @@ def _write_foreign(
   prefix = model.source.get('prefix') if same else ('glm.' if target == 'glm-10b' else '')
   # ChatGLM-6B's files hold a tied head twice.
   repeats = model.source.get('repeats_head') if same else target == 'chatglm'
-  tied = getattr(model.config, 'tied_head', False)
+  scores = reward_models.is_reward_model(model.leaves.specs)
+  tied = getattr(model.config, 'tied_head', False) and not scores
 
   def tensors(rank: int) -> list[leaves.Foreign]:
     return list(
@@ -325,7 +330,9 @@ def _write_foreign(
   plain = [tensor for tensor in exported if tensor.dtype != np.int8]
   kind = max(plain, key=lambda tensor: tensor.nbytes).dtype.name
   bits = model.quantized['bits'] if model.quantized else 0
-  hub.write_config(folder, target, model.config, model.source, kind, model.vocabulary, bits)
+  hub.write_config(
+    folder, target, model.config, model.source, kind, model.vocabulary, bits, scores
+  )
 
 
 def _default_format(model: Model) -> str:

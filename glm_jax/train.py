@@ -138,7 +138,7 @@ def train(
   writer = Writer(config.model_dir, distributed.is_leader())
   with sharding.active(layout), profile:
     measure = evaluation.Validation(
-      data.validation, built.eval_step, layout, data.validated_rows
+      data.validation, built.eval_step, layout, data.validated_rows, recipe.told
     )
 
     def validate(number: int) -> dict[str, float]:
@@ -158,7 +158,7 @@ def train(
       validate(0)
     telling('compiling the first step, which waits for its batch')
     meter = Meter(first, config.train_steps, saved.get('so_far', None if new else {}))
-    results = metrics.Results(config.model_dir)
+    results = metrics.Results(config.model_dir, recipe.told)
     # A run that has stopped early, and was killed before its report, is only reported.
     for number in range(first + 1, config.train_steps + 1 if not stop.over else 0):
       with profile.step(number):

@@ -242,7 +242,7 @@ REFUSED = [
     ['by a chat template or a blank'],
   ),
   (('TrainConfig.adapters=@PTuningConfig()',), {}, ['a row of preferences holds two']),
-  ((), {'corpus': 'same'}, ['must hold a document', 'with no better answer left out']),
+  ((), {'corpus': 'same'}, ['must hold a document', 'with tied, equal or empty answers']),
   ((), {'corpus': 'lines'}, ['must be named', 'lines.jsonl line 1']),
   (("TASK_FEATURE_LENGTHS={'tokens': 24}",), {}, ['longer than a row left out']),
   (

@@ -1,5 +1,7 @@
 """Answers of which people preferred one: what a line says, and how a pair becomes a row."""
 
+import re
+
 import numpy as np
 import pytest
 import tuned
@@ -7,10 +9,12 @@ import tuned
 from glm_jax.configs import UserError
 from glm_jax.data.corpora import objects, ranked
 from glm_jax.data.corpora.config import CorpusConfig
+from glm_jax.data.corpora.fields import Document
 from glm_jax.data.making import rendered, tokenized
 from glm_jax.data.prepare_answers import plan_ranked
 from glm_jax.data.rows.table import grouped_rows
 from glm_jax.text import chat
+from glm_jax.text.conversation import Message
 
 ASKED = [('user', '1?'), ('assistant', 'one'), ('user', '2?')]
 MESSAGES = [{'role': role, 'content': text} for role, text in ASKED]
@@ -101,26 +105,39 @@ def test_scored_answers_are_compared_each_with_each():
   assert document.unranked == 6
 
 
+TIED = {
+  'prompt': 'a',
+  'chosen': 'b',
+  'rejected': 'c',
+  'score_chosen': 1,
+  'score_rejected': 1,
+}
+
+
 @pytest.mark.parametrize(
-  'line',
+  'line,word',
   [
-    {'prompt': 'a', 'chosen': 'b', 'rejected': 'b '},
-    {'prompt': 'a', 'chosen': '', 'rejected': 'b'},
-    {'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'score_chosen': 1, 'score_rejected': 1},
-    {
-      'chosen': '\n\nHuman: 1?\n\nAssistant: one',
-      'rejected': '\n\nHuman: 2?\n\nAssistant: two',
-    },
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': 'b '}, 'equal'),
+    ({'prompt': 'a', 'chosen': '', 'rejected': 'b'}, 'empty'),
+    (TIED, 'tied'),
+    (
+      {
+        'chosen': '\n\nHuman: 1?\n\nAssistant: one',
+        'rejected': '\n\nHuman: 2?\n\nAssistant: two',
+      },
+      'different questions',
+    ),
   ],
 )
-def test_what_has_no_better_answer_is_counted(line):
+def test_what_is_no_pair_is_counted_and_said(line, word):
   document = ranked.document(line, _config())
   assert document.pairs == () and document.unranked == 1
   counts = tokenized.new_counts()
   vocabulary = tuned.model('chatglm3')[1]
   plan = plan_ranked(64, template='chatglm3')
   assert not [*rendered.ranked([document], vocabulary, plan, 'drop', counts)]
-  assert counts['unranked'] == 1 and 'with no better answer' in tokenized.in_words(counts)
+  said = tokenized.in_words(counts)
+  assert counts['unranked'] == 1 and re.search(f'1 with .*{word}.* left out', said), said
 
 
 @pytest.mark.parametrize(
@@ -177,11 +194,8 @@ def test_whole_turns_are_left_out_from_the_left_and_no_answer_is_cut():
   short = _rows([last], 'chatglm3', 200)[0]
   most, least = (int(rows.lengths[0]) for rows in (full, short))
   # A row of L positions holds L + 1 tokens.
-  for room in range(least - 3, most + 2):
+  for room in range(least, most + 2):
     rows, counts, _ = _rows([LINES['messages']], 'chatglm3', room - 1)
-    if room < least:
-      assert len(rows.tokens) == 0 and counts['dropped'] == 1
-      continue
     expected = full if room >= most else short
     n = int(expected.lengths[0])
     assert rows.lengths.tolist() == [n]
@@ -191,6 +205,100 @@ def test_whole_turns_are_left_out_from_the_left_and_no_answer_is_cut():
   assert _rows([LINES['messages']], 'chatglm3', most - 2, 'drop')[1]['dropped'] == 1
   with pytest.raises(UserError, match='must fit a row'):
     _rows([LINES['messages']], 'chatglm3', most - 2, 'error')
+
+
+QUESTION = 'which of them is the quick one, 狐狸 or the lazy dog?'
+LONG = {**LINES['alpaca'], 'instruction': QUESTION}
+
+
+@pytest.mark.parametrize('family', ['chatglm', 'chatglm2', 'chatglm3', 'glm4'])
+def test_the_last_question_loses_its_beginning_where_it_is_too_long(family):
+  """As few characters as is enough; a pair is left out when there is no more to cut."""
+  cut = lambda at: {**LINES['alpaca'], 'instruction': QUESTION[at:], 'history': []}
+  whole = [_rows([cut(at)], family, 400)[0] for at in range(len(QUESTION))]
+  sizes = [int(rows.lengths[0]) for rows in whole]
+  seen = []
+  for room in range(sizes[-1] - 3, sizes[0] + 1):
+    rows, counts, _ = _rows([LONG], family, room - 1)
+    if room < min(sizes):
+      assert len(rows.tokens) == 0 and counts['dropped'] == 1
+      continue
+    assert counts['shortened'] == counts['documents'] == 1 and not counts['dropped']
+    n = int(rows.lengths[0])
+    [at] = [
+      at
+      for at, other in enumerate(whole)
+      if rows.tokens[0, :n].tolist() == other.tokens[0, : sizes[at]].tolist()
+    ]
+    assert n <= room and (at == 0 or sizes[at - 1] > room)
+    assert rows.scored[0, :n].tolist() == whole[at].scored[0, :n].tolist()
+    assert rows.starts[0, :n].tolist() == whole[at].starts[0, :n].tolist()
+    seen.append(at)
+  assert seen[-1] == 0 and len({*seen}) > 5
+  assert _rows([LONG], family, sizes[0] - 2, 'drop')[1]['dropped'] == 1
+  with pytest.raises(UserError, match='must fit a row'):
+    _rows([LONG], family, sizes[0] - 2, 'error')
+
+
+def test_what_stands_around_a_cut_question_stays():
+  system, question = Message('system', 'be brief'), Message('user', QUESTION)
+  asked = (system, *(Message(*turn) for turn in ASKED[:2]), question)
+  tool = Message('assistant', '{}', 'look'), Message('observation', 'none')
+  for behind in ((), tool):
+    answers = [(Message('assistant', text),) for text in ('two', 'ten')]
+    whole, cut = (
+      Document('', pairs=(tuple((*front, *behind, *answer) for answer in answers),))
+      for front in (asked, (system, Message('user', '狸 or the lazy dog?')))
+    )
+    vocabulary = tuned.model('glm4')[1]
+    read = lambda document, length: rendered.ranked(
+      [document],
+      vocabulary,
+      plan_ranked(length, template='glm4'),
+      'truncate_prompt_left',
+      tokenized.new_counts(),
+    )
+    [expected] = read(cut, 400)
+    # A row of L positions holds L + 1 tokens.
+    [found] = read(whole, sum(len(ids) for ids, _ in expected) - 1)
+    for a, b in zip(found, expected, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+  'blank', ['{prompt} [MASK]', 'q: {prompt} [gMASK]', '[MASK]{prompt}']
+)
+def test_around_a_blank_tokens_of_both_questions_are_left_out_alike(blank):
+  line = {'prompt': QUESTION, 'chosen': 'quick', 'rejected': 'slow as ever'}
+  full, _, vocabulary = _rows([line], 'glm', 400, blank=blank)
+  most, s = int(full.lengths[0]), vocabulary.specials
+  at = lambda tokens, token: tokens.index(token)
+
+  def sides(rows):
+    n, [_, start] = int(rows.lengths[0]), np.flatnonzero(rows.starts[0])
+    both = rows.tokens[0, :start].tolist(), rows.tokens[0, start : n - 1].tolist()
+    assert rows.tokens[0, n - 1] == s.pad
+    return [(ids[: at(ids, s.sop)], ids[at(ids, s.sop) :]) for ids in both]
+
+  (asked, *answers), kept = zip(*sides(full), strict=True), []
+  assert asked[0] == asked[1]
+  question = vocabulary.encode(QUESTION)
+  around = len(asked[0]) - len(question)
+  for room in range(most - 2 * len(question) - 4, most + 1):
+    rows, counts, _ = _rows([line], 'glm', room - 1, blank=blank)
+    excess = -(-(most - room) // 2)
+    if excess >= len(question):
+      assert len(rows.tokens) == 0 and counts['dropped'] == 1
+      continue
+    (one, other), *found = zip(*sides(rows), strict=True)
+    assert one == other and found == answers
+    assert len(one) == around + len(question) - excess
+    # Its beginning before the mask, its end behind it.
+    left = question[:-excess] if blank.startswith('[') and excess else question[excess:]
+    assert ' '.join(map(str, left)) in ' '.join(map(str, one))
+    assert counts['shortened'] == (excess > 0)
+    kept.append(excess)
+  assert kept[0] == len(question) - 1 and kept[-1] == 0
 
 
 def test_a_model_without_a_chat_template_is_asked_a_question():

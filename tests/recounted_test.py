@@ -238,7 +238,13 @@ def test_validation_by_corpus_is_that_of_its_rows_alone(sizes):
     for i, name in enumerate(('blank', 'document')):
       own = batch.objective == i
       found[f'loss/{name}'] = ((sums * own).sum(), (counts * own).sum())
+    scored = counts > 0
+    found['accuracy'] = ((scored * (batch.tokens > 0.5)).sum(), scored.sum())
+    found['moment'] = (sums.sum(), scored.sum())
     return found
+
+  def told(means):
+    return {'told' if k == 'moment' else k: v + (k == 'moment') for k, v in means.items()}
 
   def stream(kind):
     for first in range(0, total, 4):
@@ -252,8 +258,9 @@ def test_validation_by_corpus_is_that_of_its_rows_alone(sizes):
 
   layout = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
   sets = {name: functools.partial(stream, name) for name in range(2)}
-  found = evaluation.Validation(sets, eval_step, layout, corpora)(jnp.float32(1))
-  whole = evaluation.Validation(sets, eval_step, layout)(jnp.float32(1))
+  found = evaluation.Validation(sets, eval_step, layout, corpora, told)(jnp.float32(1))
+  whole = evaluation.Validation(sets, eval_step, layout, told=told)(jnp.float32(1))
+  assert {*whole} == {'loss', 'loss/blank', 'loss/document', 'accuracy', 'told'}
   # What all rows have together is the same to the bit, whether corpora are told apart.
   assert {name: found[name] for name in whole} == whole
   for i, name in enumerate(corpora):
@@ -261,7 +268,12 @@ def test_validation_by_corpus_is_that_of_its_rows_alone(sizes):
     if own.any():
       means = [np.average(values[k][own], weights=weights[k][own]) for k in range(2)]
       assert found.pop(f'corpus/{name}/loss') == pytest.approx(np.mean(means), rel=1e-5)
-  assert found == whole  # a corpus without a row has no loss
+      right = np.mean(values[:, own] > 0.5)
+      assert found.pop(f'corpus/{name}/accuracy') == pytest.approx(right)
+      mean = np.mean(values[:, own] * weights[:, own])
+      assert found.pop(f'corpus/{name}/told') == pytest.approx(mean + 1, rel=1e-5)
+  # A corpus without a row has none of it; losses by objective are of all corpora alone.
+  assert found == whole
 
 
 def test_baselines_are_counted_by_hand():

@@ -1,6 +1,7 @@
 """Reward models: through the command, beside NumPy, and in Python."""
 
 import math
+import random
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ from commands import refused
 from preference_test import T, _batch, _lines
 
 import glm_jax
-from glm_jax import sharding
+from glm_jax import checkpoints, sharding
+from glm_jax.batch import Batch
 from glm_jax.configs import UserError
-from glm_jax.recipes.reward import Reward, at_end
-from glm_jax.training import writer
+from glm_jax.recipes.reward import Reward, at_end, correlation
+from glm_jax.training import metrics, writer
 
 LN2 = math.log(2)
 
@@ -162,6 +164,143 @@ def test_losses_and_gradients_are_those_of_numpy(settings):
   assert means['accuracy'] == pytest.approx(np.mean(right))
   assert means['accuracy/shorter'] == right[0]
   assert means['accuracy/longer'] == pytest.approx(np.mean(right[1:]))
+
+
+def _scored_batch(rng, slope):
+  """Pairs of random lengths, one row of padding, and what each token is worth."""
+  rows, length = 9, 48
+  start, weights = np.zeros((2, rows, length), np.int32)
+  sizes = rng.integers(1, 20, (rows, 2))
+  sizes[-1] = 0
+  worth = rng.normal(size=(rows, length)) + 3
+  for i, (first, second) in enumerate(sizes):
+    weights[i, 2 : 2 + first] = weights[i, 26 : 26 + second] = 1
+    start[i, 24:] = 24
+    worth[i, [2 + first, 26 + second]] += slope * np.array([first, second])
+  scores = worth[np.arange(rows)[:, None], sizes + np.array([2, 26])]
+  zeros = np.zeros_like(start)
+  batch = Batch(zeros, zeros, weights.astype(np.float32), zeros, zeros, start, zeros, zeros)
+  return batch, worth.astype(np.float32), scores[:-1].ravel(), sizes[:-1].ravel()
+
+
+@pytest.mark.parametrize('slope', [-0.3, 0.0, 0.02, 1.0])
+def test_the_correlation_of_score_and_length_is_that_of_numpy(slope):
+  """Over several batches: of moments, and not a mean of the batches' own."""
+  recipe = Reward(feature_lengths={'tokens': T})
+  loss, rng, total, found = recipe.loss(None, _Values()), np.random.default_rng(3), {}, []
+  for _ in range(4):
+    batch, worth, scores, sizes = _scored_batch(rng, slope)
+    variables = {'params': {'worth': worth, 'value': {'weight': jnp.ones(1)}}}
+    total = metrics.add(total, loss(variables, batch, None, recipe.counts(batch))[1])
+    found.append((scores, sizes))
+  told = recipe.told(metrics.averages(total))
+  expected = np.corrcoef(*map(np.concatenate, zip(*found, strict=True)))[0, 1]
+  assert told['length_correlation'] == pytest.approx(expected, abs=1e-4)
+  assert abs(expected) > 0.8 if abs(slope) > 0.2 else abs(expected) < 0.3
+  # Moments are nobody's to read.
+  assert {*told} == {
+    'loss',
+    'accuracy',
+    'accuracy/longer',
+    'accuracy/shorter',
+    'ahead',
+    'length_correlation',
+    'reward/chosen',
+    'reward/rejected',
+  }
+
+
+def test_scores_that_are_all_the_same_have_no_correlation():
+  assert correlation(0, 5, 0, 26, 0) == correlation(2, 5, 4 + 1e-7, 26, 10) == 0
+
+
+def _biased(count, longer, kind, first=0):
+  """Of these shares, the better answer is the longer one, and the one that is kind."""
+  rng, found = random.Random(first), []
+  for n in range(first, first + count):
+    better, worse = ('a kind one', 'a rude one')[:: 1 if rng.random() < kind else -1]
+    words = ['', ', so to say, as it were'][:: 1 if rng.random() < longer else -1]
+    better, worse = better + words[1] + '.', worse + words[0] + '.'
+    found.append({'prompt': f'is it {n}?', 'chosen': better, 'rejected': worse})
+  return found
+
+
+@pytest.mark.slow
+def test_length_that_tells_is_reported_and_balanced_away(place):
+  """Most better answers are the longer ones; of what is held out, every other is."""
+  tuned.write(place / 'biased.jsonl', _biased(640, longer=0.85, kind=0.7))
+  tuned.write(place / 'fair.jsonl', _biased(80, longer=0.5, kind=1, first=700))
+  last = {}
+  for balanced in (False, True):
+    run = f'biased_{balanced}'
+    done = tuned.of_stage(
+      'reward',
+      'train',
+      place,
+      f"CorpusConfig.validation='{place / 'fair.jsonl'}'",
+      f'Reward.length_balanced={balanced}',
+      "TASK_FEATURE_LENGTHS={'tokens': 128}",
+      'BATCH_SIZE=16',
+      'TRAIN_STEPS=80',
+      'OptimizerConfig.learning_rate=3e-3',
+      'EvaluationConfig.examples=0',
+      'TrainConfig.log_every=40',
+      base=place / 'chatglm3_base',
+      corpus=place / 'biased.jsonl',
+      run=run,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'length_correlation' in done.stdout and 'moment' not in done.stdout
+    last[balanced] = writer.read(str(place / run), 'validation')[-1]
+  biased, fair = last[False], last[True]
+  assert biased['accuracy/longer'] - biased['accuracy/shorter'] > 0.8, biased
+  assert biased['length_correlation'] > 0.6, biased
+  assert fair['accuracy/longer'] - fair['accuracy/shorter'] < 0.2, fair
+  assert abs(fair['length_correlation']) < 0.3, fair
+  assert fair['accuracy'] > biased['accuracy'] + 0.3
+
+
+@pytest.mark.slow
+def test_accuracy_is_told_by_corpus(place):
+  """Of a mixture in which nine of ten want kind answers, and the tenth a rude one."""
+  for name, kind in (('many', 1), ('few', 0)):
+    tuned.write(place / f'{name}.jsonl', _biased(200, longer=0.5, kind=kind))
+  files = {name: f'{place}/{name}.jsonl' for name in ('many', 'few')}
+  bindings = (
+    f'MixtureConfig.corpora={files}',
+    "MixtureConfig.rates={'many': 0.9, 'few': 0.1}",
+    'CorpusConfig.validation_fraction=0.1',
+    'TRAIN_STEPS=60',
+  )
+  done = tuned.of_stage(
+    'reward',
+    'train',
+    place,
+    *bindings,
+    "TASK_FEATURE_LENGTHS={'tokens': 128}",
+    'BATCH_SIZE=8',
+    'OptimizerConfig.learning_rate=3e-3',
+    'EvaluationConfig.examples=0',
+    "CheckpointConfig.best_metric='corpus/few/accuracy'",
+    base=place / 'chatglm3_base',
+    run='mixed',
+  )
+  assert done.returncode == 0, done.stderr
+  *_, last = records = writer.read(str(place / 'mixed'), 'validation')
+  many, few = (last[f'corpus/{name}/accuracy'] for name in ('many', 'few'))
+  assert many > 0.9 and few < 0.1, last
+  assert f'(accuracy of corpora: many {many:.3f}  few {few:.3f})' in done.stdout
+  names = {name for name in last if name not in ('step', 'kind')}
+  whole = {name for name in names if not name.startswith('corpus/')}
+  assert {'accuracy/shorter', 'length_correlation', 'reward/chosen'} < whole
+  assert names - whole == {f'corpus/{name}/{k}' for name in files for k in whole}
+  meta = checkpoints.read_meta(checkpoints.find(str(place / 'mixed')))
+  assert meta['stopping']['metric'] == 'corpus/few/accuracy'
+  best = max(record['corpus/few/accuracy'] for record in records)
+  assert meta['stopping']['best'] == pytest.approx(best)
+  done = _run(place, "CheckpointConfig.best_metric='corpus/none/accuracy'", run='no_such')
+  refused(done, "got 'corpus/none/accuracy'; choose among accuracy, ")
+  assert not (place / 'no_such').exists()
 
 
 def test_a_row_that_fills_up_a_batch_has_no_end():

@@ -4,7 +4,9 @@ Its compiler and TensorFlow's do not bear each other in one process. Reads a req
 JSON: {"ids": rows, "prompts": rows, "texts": strings, "new": tokens}; prints what the model
 makes of it as JSON. With "names", only the tokenizer is read, with the code beside it: its
 class, its ids of the texts, and those of pieces by these names. With "chats", too: its ids
-of [messages, tools or null, whether an answer is to follow].
+of [messages, tools or null, whether an answer is to follow]. With "scored", conversations:
+the class of a reward model, its ids, and its scores of them one by one, and padded together
+on either side.
 """
 
 import json
@@ -15,6 +17,8 @@ def main(folder, request):
   import torch
   from transformers import AutoModelForCausalLM, AutoTokenizer
 
+  if 'scored' in request:
+    return scored(folder, request['scored'])
   if 'chats' in request:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [
@@ -65,6 +69,29 @@ def main(folder, request):
         for row in ids
         if row
       ]
+  return made
+
+
+def scored(folder, conversations):
+  import torch
+  from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+  tokenizer = AutoTokenizer.from_pretrained(folder)
+  model, loading = AutoModelForSequenceClassification.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
+  )
+  model = model.eval()
+  rows = tokenizer.apply_chat_template(conversations, return_dict=False)
+  made = {
+    'class': type(model).__name__,
+    'loading': {name: [*map(str, found)] for name, found in loading.items()},
+    'ids': rows,
+  }
+  with torch.no_grad():
+    made['alone'] = [model(torch.tensor([row])).logits.tolist() for row in rows]
+    for side in ('left', 'right'):
+      batch = tokenizer.pad({'input_ids': rows}, padding_side=side, return_tensors='pt')
+      made[side] = model(**batch).logits.tolist()
   return made
 
 

@@ -56,7 +56,7 @@ class CheckpointConfig:
     keep: newest checkpoints to keep.
     keep_best: checkpoints of the best `best_metric` to keep besides.
     best_metric: a validation metric: 'loss', 'loss/blank', or of a mixture's corpus
-      'corpus/web/loss'.
+      'corpus/web/loss', and 'corpus/web/accuracy' where accuracy is measured.
     best_mode: whether its least ('min') or its largest ('max') value is best.
   """
 

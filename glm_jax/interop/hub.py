@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
-from glm_jax.interop import integers, rotary, tokenizer_files
+from glm_jax.interop import integers, reward_models, rotary, tokenizer_files
 from glm_jax.interop.recognise import CHATGLM_DEEPNORM_LAYERS
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, GLMConfig
 from glm_jax.text.fast import fast_tokenizer
@@ -60,6 +60,7 @@ def write_config(
   dtype: str,
   vocabulary: Vocabulary | None,
   bits: int = 0,
+  scores: bool = False,
 ) -> None:
   """Writes everything but the weights.
 
@@ -71,6 +72,7 @@ def write_config(
     dtype: of the weights.
     vocabulary: None writes no tokenizer.
     bits: of integers that the weights of layers are; 0 for plain weights.
+    scores: of a reward model, in a format of `reward_models.FORMATS_WITH_SCORES`.
   """
   raw = _raw(format, source)
   content = config_json(format, config, raw)
@@ -78,14 +80,18 @@ def write_config(
     ids = _token_ids(format, vocabulary, raw)
     template = source.get('chat_template')
     tokenizer_files.write(
-      folder, vocabulary, config if format in NATIVE else None, template
+      folder, vocabulary, config if format in NATIVE else None, template, scores
     )
     if format == 'glm-10b':
       tokenizer_files.write_added(folder, vocabulary)
   else:
     # Ids of the same table, whatever the format that they were written in.
     ids = {name: source.get('config', {}).get(name) for name in _IDS}
-  if format in NATIVE:
+  if scores:
+    content |= _scoring(content)
+    # Without a vocabulary there is none, and a row of its own is read to its end.
+    ids['pad_token_id'] = None if vocabulary is None else reward_models.padding(vocabulary)
+  elif format in NATIVE:
     # Written even if they are null: the defaults of transformers are ids of GLM-4, which a
     # smaller table does not have.
     tokenizer_files.write_json(
@@ -95,6 +101,16 @@ def write_config(
     ids = {name: token for name, token in ids.items() if token is not None}
   content = {**content, **integers.fields(raw, bits), **ids, 'torch_dtype': dtype}
   tokenizer_files.write_json(folder / 'config.json', content)
+
+
+def _scoring(content: Mapping[str, Any]) -> dict[str, Any]:
+  """What config.json says of a reward model: its class, and one number for a row."""
+  [name] = content['architectures']
+  return {
+    'architectures': [name.replace('ForCausalLM', 'ForSequenceClassification')],
+    'id2label': {'0': 'score'},
+    'label2id': {'score': 0},
+  }
 
 
 def _raw(format: str, source: Mapping[str, Any]) -> Mapping[str, Any]:

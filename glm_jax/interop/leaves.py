@@ -18,7 +18,7 @@ import numpy as np
 
 from glm_jax.checkpoints.slices import LeafSpec
 from glm_jax.configs import UserError
-from glm_jax.interop import files, integers
+from glm_jax.interop import files, integers, reward_models
 from glm_jax.interop.files import Source
 from glm_jax.interop.formats import FORMATS, HEADS, WORDS, Entry, with_scales
 from glm_jax.interop.formats import Path as Tree
@@ -204,7 +204,7 @@ def foreign_tensors(
   """Our leaves as the tensors of one part of a foreign checkpoint.
 
   Args:
-    leaves: the parameters.
+    leaves: the parameters; of a reward model, see `reward_models`.
     format: a key of `FORMATS`.
     config: the model.
     rank: number of the part, from 0.
@@ -215,7 +215,7 @@ def foreign_tensors(
     buffers: those of the files that the model came from (`ForeignLeaves.buffers`); None
       computes those of the format.
   """
-  entries = FORMATS[format].entries(config, parts)
+  entries = reward_models.entries(format, config, parts, leaves.specs)
   if any(path[-1] == quantized.SCALE for path in leaves.specs):
     entries = [*with_scales(entries)]
   for entry in entries:

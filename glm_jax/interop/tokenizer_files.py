@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import configs
+from glm_jax.interop import reward_models
 from glm_jax.text import chat
 from glm_jax.text.chat_jinja import jinja
 from glm_jax.text.fast import fast_tokenizer
@@ -42,7 +43,13 @@ def read_template(folder: Path) -> Any:
   return configs.read_json(path).get('chat_template') if path.is_file() else None
 
 
-def write(folder: Path, vocabulary: Vocabulary, config: Any, template: Any = None) -> None:
+def write(
+  folder: Path,
+  vocabulary: Vocabulary,
+  config: Any,
+  template: Any = None,
+  scores: bool = False,
+) -> None:
   """Writes a vocabulary for transformers.
 
   Args:
@@ -50,6 +57,7 @@ def write(folder: Path, vocabulary: Vocabulary, config: Any, template: Any = Non
     vocabulary: of the model.
     config: of the model; None where the code of the released model reads the files.
     template: of the model that was imported, see `read_template`.
+    scores: of a reward model, which reads what ends an answer.
   """
   description = _of_code(vocabulary) if config is None else _of_fast(vocabulary, config)
   # None for GLM-4, whose own tokenizer.json is among its files.
@@ -57,11 +65,13 @@ def write(folder: Path, vocabulary: Vocabulary, config: Any, template: Any = Non
   if fast is not None:
     fast.save(str(folder / 'tokenizer.json'))
   # That of ChatGLM3 is for its own class, which puts a space before every text.
-  if template and vocabulary.kind == 'glm4':
+  if template and vocabulary.kind == 'glm4' and not scores:
     description['chat_template'] = template
   elif config is not None and vocabulary.kind in _CHATS:
     own = chat.template_for(vocabulary, chat.family_of(config))
-    description['chat_template'] = jinja(own, fast)
+    description['chat_template'] = jinja(own, fast, ends=scores)
+  if scores:
+    description['pad_token'] = vocabulary.piece(reward_models.padding(vocabulary))
   write_vocabulary(folder, vocabulary, description)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -19,6 +20,11 @@ from glm_jax.training.losses import LossFn
 VALUE = 'value'
 """The leaf that scores: {'weight': [D]} float32."""
 
+# Of scores and lengths, in the order that `correlation` takes their means.
+_MOMENTS = tuple(f'moment/{name}' for name in ('x', 'y', 'xx', 'yy', 'xy'))
+# A variance of less than this share of the mean square is none.
+_ROUNDING = 1e-6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reward(Ranking):
@@ -33,8 +39,10 @@ class Reward(Ranking):
     squares: weight of the sum of a pair's squared scores, which keeps them near 0.
     length_balanced: the pairs of a batch whose better answer is the longer one weigh as
       much as those whose better one is the shorter, so that length tells nothing
-      (ChatGLM-RLHF, section 3, balances its data so). `accuracy/longer` and
-      `accuracy/shorter` show how much length told.
+      (ChatGLM-RLHF, section 3, balances its data so). How much length told, three numbers
+      show: `accuracy/longer` and `accuracy/shorter`, of pairs whose better answer is the
+      longer and the shorter one, and `length_correlation` of the scores of all answers
+      with their tokens (Pearson; 0 where either is the same for all).
   """
 
   margin: Annotated[float, at_least(0)] = 0.0
@@ -82,6 +90,10 @@ class Reward(Ranking):
       # Before training all scores are 0, and half of a tie is right.
       right = (ahead > 0) + 0.5 * (ahead == 0)
       present = pair.present.sum()
+      # Rows that fill a batch up have no tokens and no score, and add nothing.
+      scores = jnp.concatenate([chosen, rejected])
+      lengths = jnp.concatenate([pair.chosen.sum(1), pair.rejected.sum(1)])
+      moments = (scores, lengths, scores**2, lengths**2, scores * lengths)
       return total, {
         'loss': (total, weights.sum()),
         'accuracy': ((right * pair.present).sum(), present),
@@ -90,9 +102,34 @@ class Reward(Ranking):
         'ahead': ((ahead * pair.present).sum(), present),
         'reward/chosen': ((chosen * pair.present).sum(), present),
         'reward/rejected': ((rejected * pair.present).sum(), present),
+        **{
+          name: (values.sum(), 2 * present)
+          for name, values in zip(_MOMENTS, moments, strict=True)
+        },
       }
 
     return loss
+
+  def told(self, values: Mapping[str, float]) -> dict[str, float]:
+    told = {name: value for name, value in values.items() if name not in _MOMENTS}
+    if moments := [values[name] for name in _MOMENTS if name in values]:
+      told['length_correlation'] = correlation(*moments)
+    return told
+
+
+def correlation(x: float, y: float, xx: float, yy: float, xy: float) -> float:
+  """Pearson's, of the means of x, y, their squares and their product.
+
+  0 where x or y is the same everywhere, but for the rounding of float32.
+
+  Example:
+    >>> correlation(1.5, 3.0, 2.5, 10.0, 5.0)  # of (1, 2) and (2, 4)
+    1.0
+  """
+  of_x, of_y = xx - x * x, yy - y * y
+  if of_x <= _ROUNDING * xx or of_y <= _ROUNDING * yy:
+    return 0.0
+  return max(-1.0, min(1.0, (xy - x * y) / math.sqrt(of_x * of_y)))
 
 
 def at_end(weights_BT: jax.Array) -> jax.Array:

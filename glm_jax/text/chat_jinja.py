@@ -19,17 +19,33 @@ from glm_jax.text.fast import HOLD
 _ASKS = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 
 
-def jinja(template: Template, fast: Tokenizer | None) -> str:
+def jinja(template: Template, fast: Tokenizer | None, *, ends: bool = False) -> str:
   """The chat_template of an export.
 
   Args:
     template: of its model; not ChatGLM-6B's, which transformers has no class for.
     fast: of `fast_tokenizer`; None where the export has the model's own tokenizer.json.
+    ends: the end of an answer stands behind a conversation with nothing else behind it, as
+      in `Template.encode_masked`, for a reward model, which reads it there.
   """
   if isinstance(template, ChatGLM2Template):
-    return _say(template, fast) + _rounds(template)
+    return _say(template, fast) + _rounds(template, ends)
   assert isinstance(template, GLM4Template)
-  return _say(template, fast) + _turns(template)
+  return _say(template, fast) + _turns(template) + (_ends(template) if ends else '')
+
+
+def _ends(template: GLM4Template) -> str:
+  # Behind a call, what the tool gives back comes next.
+  return (
+    "{% if messages[-1]['role'] == 'assistant' and not add_generation_prompt %}{{ "
+    "'<|observation|>' if messages[-1].get('metadata') else "
+    + _end_piece(template)
+    + ' }}{% endif %}'
+  )
+
+
+def _end_piece(template: Template) -> str:
+  return json.dumps(template.vocabulary.piece(template.stops[0]))
 
 
 def _say(template: Template, fast: Tokenizer | None) -> str:
@@ -47,8 +63,15 @@ def _say(template: Template, fast: Tokenizer | None) -> str:
   )
 
 
-def _rounds(template: ChatGLM2Template) -> str:
+def _rounds(template: ChatGLM2Template, ends: bool) -> str:
   line = json.dumps(template.line)
+  answer = "{{ say(message['content']) + " + line + ' }}'
+  if ends:
+    # Encoded apart from its question, the last answer has the space before a text.
+    space = json.dumps(' ' if template.vocabulary.adds_space else '')
+    last = '{{ ' + space + " + say(message['content']) + " + _end_piece(template) + ' }}'
+    is_last = 'loop.last and not add_generation_prompt'
+    answer = '{% if ' + is_last + ' %}' + last + '{% else %}' + answer + '{% endif %}'
   refuse = f'{template.family} knows no tools and no roles but user and assistant'
   return (
     '[gMASK]<sop>{% if tools %}{{ raise_exception(' + json.dumps(refuse) + ') }}{% endif %}'
@@ -56,8 +79,11 @@ def _rounds(template: ChatGLM2Template) -> str:
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[Round ' + turn.n|string + ']' + " + line + " + '问：' + say(message['content'])"
     ' + ' + line + " + '答：' }}{% set turn.n = turn.n + 1 %}"
-    "{% elif message['role'] == 'assistant' %}{{ say(message['content']) + " + line + ' }}'
-    '{% else %}{{ raise_exception(' + json.dumps(refuse) + ') }}{% endif %}{% endfor %}'
+    "{% elif message['role'] == 'assistant' %}"
+    + answer
+    + '{% else %}{{ raise_exception('
+    + json.dumps(refuse)
+    + ') }}{% endif %}{% endfor %}'
   )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from glm_jax import configs
+
+Told = Callable[[Mapping[str, float]], dict[str, float]]
+"""Means of metrics to what a person is told; see `recipe.Recipe.told`."""
 
 
 class Results:
@@ -17,13 +20,14 @@ class Results:
     running: those that nobody has looked at, in order.
   """
 
-  def __init__(self, model_dir: str):
+  def __init__(self, model_dir: str, told: Told = dict):
     """
     Args:
       model_dir: of the run, for messages.
+      told: of the recipe.
     """
     self.running: list[Any] = []
-    self._model_dir, self._step = model_dir, 0
+    self._model_dir, self._step, self._told = model_dir, 0, told
     self._since: dict[str, tuple[float, float]] = {}
 
   def add(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -48,9 +52,9 @@ class Results:
         )
 
   def take(self) -> dict[str, float]:
-    """Means of what was looked at since the last call."""
+    """What is told of what was looked at since the last call."""
     since, self._since = self._since, {}
-    return averages(since)
+    return self._told(averages(since))
 
 
 def averages(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:

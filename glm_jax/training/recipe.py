@@ -204,6 +204,18 @@ class Recipe:
     """gin bindings that keep what is validated out of a search of `tune`."""
     return []
 
+  def told(self, values: Mapping[str, float]) -> dict[str, float]:
+    """What is written and printed of means of the loss's metrics, by name.
+
+    For what no mean over batches is, such as a correlation, of which a loss sums up the
+    moments: they are replaced here, once the sums are whole.
+
+    Args:
+      values: means over a validation, over a corpus of it, or since the last progress
+        line; without those that nothing was counted for.
+    """
+    return dict(values)
+
   def validate(
     self, config: TrainConfig, data: Data, variables: Mapping[str, Any]
   ) -> dict[str, float]:

@@ -29,8 +29,9 @@ class CorpusConfig:
       beginning ('truncate_prompt_left') or its answer its end ('truncate_answer'), which
       is followed by the end token all the same; it is left out ('drop'), as where nothing
       of one or the other would remain; or it stops the run ('error'). A conversation
-      loses its first rounds with both of the former, and only its last answer an end;
-      answers that are compared lose rounds alone.
+      loses its first rounds with both of the former, and only its last answer an end.
+      Answers that are compared stay whole: what was asked loses its first rounds, then
+      the beginning of the last question, the same for all of them.
     verify: compare shards with their checksums before training, each process its part.
     validation: a glob of held-out files; '' holds out `validation_fraction`.
     validation_fraction: share of the documents held out, by a hash of all of each; of

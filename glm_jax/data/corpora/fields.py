@@ -39,7 +39,8 @@ class Document(NamedTuple):
     ids: tokens, of a document that has them.
     messages: of a conversation.
     pairs: two conversations each that differ in their last answer, the preferred one first.
-    unranked: how many pairs were found in which no answer is the better one.
+    unranked: how often two answers were no pair: tied, equal, one of them empty, or to
+      different questions.
     fields: of an object that asks a question: all of it, for whoever judges an answer.
     where: it stands, in words, for what is found wrong with it later.
   """

@@ -6,8 +6,10 @@ What carries loss is an answer and the token that ends it. The ids are those of
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -73,8 +75,10 @@ def ranked(
 ) -> Iterator[tuple[Piece, Piece]]:
   """Pairs of answers, with as much of what was asked as lets both fit one row.
 
-  What is too long loses whole turns from the left, the same in both; its last question
-  and its answers are never cut.
+  What is too long loses its beginning, the same in both: whole turns first, then of the
+  last question as little as is enough, which is counted in characters by a chat template
+  and in tokens around a blank. Its answers and their ends are never cut: a pair that has no
+  room for any of the question is left out.
 
   Args:
     documents: in order.
@@ -91,12 +95,15 @@ def ranked(
   # Behind both, there is one token more.
   longest = plan.longest - 1
 
-  def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+  def encode(messages: Sequence[Message], cut: int) -> tuple[list[int], list[bool]]:
     if template is not None:
       return template.encode_masked(messages)
     prompt, answer = (message.content for message in messages)
     room = len(prompt.encode()) + len(answer.encode()) + longest
     ids, unscored, _ = asking.encode_pair(vocabulary, plan.blank, prompt, answer, room)
+    if cut:
+      room = len(ids) - cut
+      ids, unscored, _ = asking.encode_pair(vocabulary, plan.blank, prompt, answer, room)
     return ids, [i >= unscored for i in range(len(ids))]
 
   for number, document in enumerate(documents, 1):
@@ -115,35 +122,55 @@ def ranked(
         f'{len(pair[0])} messages{where}',
         'leave out what was said before, or name a template',
       )
-      for asked in _from_the_left(pair[0][:-1]):
-        both = [encode([*asked, side[-1]]) for side in pair]  # the preferred one first
-        total = sum(len(ids) for ids, _ in both)
-        if total <= longest:
-          break
-        _refuse(rule, total, longest, where)
-        if rule == 'drop':
-          break
-      if total > longest:
+      asked = pair[0][:-1]
+      both = lambda asked, cut=0: [encode([*asked, side[-1]], cut) for side in pair]
+      size = lambda sides: sum(len(ids) for ids, _ in sides)
+      sides = both(asked)  # the preferred one first
+      excess = size(sides) - longest
+      if excess > 0:
+        _refuse(rule, size(sides), longest, where)
+        if rule != 'drop' and template is None:
+          sides = both(asked, -(-excess // 2))
+        elif rule != 'drop':
+          sides = both(_end_of(asked, lambda some: size(both(some)) <= longest))
+      if size(sides) > longest:
         counts['dropped'] += 1
         continue
       counts['documents'] += 1
-      counts['tokens'] += total
-      counts['shortened'] += len(asked) < len(pair[0]) - 1
+      counts['tokens'] += size(sides)
+      counts['shortened'] += excess > 0
       # The last token of a row is a target alone: behind the end of the other answer stands
       # one more, so that a model reads that end as it does the first one's.
-      both[1] = both[1][0] + [vocabulary.specials.pad], both[1][1] + [False]
+      sides[1] = sides[1][0] + [vocabulary.specials.pad], sides[1][1] + [False]
       first, second = (
-        (np.array(ids, np.int32), np.array(scored, bool)) for ids, scored in both
+        (np.array(ids, np.int32), np.array(scored, bool)) for ids, scored in sides
       )
       yield first, second
 
 
-def _from_the_left(asked: Sequence[Message]) -> Iterator[tuple[Message, ...]]:
-  """All of what was asked; then from each later question on, behind what opens it."""
+def _end_of(
+  asked: Sequence[Message], fits: Callable[[Sequence[Message]], bool]
+) -> Sequence[Message]:
+  """The end of what was asked that fits, behind what opens it; all where none does.
+
+  It begins with a question: if not even the last one fits, with as much of that as does.
+  """
   opens = [*itertools.takewhile(lambda m: m.role == 'system', asked)]
-  for i, message in enumerate(asked):
-    if message.role == 'user':
-      yield (*opens, *asked[i:])
+  starts = [i for i, message in enumerate(asked) if message.role == 'user']
+  for start in starts:
+    if fits(kept := (*opens, *asked[start:])):
+      return kept
+  question, behind = asked[starts[-1]], asked[starts[-1] + 1 :]
+  text = question.content
+  end_from = lambda at: (
+    *opens,
+    dataclasses.replace(question, content=text[at:]),
+    *behind,
+  )
+  # White space alone asks nothing.
+  size = len(text.rstrip())
+  at = bisect.bisect_left(range(size), True, key=lambda at: fits(end_from(at)))
+  return end_from(at) if at < size else asked
 
 
 _Fitted = tuple[list[int], list[bool], bool]

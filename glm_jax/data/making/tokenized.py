@@ -30,7 +30,7 @@ from glm_jax.data.rows.table import Encoded, RowPlan, grouped_rows, make_rows, p
 from glm_jax.text.vocabulary import Vocabulary
 
 # Counts up when the same text and plan would make other rows: caches are made again.
-_FORMAT = 4
+_FORMAT = 5
 # Documents that are encoded together, which the vocabulary does in threads.
 _AT_ONCE = 256
 
@@ -115,7 +115,7 @@ def in_words(counts: Mapping[str, int]) -> str:
     'skipped': 'with nothing to predict skipped',
     'shortened': 'longer than a row shortened',
     'dropped': 'longer than a row left out',
-    'unranked': 'with no better answer left out',
+    'unranked': 'with tied, equal or empty answers or different questions left out',
   }
   some = [f'{counts[name]:,} {what}' for name, what in words.items() if counts[name]]
   text = f'{counts["documents"]:,} documents, {counts["tokens"]:,} tokens'
