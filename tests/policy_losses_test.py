@@ -117,7 +117,7 @@ def test_losses_and_gradients_are_those_of_numpy(kind, settings, monkeypatch):
 
     def mean(logits, weight, bias):
       value = {'weight': weight, 'bias': bias}
-      critic = {'value': value} if kind is PPO else {}
+      critic = {'critic': value} if kind is PPO else {}
       variables = {'params': {'logits': logits, **critic}}
       total, metrics = loss(variables, e, None, {})
       return total / metrics['loss'][1], metrics

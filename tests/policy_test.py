@@ -325,8 +325,8 @@ def test_adapters_are_trained_and_their_start_is_the_reference(place):
     first = writer.read(str(place / run), 'train')[0]
     assert first['kl'] == pytest.approx(0, abs=1e-9)
     held = checkpoints.stored_leaves(checkpoints.find(str(place / run)))
-    assert {path[0] for path in held} == {'adapters', 'value'} - (
-      {'value'} if stage == 'grpo' else set()
+    assert {path[0] for path in held} == {'adapters', 'critic'} - (
+      {'critic'} if stage == 'grpo' else set()
     )
 
 

@@ -137,13 +137,13 @@ def _specs(config, *more):
 
 def test_leaves_of_an_export_are_those_that_its_format_has():
   config = tuned.MODELS['chatglm3'][0]
-  score, bias = ('value', 'weight'), ('value', 'bias')
+  score, critic = ('value', 'weight'), [('critic', 'weight'), ('critic', 'bias')]
   plain = _specs(config)
   assert reward_models.exported('glm', config, plain) == plain
   kept = reward_models.exported('glm', config, _specs(config, score))
   assert {*kept} == {*plain, score} - {('head', 'weight')}
-  # PPO's value is no reward: its policy is exported as a model that writes.
-  assert reward_models.exported('glm', config, _specs(config, score, bias)) == plain
+  # PPO's critic is no reward: its policy is exported as a model that writes.
+  assert reward_models.exported('glm', config, _specs(config, *critic)) == plain
   classifier = ('classifier', 'weight')
   for format, beside, words in (
     ('chatglm2', score, "value/weight besides; use one of \\['glm', 'glm4'\\]"),

@@ -19,10 +19,10 @@ from glm_jax.text.vocabulary import Vocabulary
 FORMATS_WITH_SCORES = ('glm', 'glm4')
 """Formats of which transformers has such a class."""
 
-# Leaves of `glm_jax.recipes.reward`, and of PPO's value, which says what is to come of an
+# Leaves of `glm_jax.recipes.reward`, and of PPO's critic, which says what is to come of an
 # answer that is being written.
 _SCORE = ('value', 'weight')
-_CRITIC = (_SCORE, ('value', 'bias'))
+_CRITIC = (('critic', 'weight'), ('critic', 'bias'))
 
 _Spec = TypeVar('_Spec')
 
@@ -33,10 +33,10 @@ def is_reward_model(paths: Collection[Path]) -> bool:
   Example:
     >>> is_reward_model([('words', 'weight'), ('value', 'weight')])
     True
-    >>> is_reward_model([('words', 'weight'), ('value', 'weight'), ('value', 'bias')])
+    >>> is_reward_model([('words', 'weight'), ('critic', 'weight')])
     False
   """
-  return _SCORE in paths and _CRITIC[1] not in paths
+  return _SCORE in paths
 
 
 def entries(format: str, config: Any, parts: int, paths: Collection[Path]) -> list[Entry]:
@@ -53,7 +53,7 @@ def entries(format: str, config: Any, parts: int, paths: Collection[Path]) -> li
 def exported(format: str, config: Any, specs: Mapping[Path, _Spec]) -> dict[Path, _Spec]:
   """Those of the leaves that an export holds.
 
-  Left out are the head of a reward model, and PPO's value, which only training needs.
+  Left out are the head of a reward model, and PPO's critic, which only training needs.
 
   Raises:
     UserError: what was trained beside the model has no place in the format.

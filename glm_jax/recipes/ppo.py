@@ -13,7 +13,7 @@ import numpy as np
 from glm_jax.configs import POSITIVE, at_least, within
 from glm_jax.recipes import advantages
 from glm_jax.recipes.policy import Policy
-from glm_jax.recipes.rollouts import VALUE, Experience
+from glm_jax.recipes.rollouts import CRITIC, Experience
 from glm_jax.training import log_probs
 from glm_jax.training.config import TrainConfig
 
@@ -43,7 +43,7 @@ class PPO(Policy):
 
   def leaves(self, config: TrainConfig) -> dict[str, Callable[[jax.Array], Any]]:
     D = config.model.hidden_size
-    return {VALUE: lambda key: {'weight': jnp.zeros(D), 'bias': jnp.zeros(())}}
+    return {CRITIC: lambda key: {'weight': jnp.zeros(D), 'bias': jnp.zeros(())}}
 
   def advantages(
     self,

@@ -33,7 +33,7 @@ from glm_jax.training import log_probs, recipe, step
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.recipe import REFERENCE
 
-VALUE = 'value'
+CRITIC = 'critic'
 """The leaf of a critic: {'weight': [D], 'bias': []} float32."""
 
 # Different random numbers of one seed: questions, their answers, the order of updates.
@@ -390,7 +390,7 @@ class RolloutStream(recipe.WorkStream):
 
 def critic(variables: Mapping[str, Any], states_BTD: jax.Array) -> jax.Array:
   """[B, T] float32: what a critic expects before each target; 0 without one."""
-  value = variables['params'].get(VALUE)
+  value = variables['params'].get(CRITIC)
   if value is None:
     return jnp.zeros(states_BTD.shape[:2])
   return states_BTD.astype(jnp.float32) @ value['weight'] + value['bias']
