@@ -109,8 +109,9 @@ class Rollouts:
     self._vocabulary, self._template, self._judge = vocabulary, template, judge
     self._stops = template.stops if template else vocabulary.stops
     self.allowed = prompts.allowed(config.model, vocabulary)
-    # Of one shape, however long the questions of a rollout are: one program for all.
-    self._slots = config.recipe.length + 1
+    # Of one shape, however long the questions of a rollout are: one program for all. No
+    # slot is spared: a cache is as long as the next power of two.
+    self._slots = config.recipe.length
     self._engine: Engine | None = None
     backend, _ = attention.choose(
       config.model, config.compute, layout.devices.flat[0], config.recipe.length
