@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from glm_jax.batch import Visibility
 from glm_jax.configs import POSITIVE, READABLE, at_least, one_of, within
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.inference import prompts, scoring
+from glm_jax.models import config as model_config
 from glm_jax.performance import flops
 from glm_jax.recipes import finetuning, rollouts
 from glm_jax.recipes import questions as asked
@@ -206,6 +208,11 @@ class Policy(recipe.Recipe):
   def logits_share(self) -> float:
     return 1 / (self.chunks or 1)
 
+  def room(self, config: TrainConfig) -> int:
+    """Most tokens of a question."""
+    # A prefix model reads `[sop]` behind what is asked, too.
+    return self.length - self.max_new_tokens - (not config.model.causal)
+
   def updates(self, config: TrainConfig) -> int:
     """Steps that learn from one rollout."""
     return self.epochs * self.rollout_size // config.batch_size
@@ -262,8 +269,7 @@ class Policy(recipe.Recipe):
     template = None
     if not self.blank:
       template = finetuning.template_of(self, config, vocabulary)
-    # A prefix model reads `[sop]` behind what is asked, too.
-    room = self.length - self.max_new_tokens - (not config.model.causal)
+    room = self.room(config)
     reader = asked.PromptReader(config.model, vocabulary, template, self.blank, room)
     questions = reader.read(self.corpus)
     model = None
@@ -378,6 +384,25 @@ class Policy(recipe.Recipe):
       }
 
     return loss
+
+  def programs(self, config: TrainConfig) -> recipe.Between:
+    others = ()
+    if self.reward_model:
+      meta = checkpoints.read_meta(checkpoints.find(self.reward_model))
+      others = (model_config.from_dict(meta['model']),)
+    return recipe.Between(
+      rows=rollouts.shapes(config.batch_size // config.microbatches, self.length).rows,
+      score=functools.partial(rollouts.score, config, self._allowed(config)),
+      asked=self.rollout_size,
+      at_a_time=self.decoding_rows,
+      # A causal model generates from the last token of what it was asked.
+      context=self.room(config) - config.model.causal,
+      most=self.max_new_tokens,
+      slots=self.length,
+      temperature=self.temperature,
+      kept=rollouts.shapes(self.rollout_size, self.length),
+      others=others,
+    )
 
   def _allowed(self, config: TrainConfig) -> np.ndarray:
     """[V] bool: tokens that the model may say, and so may its log-probabilities."""

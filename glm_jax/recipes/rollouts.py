@@ -118,7 +118,7 @@ class Rollouts:
     )
     compute = dataclasses.replace(config.compute, attention=backend)
     model = models.build(config.model, compute)
-    self._said = jax.jit(functools.partial(self._score, model))
+    self._said = jax.jit(functools.partial(score, config, self.allowed, model))
     self._cast = jax.jit(lambda tree: step.cast(tree, config.compute.dtype))
 
   def answers(
@@ -209,26 +209,6 @@ class Rollouts:
         placed = sharding.place(own_rows(part, self._layout), self._layout)
         parts.append(jax.tree.map(np.asarray, self._said(variables, placed)))
     return tuple(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
-
-  def _score(
-    self, model: Any, variables: Mapping[str, Any], rows: Batch
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    scored = rows.loss_weights > 0
-    own = {name: tree for name, tree in variables.items() if name != REFERENCE}
-    of = lambda collections: log_probs.said(
-      model,
-      step.cast(collections, self._config.compute.dtype),
-      rows,
-      allowed_V=jnp.asarray(self.allowed),
-      temperature=self._recipe.temperature,
-      chunks=self._recipe.chunks,
-    )
-    said = of(own)
-    began = of(variables[REFERENCE]) if REFERENCE in variables else said
-    values = critic(own, said.states)
-    # Every process has them all.
-    whole = lambda x: nn.with_logical_constraint(jnp.where(scored, x, 0), (None, None))
-    return whole(said.log_probs), whole(began.log_probs), whole(values)
 
   def written(
     self,
@@ -374,6 +354,40 @@ class RolloutStream(recipe.WorkStream):
     )
     weight, kl = map(float, map(np.asarray, whole(kept)))
     return weight * (1 + 0.1 * float(np.clip(kl / r.kl_target - 1, -0.2, 0.2)))
+
+
+def score(
+  config: TrainConfig,
+  allowed: np.ndarray,
+  model: Any,
+  variables: Mapping[str, Any],
+  rows: Batch,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """[B, T] float32 each: what `Rollouts.said` has of a few rows.
+
+  Args:
+    config: of the run.
+    allowed: [V] bool, tokens that may be said.
+    model: a Flax module.
+    variables: its collections, the reference's among them.
+    rows: to be read.
+  """
+  scored = rows.loss_weights > 0
+  own = {name: tree for name, tree in variables.items() if name != REFERENCE}
+  of = lambda collections: log_probs.said(
+    model,
+    step.cast(collections, config.compute.dtype),
+    rows,
+    allowed_V=jnp.asarray(allowed),
+    temperature=config.recipe.temperature,
+    chunks=config.recipe.chunks,
+  )
+  said = of(own)
+  began = of(variables[REFERENCE]) if REFERENCE in variables else said
+  values = critic(own, said.states)
+  # Every process has them all.
+  whole = lambda x: nn.with_logical_constraint(jnp.where(scored, x, 0), (None, None))
+  return whole(said.log_probs), whole(began.log_probs), whole(values)
 
 
 def critic(variables: Mapping[str, Any], states_BTD: jax.Array) -> jax.Array:
