@@ -34,7 +34,7 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   """
   # JAX only here: `main` sets its environment first.
   from glm_jax import sharding
-  from glm_jax.planning import prediction, released, suggest, table
+  from glm_jax.planning import between, prediction, released, stand_in, suggest, table
   from glm_jax.training import start
 
   bits = _integers(config, flags)
@@ -54,15 +54,16 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   )
   dtype = released.STORED if flags.released else 'float32'
   stored = prediction.Frozen(dtype, bits)
-  if flags.suggest:
-    result, config = suggest.best(config, devices, flags.trials, print, card, stored)
-  elif flags.compile:
-    print(f'compiling for {where} (minutes for a large model)', flush=True)
-    layout = sharding.make_mesh(config.mesh, devices)
-    result = prediction.predict(config, layout, card, stored)
-  else:
-    layout = sharding.make_mesh(config.mesh, devices)
-    result = prediction.from_shapes(config, layout, card, stored)
+  with stand_in.present(config) as config:
+    if flags.suggest:
+      result, config = suggest.best(config, devices, flags.trials, print, card, stored)
+    elif flags.compile:
+      print(f'compiling for {where} (minutes for a large model)', flush=True)
+      layout = sharding.make_mesh(config.mesh, devices)
+      result = between.predict(config, layout, card, stored)
+    else:
+      layout = sharding.make_mesh(config.mesh, devices)
+      result = between.from_shapes(config, layout, card, stored)
   print(table.render(result, config, where))
   if flags.released:
     print(f'\n{released.assumed(config)}')

@@ -214,7 +214,7 @@ def test_contexts_are_read_by_the_kernel_of_training():
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
   cache = jax.eval_shape(lambda: engine.cache(4, 256))
   text = str(
-    jax.make_jaxpr(engine._read_contexts)(
+    jax.make_jaxpr(engine._insert)(
       engine.variables, cache, shape(4, 64), shape(4), shape(4)
     )
   )

@@ -16,7 +16,7 @@ from runs import params
 import glm_jax
 from glm_jax import checkpoints, sharding
 from glm_jax.batch import OBJECTIVES
-from glm_jax.inference import prompts
+from glm_jax.inference import prompts, scoring
 from glm_jax.inference.request import Answer
 from glm_jax.models import ComputeConfig
 from glm_jax.recipes import questions as asked
@@ -143,6 +143,20 @@ def test_a_policy_says_what_it_was_sampled_with(place, family, blank):
     ended += len(end)
   assert 0 < ended and (ended < 16 or family != 'chatglm3')
   assert (rows.objective == OBJECTIVES.index('answer')).any()
+
+
+@pytest.mark.parametrize('family,blank', FAMILIES, ids=str)
+def test_the_longest_question_and_its_answer_fill_a_row(place, family, blank):
+  """And the slots of a cache: one more would make it twice as long."""
+  config, variables, made, queries = _of(family, place, blank=blank, temperature=0.7)
+  ids, room = queries[0].ids, config.recipe.room(config)
+  longest = queries[0]._replace(ids=[ids[0]] * (room - len(ids)) + ids)
+  [answer] = made.answers(variables, [longest], seed=5)
+  request = made.request(0, longest)
+  assert made._engine._slots(request, 8) == config.recipe.length
+  row = scoring.lay_out(config.model, made._vocabulary, request, [[5] * 8])
+  assert len(row.tokens) == config.recipe.length
+  assert made.rows([longest], [answer]).loss_weights.sum() > 0
 
 
 def test_answers_to_one_question_differ_and_a_seed_repeats_them(place):

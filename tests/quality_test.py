@@ -9,7 +9,7 @@ import small
 import stored
 from commands import in_process
 
-from benchmarks import decode_plan, quality, rows
+from benchmarks import decode_plan, quality, rows, stages_plan
 from glm_jax import cli
 
 CONFIG = stored.FAMILIES['chatglm2']
@@ -120,6 +120,6 @@ def test_tables_are_written_without_measuring(tmp_path, monkeypatch):
   monkeypatch.setattr(
     quality.readme, 'write_section', lambda name, lines: written.append(name)
   )
-  for command in (quality, decode_plan):
+  for command in (quality, decode_plan, stages_plan):
     assert cli.exit_code(command.main, ['--table']) == 0
-  assert written == ['quality', 'decode plan']
+  assert written == ['quality', 'decode plan', 'stages plan']

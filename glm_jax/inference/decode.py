@@ -116,6 +116,27 @@ def insert(cache: Cache, contexts: Cache, rows_R: jax.Array) -> Cache:
   return jax.tree.map(put, cache, contexts)
 
 
+def read_into(
+  model: Any,
+  variables: Any,
+  cache: Cache,
+  tokens_RT: jax.Array,
+  lengths_R: jax.Array,
+  rows_R: jax.Array,
+  *,
+  causal: bool,
+  dtype: str,
+) -> Cache:
+  """The cache of a batch, some of whose rows have read contexts.
+
+  Args, besides those of `insert`: see `read_context`.
+  """
+  contexts, _ = read_context(
+    model, variables, tokens_RT, lengths_R, causal=causal, dtype=dtype
+  )
+  return insert(cache, contexts, rows_R)
+
+
 def extend(
   model: Any,
   variables: Any,

@@ -32,6 +32,9 @@ from glm_jax.models.cache import Cache
 
 # Contexts are padded to this times a power of two, so that few shapes are compiled.
 _BUCKET = 32
+PIECE = 1024
+"""Tokens of a causal context that an engine reads at a time."""
+
 # Tokens between looks of the host, which costs a few microseconds each.
 _STEPS = 16
 
@@ -49,7 +52,7 @@ class Engine:
     compute: models.ComputeConfig = models.ComputeConfig(),
     rows: int = 8,
     cache_dtype: str = '',
-    piece: int = 1024,
+    piece: int = PIECE,
   ):
     """
     Args:
@@ -62,12 +65,16 @@ class Engine:
       cache_dtype: of `models.cache.DTYPES`; '' for that of `compute`.
       piece: tokens of a causal context that are read at a time.
     """
-    self.model = models.build(config, _with_kernel(config, compute))
+    compute = with_kernel(config, compute, jax.devices()[0])
+    self.model = models.build(config, compute)
     self.config, self.variables, self.rows = config, variables, rows
     self.virtual = virtual.count(variables)
     self._stops, self.allowed = tuple(stops), jnp.asarray(allowed)
     self.cache_dtype, self.piece = cache_dtype or compute.dtype, piece
-    self._insert = jax.jit(self._read_contexts, donate_argnums=1)
+    read = functools.partial(
+      decode.read_into, self.model, causal=config.causal, dtype=self.cache_dtype
+    )
+    self._insert = jax.jit(read, donate_argnums=1)
     # Each gives back the cache that it was given, in the same memory.
     self._extend = jax.jit(functools.partial(decode.extend, self.model), donate_argnums=1)
     self._advance = jax.jit(
@@ -94,17 +101,6 @@ class Engine:
   def variables(self, variables: dict[str, Any]) -> None:
     on_cpu = sharding.alone() and all(map(_on_one_cpu, jax.tree.leaves(variables)))
     self._variables = stack.apart(variables) if on_cpu else variables
-
-  def _read_contexts(self, variables, cache, tokens_RT, lengths_R, rows_R):
-    contexts, _ = decode.read_context(
-      self.model,
-      variables,
-      tokens_RT,
-      lengths_R,
-      causal=self.config.causal,
-      dtype=self.cache_dtype,
-    )
-    return decode.insert(cache, contexts, rows_R)
 
   def cache(self, rows: int, slots: int) -> Cache:
     """An empty cache for the model."""
@@ -143,7 +139,7 @@ class Engine:
     self.check(requests, most)
     if not requests:
       return
-    B = self._batch(len(requests), self.rows)
+    B = batch_rows(len(requests), self.rows)
     longest = max(self._slots(r, most) for r in requests)
     cache = self.cache(B, bucket(max(longest, slots)))
     penalized = sampling.repetition_penalty != 1
@@ -249,7 +245,7 @@ class Engine:
       return
     self.check(requests, most)
     slots = bucket(max(self._slots(r, most) for r in requests))
-    B = self._batch(len(requests), self.rows // config.num_beams)
+    B = batch_rows(len(requests), self.rows // config.num_beams)
     for first in range(0, len(requests), B):
       yield from self._search_batch(
         requests[first : first + B], B, slots, most, least, config
@@ -308,12 +304,6 @@ class Engine:
         slot = slot + ~rows.done * (1 + best.length)
     return answers
 
-  def _batch(self, requests: int, most: int) -> int:
-    """B, about `most`: few shapes, and as many rows on every device."""
-    parts = sharding.axis_size('act_batch')
-    wanted = min(max(most, 1), _power_of_2(requests))
-    return -(-wanted // parts) * parts
-
   def read(self, cache: Any, taken: Sequence[tuple[int, Request]]) -> Any:
     """The cache, with the contexts of requests in their rows."""
     B, S = kv_cache.shape(cache)
@@ -363,13 +353,15 @@ class Engine:
     )
 
 
-def _with_kernel(config: Any, compute: models.ComputeConfig) -> models.ComputeConfig:
+def with_kernel(
+  config: Any, compute: models.ComputeConfig, device: Any
+) -> models.ComputeConfig:
   """With the kernel that reads contexts, if the device has one; nothing drops out here."""
   if compute.attention != 'auto':
     return compute
   if getattr(config, 'attention_dropout', 0):
     config = dataclasses.replace(config, attention_dropout=0.0)
-  backend, _ = attention.choose(config, compute, jax.devices()[0], _BUCKET)
+  backend, _ = attention.choose(config, compute, device, _BUCKET)
   # Of the others, which one is best depends on the length: 'auto' looks at that.
   kernel = backend not in ('dense', 'chunked')
   return dataclasses.replace(compute, attention=backend) if kernel else compute
@@ -378,6 +370,13 @@ def _with_kernel(config: Any, compute: models.ComputeConfig) -> models.ComputeCo
 def _on_one_cpu(x: Any) -> bool:
   devices = x.devices() if isinstance(x, jax.Array) else jax.devices()[:1]
   return len(devices) == 1 and all(device.platform == 'cpu' for device in devices)
+
+
+def batch_rows(requests: int, most: int) -> int:
+  """B, about `most`: few shapes, and as many rows on every device of the active mesh."""
+  parts = sharding.axis_size('act_batch')
+  wanted = min(max(most, 1), _power_of_2(requests))
+  return -(-wanted // parts) * parts
 
 
 def bucket(length: int) -> int:

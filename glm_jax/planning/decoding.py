@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
 from glm_jax import models, sharding
@@ -21,7 +20,7 @@ from glm_jax.inference.sampling import Sampling
 from glm_jax.models import cache as kv_cache
 from glm_jax.models import quantized as integers
 from glm_jax.performance.chips import Chip, of_device_kind
-from glm_jax.planning import estimate, hlo, prediction
+from glm_jax.planning import estimate, hlo, prediction, shapes
 from glm_jax.training import state
 
 GIB = 2**30
@@ -102,14 +101,14 @@ def predict(
   began = time.perf_counter()
   token, loop, arguments = lower(model, layout, rows, slots, quantized, dtype)
   chip = card or of_device_kind(layout.device_kind)
-  weights, cache = (sum(map(_local_bytes, jax.tree.leaves(x))) for x in arguments)
+  weights, cache = map(shapes.local_bytes, arguments)
   limit, predicted = chip.hbm_bytes if chip else 0, None
   # What is too large is a result, too: the compiler says by how much.
   needed, compiled = prediction.compile_or_measure(loop)
   if compiled is None:
     peak, limit = needed
   else:
-    peak = compiled.memory_analysis().peak_memory_in_bytes
+    peak = prediction.peak(compiled)
     if chip and chip.clock_hz:
       step = hlo.read(token.compile().as_text())
       predicted = estimate.estimate(step, chip).step_seconds
@@ -149,43 +148,89 @@ def lower(
       flat[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
   abstract = traverse_util.unflatten_dict(flat)
   module = models.build(model, models.ComputeConfig(dtype=dtype))
-  whole = sharding.replicated(layout)
-  of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+  ids = _whole(layout, jnp.int32, rows)
+  cache = abstract_cache(model, layout, rows, slots, dtype)
+  with sharding.active(layout):
+    read = jax.jit(functools.partial(decode.read_token, module), donate_argnums=1)
+    token = read.lower(abstract, cache, ids, ids, ids, ids)
+  loop = lower_loop(module, layout, abstract, cache, _STEPS, Sampling())
+  return token, loop, (abstract, cache)
+
+
+def abstract_cache(
+  model: Any, layout: sharding.Layout, rows: int, slots: int, dtype: str
+) -> Any:
+  """Shapes, dtypes and shardings of a cache."""
+  with sharding.active(layout):
+    cache = jax.eval_shape(lambda: kv_cache.init(model, rows, slots, dtype))
+    spread = jax.NamedSharding(layout.mesh, kv_cache.spec(model, rows))
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spread), cache
+  )
+
+
+def lower_loop(
+  module: Any,
+  layout: sharding.Layout,
+  abstract: Any,
+  cache: Any,
+  most: int,
+  sampling: Sampling,
+) -> Any:
+  """The program that generates up to `most` tokens a row, lowered.
+
+  Args:
+    module: a Flax module.
+    layout: the mesh.
+    abstract: shapes of the model's collections.
+    cache: see `abstract_cache`.
+    most: tokens.
+    sampling: how they are chosen.
+  """
+  rows, _ = kv_cache.shape(cache)
+  of = functools.partial(_whole, layout)
   ids = of(jnp.int32, rows)
   states = decode.RowStates(
     *[ids] * 8,
     seed=of(jnp.uint32, rows),
     end=ids,
     done=of(jnp.bool_, rows),
-    tokens=of(jnp.int32, rows, _STEPS),
-    log_probs=of(jnp.float32, rows, _STEPS + 1),
+    tokens=of(jnp.int32, rows, most),
+    log_probs=of(jnp.float32, rows, most + 1),
   )
+  advance = functools.partial(decode.advance, module, stops=(0,), sampling=sampling)
   with sharding.active(layout):
-    cache = jax.eval_shape(lambda: kv_cache.init(model, rows, slots, dtype))
-    spec = kv_cache.spec(model, rows)
-    cache = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(
-        a.shape, a.dtype, sharding=jax.NamedSharding(layout.mesh, spec)
-      ),
-      cache,
-    )
-    read = jax.jit(functools.partial(decode.read_token, module), donate_argnums=1)
-    advance = functools.partial(decode.advance, module, stops=(0,), sampling=Sampling())
-    token = read.lower(abstract, cache, ids, ids, ids, ids)
-    loop = jax.jit(advance, donate_argnums=1).lower(
+    return jax.jit(advance, donate_argnums=1).lower(
       abstract,
       cache,
       None,
       states,
       steps=of(jnp.int32),
       eager=of(jnp.bool_),
-      allowed_V=of(jnp.bool_, model.vocab_size),
+      allowed_V=of(jnp.bool_, module.config.vocab_size),
     )
-  return token, loop, (abstract, cache)
 
 
-def _local_bytes(leaf: Any) -> int:
-  """Of a device's part; two int4 values share a byte."""
-  shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-  bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
-  return int(np.prod(shape)) * bits // 8
+def lower_reading(
+  module: Any,
+  layout: sharding.Layout,
+  abstract: Any,
+  cache: Any,
+  length: int,
+  dtype: str,
+) -> Any:
+  """The program in which all rows read contexts of up to `length` tokens, lowered."""
+  rows, _ = kv_cache.shape(cache)
+  of = functools.partial(_whole, layout, jnp.int32)
+  read = functools.partial(
+    decode.read_into, module, causal=module.config.causal, dtype=dtype
+  )
+  with sharding.active(layout):
+    return jax.jit(read, donate_argnums=1).lower(
+      abstract, cache, of(rows, length), of(rows), of(rows)
+    )
+
+
+def _whole(layout: sharding.Layout, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+  """What every device has all of."""
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(layout))

@@ -52,7 +52,8 @@ class Prediction:
     rows: how many the global batch has.
     tokens: how many the global batch has.
     memory: bytes of a device by kind: arguments, temporaries, peak, limit; from shapes, the
-      kinds of `shapes.memory`, and limit.
+      kinds of `shapes.memory`, and limit. Of a stage with more programs than its step, the
+      peak is that of all, and 'resident' what stays whichever of them runs.
     fits: whether the compiler accepted it, and its peak is within the limit.
     model_flops: FLOPs of a step on all devices, as `flops.training` counts them.
     compile_seconds: time for tracing, lowering and compiling.
@@ -61,6 +62,8 @@ class Prediction:
     efficiency: what attention kernels are assumed to reach; None without one.
     visited: pairs in visited blocks over visible pairs; None without a kernel.
     card: what is known of the devices, if it is not what `device_kind` says.
+    programs: of a stage that has more than its step, name -> bytes of a device at its peak,
+      with what stays there beside it; see `between`.
   """
 
   parameters: int
@@ -80,6 +83,7 @@ class Prediction:
   efficiency: float | None
   visited: float | None
   card: Chip | None = None
+  programs: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def chip(self) -> Chip | None:
@@ -140,13 +144,14 @@ def lower(
     layout: the mesh of the devices.
     stored: see `Frozen`.
   """
-  built = _build(config, layout, stored)
+  built = build(config, layout, stored)
   # The GPU kernels ask which GPU they are traced for.
   with sharding.active(layout), jax.default_device(layout.devices.flat[0]):
     return built, built.train_step.lower(built.state, built.frozen, built.batch)
 
 
-def _build(config: TrainConfig, layout: sharding.Layout, stored: Frozen) -> program.Program:
+def build(config: TrainConfig, layout: sharding.Layout, stored: Frozen) -> program.Program:
+  """The program, with what is not trained as it is stored."""
   built = program.build(config, layout, stored.quantized)
   flat = traverse_util.flatten_dict(built.frozen)
   for path, a in flat.items():
@@ -167,7 +172,7 @@ def from_shapes(
   The devices need only be described.
   """
   began = time.perf_counter()
-  built = _build(config, layout, stored)
+  built = build(config, layout, stored)
   chip = card or of_device_kind(layout.device_kind)
   limit = chip.hbm_bytes if chip else 0
   memory = {'limit': limit, **shapes.memory(config, built, layout, stored.quantized)}
@@ -238,13 +243,10 @@ def predict(
     memory |= dict(zip(('peak', 'limit'), needed, strict=True))
   else:
     stats = compiled.memory_analysis()
-    peak, temporaries = stats.peak_memory_in_bytes, stats.temp_size_in_bytes
-    if peak < temporaries:  # a CPU's compiler leaves them out
-      peak = stats.argument_size_in_bytes + temporaries
     memory |= {
       'arguments': stats.argument_size_in_bytes,
-      'temporaries': temporaries,
-      'peak': peak,
+      'temporaries': stats.temp_size_in_bytes,
+      'peak': peak(compiled),
     }
     if chip:
       step = hlo.read(compiled.as_text())
@@ -265,6 +267,15 @@ def predict(
     visited=flops.visited(rows) / flops.pairs(rows) if attention else None,
     card=card,
   )
+
+
+def peak(compiled: Any) -> int:
+  """Bytes of a device when its memory is fullest, arguments included."""
+  stats = compiled.memory_analysis()
+  if stats.peak_memory_in_bytes < stats.temp_size_in_bytes:
+    # A CPU's compiler leaves temporaries out.
+    return stats.argument_size_in_bytes + stats.temp_size_in_bytes
+  return stats.peak_memory_in_bytes
 
 
 def compile_or_measure(lowered: Any) -> tuple[tuple[int, int] | None, Any]:
@@ -315,9 +326,18 @@ def fingerprint(lowered: Any, device_kind: str) -> str:
 
 
 def check_fits(prediction: Prediction) -> None:
-  """Raises UserError if the step does not fit, by how much."""
+  """Raises UserError if a program does not fit, by how much."""
   peak, limit = prediction.memory['peak'], prediction.memory['limit']
   about = '' if prediction.compiled else '~'
+  programs = prediction.programs
+  largest = max(programs, key=programs.get) if programs else 'step'
+  configs.check(
+    prediction.fits or largest == 'step',
+    f'{largest} must fit into {limit / GIB:.2f} GiB a device, with what stays beside it',
+    f'{about}{peak / GIB:.2f} GiB, {about}{(peak - limit) / GIB:.2f} too many',
+    "answer fewer questions at a time (the recipe's decoding_rows), read fewer rows "
+    '(TrainConfig.microbatches), or use more fsdp or adapters (gin_configs/runs/lora.gin)',
+  )
   configs.check(
     prediction.fits,
     f'the step must fit into {limit / GIB:.2f} GiB a device',

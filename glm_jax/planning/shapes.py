@@ -26,6 +26,8 @@ from glm_jax.training.step import cast
 # backward pass works on it, with what it makes itself; of dense attention's scores, whose
 # gradients are as large, as much as all of it.
 _AT_WORK, _AT_WORK_DENSE = 0.5, 1.0
+# Of that, without a backward pass.
+_FORWARD = 0.6
 # The kernels of a TPU take heads that fill its lanes, and narrower ones are stored so, too.
 _LANES = 128
 
@@ -63,15 +65,14 @@ def memory(
   """
   params, dtype = built.state['params'], config.compute.dtype
   weights = jax.eval_shape(lambda tree: cast(tree, dtype), params)
-  others = jax.eval_shape(lambda tree: cast(tree, dtype), built.frozen)
-  gradients = _bytes(params, weights)
+  gradients = local_bytes(params, weights)
   if config.microbatches > 1:  # their sums, beside those of one part
-    gradients += _bytes(params)
+    gradients += local_bytes(params)
   exact = {
-    'parameters': _bytes(params),
-    'frozen': _bytes(built.frozen),
-    'optimizer': _bytes(built.state['opt_state']),
-    'copies': _changed(params, weights) + _changed(built.frozen, others),
+    'parameters': local_bytes(params),
+    'frozen': local_bytes(built.frozen),
+    'optimizer': local_bytes(built.state['opt_state']),
+    'copies': copied_bytes(params, dtype) + copied_bytes(built.frozen, dtype),
     'gradients': gradients,
   }
   tensor = layout.count('act_heads')
@@ -167,7 +168,10 @@ def _kept(
   parts = program.parts(config, None, quantized)
 
   def kept(number: int) -> Any:
-    batch = recipe.batch(dataclasses.replace(config, batch_size=number, microbatches=1))
+    # Not of another configuration: a stage may refuse such a batch.
+    batch = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct((number, *a.shape[1:]), a.dtype), recipe.batch(config)
+    )
 
     def backward(params, frozen, batch):
       weights, others = (cast(tree, compute.dtype) for tree in (params, frozen))
@@ -193,11 +197,37 @@ def _kept(
   return whole, cut
 
 
+def forward(
+  config: TrainConfig, layout: sharding.Layout, needed: Rows, count: float
+) -> float:
+  """Bytes of a device, estimated, that a forward pass needs beside the weights.
+
+  Args:
+    config: of the run, its model resolved.
+    layout: the mesh.
+    needed: by a row.
+    count: rows of the devices that share them.
+  """
+  tensor = layout.count('act_heads')
+  count /= layout.count('act_length')
+  whole = gathered(config, tensor) if layout.count('embed') > 1 else (0.0, 0.0)
+  work = _FORWARD * count * needed.work
+  return max(count * needed.logits / tensor + whole[0], work / tensor + whole[1])
+
+
+def layer_work(
+  config: TrainConfig, layout: sharding.Layout, needed: Rows, length: int
+) -> float:
+  """Bytes of a device, estimated, while a layer reads a context of so many tokens."""
+  work = needed.work * length / config.recipe.length
+  return _FORWARD * work / layout.count('act_heads')
+
+
 def _local(array: Any) -> tuple[int, ...]:
   return array.sharding.shard_shape(array.shape)
 
 
-def _bytes(tree: Any, like: Any = None) -> int:
+def local_bytes(tree: Any, like: Any = None) -> int:
   """Of a device; with `like`, in its dtypes."""
   # Integers of four bits are two a byte.
   size = lambda a: jax.dtypes.itemsize_bits(a.dtype) / 8
@@ -206,8 +236,9 @@ def _bytes(tree: Any, like: Any = None) -> int:
   return int(sum(jax.tree.leaves(sizes)))
 
 
-def _changed(tree: Any, new: Any) -> int:
-  """Bytes of a device of what has another dtype in `new`."""
+def copied_bytes(tree: Any, dtype: str) -> int:
+  """Of a device: of what is computed with in another dtype than it has."""
+  new = jax.eval_shape(lambda tree: cast(tree, dtype), tree)
   sizes = jax.tree.map(
     lambda a, b: (a.dtype != b.dtype) * b.dtype.itemsize * math.prod(_local(a)), tree, new
   )

@@ -18,7 +18,7 @@ from glm_jax import attention, configs, sharding
 from glm_jax.configs import UserError
 from glm_jax.performance import flops
 from glm_jax.performance.chips import Chip, of_device_kind
-from glm_jax.planning import prediction, shapes
+from glm_jax.planning import between, prediction, shapes
 from glm_jax.planning.prediction import GIB, Prediction
 from glm_jax.training import program, state
 from glm_jax.training.config import TrainConfig
@@ -81,8 +81,8 @@ def best(
   for candidate in ranked:
     if tried == trials:
       break
-    changed = apply(config, candidate, len(devices))
     try:
+      changed = apply(config, candidate, len(devices))
       layout = sharding.make_mesh(changed.mesh, devices)
       sharding.check_fits(
         changed.model,
@@ -95,7 +95,7 @@ def best(
       # What does not divide is no candidate, and costs no trial.
       continue
     tried += 1
-    result = prediction.predict(changed, layout, card, stored)
+    result = between.predict(changed, layout, card, stored)
     say(f'{tried:>3}/{trials}  {_words(candidate)}: {_outcome(result)}', flush=True)
     if result.fits:
       fitting.append((result, changed))

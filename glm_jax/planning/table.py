@@ -107,8 +107,22 @@ _JAX_TAKES = 0.75
 
 
 def _memory(result: Prediction) -> list[tuple[str, str]]:
+  return [*_of_step(result), *_programs(result), *_of_jax(result)]
+
+
+def _programs(result: Prediction) -> list[tuple[str, str]]:
+  """Each program of a stage that has several, with what stays there beside it."""
+  if not result.programs:
+    return []
+  about = '' if result.compiled else '~'
+  peaks = ', '.join(f'{k} {about}{v / GIB:.2f}' for k, v in result.programs.items())
+  resident = result.memory['resident'] / GIB
+  return [('of programs', f'{peaks} GiB; {resident:.2f} of them whichever runs')]
+
+
+def _of_step(result: Prediction) -> list[tuple[str, str]]:
   if not result.compiled:
-    return [*_from_shapes(result), *_of_jax(result)]
+    return _from_shapes(result)
   m = result.memory
   if not result.fits:
     over = (m['peak'] - m['limit']) / GIB
@@ -125,7 +139,7 @@ def _memory(result: Prediction) -> list[tuple[str, str]]:
     text += f' of {m["limit"] / GIB:.2f} GiB, headroom {1 - m["peak"] / m["limit"]:.0%}'
   else:
     text += ' GiB'
-  return [('HBM a device', text), *_of_jax(result)]
+  return [('HBM a device', text)]
 
 
 def _flops(result: Prediction, config: TrainConfig) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import jax
@@ -14,15 +15,15 @@ from glm_jax import checkpoints, configs, sharding
 from glm_jax.batch import Visibility
 from glm_jax.configs import POSITIVE, READABLE, at_least, one_of, within
 from glm_jax.data.corpora.config import CorpusConfig
-from glm_jax.inference import prompts, scoring
+from glm_jax.inference import prompts
+from glm_jax.models import config as model_config
 from glm_jax.performance import flops
 from glm_jax.recipes import finetuning, rollouts
 from glm_jax.recipes import questions as asked
-from glm_jax.recipes.questions import Query
+from glm_jax.recipes.policy_data import PolicyData
 from glm_jax.recipes.rewards import Judge, RewardModel
-from glm_jax.recipes.rollouts import Experience, Rollouts, RolloutStream
+from glm_jax.recipes.rollouts import Experience, Rollouts
 from glm_jax.text import asking, chat
-from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import adapters, log_probs, losses, recipe, start
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossFn
@@ -34,69 +35,6 @@ _HELD_OUT = 0
 # What a run that goes on may change: it decides nothing of what was learnt.
 _FREE = ('corpus', 'reward_seconds', 'show_every', 'decoding_rows', 'reward_model')
 _FREE += ('chunks', 'feature_lengths')
-
-
-class PolicyData(recipe.Data):
-  """See `recipe.Data`.
-
-  Attributes:
-    questions: by split.
-    rollouts: answers them.
-  """
-
-  validation: Mapping[str, Any] = {}
-
-  def __init__(
-    self,
-    config: TrainConfig,
-    layout: sharding.Layout,
-    vocabulary: Vocabulary,
-    questions: Mapping[str, Sequence[Query]],
-    made: Rollouts,
-    identity: Mapping[str, Any],
-    notes: Sequence[str],
-  ):
-    """
-    Args:
-      config: of the run.
-      layout: of the devices.
-      vocabulary: of the tokens.
-      questions: by split, 'train' and 'validation'.
-      made: answers them.
-      identity: see `recipe.Data`.
-      notes: lines that say what was left out.
-    """
-    self.vocabulary, self.questions, self.rollouts = vocabulary, questions, made
-    self.identity, self.fingerprint = identity, identity['data']
-    self._config, self._layout, self._notes = config, layout, notes
-    r = config.recipe
-    # So many make an epoch in which each question is asked once.
-    self.rows = len(questions['train']) * r.samples * r.epochs
-
-  def stream(self, step: int) -> RolloutStream:
-    train = self.questions['train']
-    return RolloutStream(self._config, self._layout, self.rollouts, train, step)
-
-  def describe(self, step: int, train_steps: int) -> list[str]:
-    r, counts = self._config.recipe, {k: len(v) for k, v in self.questions.items()}
-    updates = r.updates(self._config)
-    return [
-      *self._notes,
-      f'{counts["train"]:,} questions, {counts["validation"]:,} held out; a rollout: '
-      f'{r.rollout_size // r.samples} questions x {r.samples} answers, {updates} updates',
-    ]
-
-  def examples(self) -> Iterator[Mapping[str, np.ndarray]]:
-    c, v = self._config, self.vocabulary
-    while True:
-      for first in range(0, len(self.questions['train']), c.batch_size):
-        part = self.questions['train'][first : first + c.batch_size]
-        requests = [self.rollouts.request(0, question) for question in part]
-        # Where an answer begins carries loss: that is all that is known of it.
-        made = [scoring.lay_out(c.model, v, request, [[]]) for request in requests]
-        rows = scoring.batch(made, 'answer', v.specials.pad)
-        rows = scoring.padded(rows, len(made), c.recipe.length)
-        yield {k: x for k, x in rows._asdict().items() if k != 'index'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,6 +150,11 @@ class Policy(recipe.Recipe):
     model = {'reward_model': self.reward_model_weight} if self.reward_model else {}
     return {**self.rewards, **model}
 
+  def room(self, config: TrainConfig) -> int:
+    """Most tokens of a question."""
+    # A prefix model reads `[sop]` behind what is asked, too.
+    return self.length - self.max_new_tokens - (not config.model.causal)
+
   def updates(self, config: TrainConfig) -> int:
     """Steps that learn from one rollout."""
     return self.epochs * self.rollout_size // config.batch_size
@@ -268,8 +211,7 @@ class Policy(recipe.Recipe):
     template = None
     if not self.blank:
       template = finetuning.template_of(self, config, vocabulary)
-    # A prefix model reads `[sop]` behind what is asked, too.
-    room = self.length - self.max_new_tokens - (not config.model.causal)
+    room = self.room(config)
     reader = asked.PromptReader(config.model, vocabulary, template, self.blank, room)
     questions = reader.read(self.corpus)
     model = None
@@ -297,7 +239,10 @@ class Policy(recipe.Recipe):
     return PolicyData(config, layout, vocabulary, questions, made, identity, notes)
 
   def batch(self, config: TrainConfig) -> Experience:
-    return rollouts.shapes(config.batch_size, self.length, len(self.judges))
+    return self._shapes(config.batch_size)
+
+  def _shapes(self, rows: int) -> Experience:
+    return rollouts.shapes(rows, self.length, len(self.judges))
 
   def advantages(
     self,
@@ -388,6 +333,25 @@ class Policy(recipe.Recipe):
       }
 
     return loss
+
+  def programs(self, config: TrainConfig) -> recipe.Between:
+    others = ()
+    if self.reward_model:
+      meta = checkpoints.read_meta(checkpoints.find(self.reward_model))
+      others = (model_config.from_dict(meta['model']),)
+    return recipe.Between(
+      rows=self._shapes(config.batch_size // config.microbatches).rows,
+      score=functools.partial(rollouts.score, config, self._allowed(config)),
+      asked=self.rollout_size,
+      at_a_time=self.decoding_rows,
+      # A causal model generates from the last token of what it was asked.
+      context=self.room(config) - config.model.causal,
+      most=self.max_new_tokens,
+      slots=self.length,
+      temperature=self.temperature,
+      kept=self._shapes(self.rollout_size),
+      others=others,
+    )
 
   def _allowed(self, config: TrainConfig) -> np.ndarray:
     """[V] bool: tokens that the model may say, and so may its log-probabilities."""

@@ -112,15 +112,16 @@ class Rollouts:
     self._vocabulary, self._template, self._judge = vocabulary, template, judge
     self._stops = template.stops if template else vocabulary.stops
     self.allowed = prompts.allowed(config.model, vocabulary)
-    # Of one shape, however long the questions of a rollout are: one program for all.
-    self._slots = config.recipe.length + 1
+    # Of one shape, however long the questions of a rollout are: one program for all. No
+    # slot is spared: a cache is as long as the next power of two.
+    self._slots = config.recipe.length
     self._engine: Engine | None = None
     backend, _ = attention.choose(
       config.model, config.compute, layout.devices.flat[0], config.recipe.length
     )
     compute = dataclasses.replace(config.compute, attention=backend)
     model = models.build(config.model, compute)
-    self._said = jax.jit(functools.partial(self._score, model))
+    self._said = jax.jit(functools.partial(score, config, self.allowed, model))
     self._cast = jax.jit(lambda tree: step.cast(tree, config.compute.dtype))
 
   def answers(
@@ -215,26 +216,6 @@ class Rollouts:
         placed = sharding.place(own_rows(part, self._layout), self._layout)
         parts.append(jax.tree.map(np.asarray, self._said(variables, placed)))
     return tuple(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
-
-  def _score(
-    self, model: Any, variables: Mapping[str, Any], rows: Batch
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    scored = rows.loss_weights > 0
-    own = {name: tree for name, tree in variables.items() if name != REFERENCE}
-    of = lambda collections: log_probs.said(
-      model,
-      step.cast(collections, self._config.compute.dtype),
-      rows,
-      allowed_V=jnp.asarray(self.allowed),
-      temperature=self._recipe.temperature,
-      chunks=self._recipe.chunks,
-    )
-    said = of(own)
-    began = of(variables[REFERENCE]) if REFERENCE in variables else said
-    values = critic(own, said.states)
-    # Every process has them all.
-    whole = lambda x: nn.with_logical_constraint(jnp.where(scored, x, 0), (None, None))
-    return whole(said.log_probs), whole(began.log_probs), whole(values)
 
   def written(
     self,
@@ -386,6 +367,40 @@ class RolloutStream(recipe.WorkStream):
     )
     weight, kl = map(float, map(np.asarray, whole(kept)))
     return weight * (1 + 0.1 * float(np.clip(kl / r.kl_target - 1, -0.2, 0.2)))
+
+
+def score(
+  config: TrainConfig,
+  allowed: np.ndarray,
+  model: Any,
+  variables: Mapping[str, Any],
+  rows: Batch,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """[B, T] float32 each: what `Rollouts.said` has of a few rows.
+
+  Args:
+    config: of the run.
+    allowed: [V] bool, tokens that may be said.
+    model: a Flax module.
+    variables: its collections, the reference's among them.
+    rows: to be read.
+  """
+  scored = rows.loss_weights > 0
+  own = {name: tree for name, tree in variables.items() if name != REFERENCE}
+  of = lambda collections: log_probs.said(
+    model,
+    step.cast(collections, config.compute.dtype),
+    rows,
+    allowed_V=jnp.asarray(allowed),
+    temperature=config.recipe.temperature,
+    chunks=config.recipe.chunks,
+  )
+  said = of(own)
+  began = of(variables[REFERENCE]) if REFERENCE in variables else said
+  values = critic(own, said.states)
+  # Every process has them all.
+  whole = lambda x: nn.with_logical_constraint(jnp.where(scored, x, 0), (None, None))
+  return whole(said.log_probs), whole(began.log_probs), whole(values)
 
 
 def critic(variables: Mapping[str, Any], states_BTD: jax.Array) -> jax.Array:

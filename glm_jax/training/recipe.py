@@ -42,6 +42,35 @@ class Work(NamedTuple):
   flops: float
 
 
+class Between(NamedTuple):
+  """What a stage computes between updates, and keeps, on the mesh of its step.
+
+  Attributes:
+    rows: shapes and dtypes of what is read, forward alone, at a time.
+    score: (model, variables, rows) -> what is asked of them; a Flax module, and the
+      collections that a loss is given.
+    asked: answers that are generated one after the other.
+    at_a_time: most of them at a time.
+    context: most tokens that an answer follows.
+    most: tokens of an answer.
+    slots: of a row's cache.
+    temperature: of sampling.
+    kept: shapes and dtypes of rows that stay from one update to the next.
+    others: configurations of other frozen models that stay, float32.
+  """
+
+  rows: Batch
+  score: Callable[..., Any]
+  asked: int
+  at_a_time: int
+  context: int
+  most: int
+  slots: int
+  temperature: float
+  kept: Any
+  others: tuple[Any, ...]
+
+
 class WorkStream:
   """Asked with the state before each update; answers with `Work`.
 
@@ -188,6 +217,11 @@ class Recipe:
     the dtype of the computation. A run that goes on reads it from `init_from` again.
     """
     return False
+
+  def programs(self, config: TrainConfig) -> Between | None:
+    """What is compiled besides the step and has to fit beside its state, if anything is."""
+    del config
+    return None
 
   def work(self, config: TrainConfig, visibility: Visibility) -> tuple[float, float]:
     """Tokens and FLOPs of rows, of numpy: of a batch, or of an average row for a plan."""

@@ -1,0 +1,50 @@
+"""A checkpoint for a plan of a run whose `init_from` is not here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from glm_jax import checkpoints
+from glm_jax.checkpoints import slices
+from glm_jax.configs import UserError
+from glm_jax.models import config as model_config
+from glm_jax.text.vocabulary import ByteVocabulary
+from glm_jax.training.config import TrainConfig
+
+
+@contextlib.contextmanager
+def present(config: TrainConfig) -> Iterator[TrainConfig]:
+  """The run, with a checkpoint in place of an `init_from` that is not here.
+
+  It has the vocabulary of bytes, since a recipe may ask which tokens are said, and no
+  parameters: neither changes a size.
+
+  Args:
+    config: of a run, its model resolved.
+  """
+  if not config.init_from or _is_here(config.init_from):
+    yield config
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    spec = slices.LeafSpec((1,), np.dtype('float32'))
+    meta = {
+      'model': model_config.to_dict(config.model),
+      'vocabulary': ByteVocabulary().to_dict(),
+    }
+    read = lambda path, layer: np.zeros(1, np.float32)
+    slices.write(Path(folder), {('none',): spec}, read, meta, lambda _: None)
+    yield dataclasses.replace(config, init_from=folder)
+
+
+def _is_here(path: str) -> bool:
+  try:
+    checkpoints.find(path)
+  except UserError:
+    return False
+  return True
