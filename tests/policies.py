@@ -40,7 +40,12 @@ def prepare(folder):
   for family in ('chatglm3', 'chatglm', 'glm'):
     tuned.checkpoint(folder, family)
   questions = [
-    {'prompt': f'{n} {ANIMALS[n % 4]}?', 'right': ANIMALS[n % 4]} for n in range(400)
+    {
+      'prompt': f'{n} {ANIMALS[n % 4]}?',
+      'right': ANIMALS[n % 4],
+      'response': f'a {ANIMALS[n % 3]}',
+    }
+    for n in range(400)
   ]
   tuned.write(folder / 'questions.jsonl', questions)
   (folder / 'own_rewards.py').write_text(REWARDS)

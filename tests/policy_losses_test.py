@@ -12,10 +12,10 @@ import tuned
 from glm_jax.batch import Batch
 from glm_jax.models import ComputeConfig, build
 from glm_jax.recipes import advantages, rewards
+from glm_jax.recipes.experience import Experience
 from glm_jax.recipes.grpo import GRPO
 from glm_jax.recipes.policy import Policy
 from glm_jax.recipes.ppo import PPO
-from glm_jax.recipes.rollouts import Experience
 from glm_jax.training import log_probs, state
 
 B, T, V = 4, 9, 6
@@ -24,7 +24,7 @@ ALLOWED = np.array([True, True, False, True, True, True])
 RNG = np.random.default_rng(0)
 
 
-def _experience(kl_weight=0.3):
+def _experience(kl_weight=0.3, own=False):
   weights = np.zeros((B, T))
   for row, (a, b) in enumerate(SPANS):
     weights[row, a:b] = 1
@@ -32,6 +32,7 @@ def _experience(kl_weight=0.3):
   targets = RNG.choice(np.flatnonzero(ALLOWED), (B, T))
   rows = Batch(zeros, targets, weights, zeros, zeros, zeros, zeros, zeros)
   near = lambda scale: scale * RNG.normal(size=(B, T)) * weights
+  learnt = (RNG.uniform(size=(B, T)) < 0.5) * 1.0
   return Experience(
     rows,
     old_log_probs=near(0.5) - 1.5,
@@ -44,15 +45,17 @@ def _experience(kl_weight=0.3):
     ended=np.array([1.0, 0, 1, 0]),
     kl_weight=np.full(B, kl_weight),
     explained=np.full(B, 0.25),
+    own=rows._replace(loss_weights=learnt) if own else None,
   )
 
 
 class _Table:
   """A model whose parameters are its logits [B, T, V]; a critic reads them."""
 
-  def apply(self, variables, *_, head, deterministic, rngs):
+  def apply(self, variables, *_, head=None, deterministic, rngs):
     assert deterministic and rngs is None
-    return head(variables['params']['logits'], jnp.eye(V)), None
+    logits = variables['params']['logits']
+    return (logits if head is None else head(logits, jnp.eye(V))), None
 
 
 def _in_numpy(logits, weight, bias, e, recipe):
@@ -91,7 +94,14 @@ def _in_numpy(logits, weight, bias, e, recipe):
       entropies += entropy
       kls += kl
   told = {'clip_fraction': clipped, 'entropy': entropies, 'kl': kls}
-  return total / count, {name: x / spoken for name, x in told.items()}
+  mean = total / count
+  if recipe.sft_weight:
+    # Over all tokens, without a temperature, and whatever the policy's loss counts.
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    of_targets = np.take_along_axis(p, e.own.targets[..., None], -1)[..., 0]
+    learnt = e.own.loss_weights
+    mean += recipe.sft_weight * -(np.log(of_targets) * learnt).sum() / learnt.sum()
+  return mean, {name: x / spoken for name, x in told.items()}
 
 
 RECIPES = [
@@ -101,6 +111,8 @@ RECIPES = [
   (GRPO, {}),
   (GRPO, {'per': 'token', 'temperature': 1.5, 'entropy_weight': 0.2}),
   (GRPO, {'per': 'limit', 'scaled': False, 'chunks': 3}),
+  (GRPO, {'sft_weight': 0.7, 'chunks': 2, 'temperature': 0.6}),
+  (PPO, {'sft_weight': 0.3, 'chunks': 0}),
 ]
 
 
@@ -110,7 +122,7 @@ def test_losses_and_gradients_are_those_of_numpy(kind, settings, monkeypatch):
   recipe = kind(
     feature_lengths={'tokens': 32}, rewards={'a.b': 1.0}, max_new_tokens=8, **settings
   )
-  logits, e = RNG.normal(size=(B, T, V)), _experience()
+  logits, e = RNG.normal(size=(B, T, V)), _experience(own=recipe.sft_weight > 0)
   weight, bias = RNG.normal(size=V), 0.3
   with jax.enable_x64(True):
     loss = recipe.loss(None, _Table())
@@ -119,7 +131,7 @@ def test_losses_and_gradients_are_those_of_numpy(kind, settings, monkeypatch):
       value = {'weight': weight, 'bias': bias}
       critic = {'critic': value} if kind is PPO else {}
       variables = {'params': {'logits': logits, **critic}}
-      total, metrics = loss(variables, e, None, {})
+      total, metrics = loss(variables, e, None, recipe.counts(e))
       return total / metrics['loss'][1], metrics
 
     arguments = tuple(map(jnp.asarray, (logits, weight, bias)))
@@ -133,10 +145,11 @@ def test_losses_and_gradients_are_those_of_numpy(kind, settings, monkeypatch):
   # Rows are counted, and the one that fills the batch up is none.
   reward, rows = map(float, metrics['reward'])
   assert rows == 3 and reward == pytest.approx(e.reward[:3].sum(), abs=1e-6)
-  parts = [name for name in metrics if name.endswith('_loss')]
-  assert sum(float(metrics[name][0]) for name in parts) == pytest.approx(
-    float(metrics['loss'][0]), abs=1e-6
-  )
+  parts = [name for name in metrics if name.endswith('_loss') and name != 'sft_loss']
+  by_name = sum(float(metrics[name][0]) for name in parts) / float(metrics['loss'][1])
+  if recipe.sft_weight:
+    by_name += recipe.sft_weight * float(metrics['sft_loss'][0] / metrics['sft_loss'][1])
+  assert by_name == pytest.approx(float(value), abs=1e-6)
   # Central differences, at places drawn by lot and at all of the critic.
   h = 1e-6
 
@@ -155,7 +168,7 @@ def test_losses_and_gradients_are_those_of_numpy(kind, settings, monkeypatch):
     found = np.asarray(gradients[which])[tuple(place)]
     assert found == pytest.approx(slope(which, tuple(place)), abs=1e-6), (which, place)
   # What may not be said is not moved by the policy, nor is what was asked.
-  if kind is GRPO:
+  if kind is GRPO and not recipe.sft_weight:
     assert not np.asarray(gradients[0])[:, :, ~ALLOWED].any()
     assert not np.asarray(gradients[0])[0, :2].any()
 

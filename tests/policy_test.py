@@ -16,6 +16,7 @@ from runs import params
 import glm_jax
 from glm_jax import checkpoints, sharding
 from glm_jax.batch import OBJECTIVES
+from glm_jax.configs import UserError
 from glm_jax.inference import prompts, scoring
 from glm_jax.inference.request import Answer
 from glm_jax.models import ComputeConfig
@@ -141,7 +142,7 @@ def test_a_policy_says_what_it_was_sampled_with(place, family, blank):
     at = np.flatnonzero(weights)
     assert tokens[at[1:]].tolist() == targets[at[:-1]].tolist()
     ended += len(end)
-  assert 0 < ended and (ended < 16 or family != 'chatglm3')
+  assert ended
   assert (rows.objective == OBJECTIVES.index('answer')).any()
 
 
@@ -219,6 +220,7 @@ def test_a_run_stopped_within_a_rollout_goes_on_to_the_bit(place, monkeypatch, s
     'CheckpointConfig.every=1',
     f'{name}.epochs=2',
     f'{name}.kl_target=0.5',
+    f'{name}.sft_weight=0.1',
     f'{name}.show_every=1',
   )
   for run, ends in (('straight', [6]), ('stopped', [3, 5, 6])):
@@ -273,12 +275,14 @@ def test_devices_and_micro_batches_change_nothing(place, monkeypatch, stage):
       sharding, 'make_mesh', lambda c, d=None, here=here: make_mesh(c, d or here)
     )
     more = (f'{name}.entropy_weight=0.01', f'{name}.epochs=2', 'TRAIN_STEPS=5')
+    more += (f'{name}.sft_weight=0.5', f'{name}.less_own=True')
     run = f'{kind}_{stage}'
     done = policies.run('train', place, *bindings, *more, stage=stage, run=run)
     assert done.returncode == 0, done.stderr
     assert f'on {count} cpu' in done.stdout
     found[kind] = writer.read(str(place / run), 'train')
-  names = ('loss', 'reward', 'kl', 'entropy', 'answer_length', 'gradient_norm')
+  names = ('loss', 'reward', 'kl', 'entropy', 'answer_length', 'sft_loss')
+  names += ('gradient_norm',)
   for other in ('parts', 'eight'):
     for a, b in zip(found['one'], found[other], strict=True):
       for name in names:
@@ -492,11 +496,14 @@ def test_questions_are_read_with_all_that_judges_them(place, tmp_path):
   ]
   lines = [{'prompt': f'{n}?', 'level': n} for n in range(30)]
   lines += [{'messages': turns, 'level': 'deep'}, {'instruction': 'Add', 'input': '1, 2'}]
+  lines[-1]['output'] = '3'
   source = CorpusConfig(corpus=str(tuned.write(tmp_path / 'q.jsonl', lines)))
   model = tuned.MODELS['chatglm3'][0]
-  read = lambda room, **more: asked.PromptReader(
-    model, vocabulary, template, '', room
-  ).read(dataclasses.replace(source, **more))
+
+  def read(room, answer=0, **more):
+    reader = asked.PromptReader(model, vocabulary, template, '', room, answer)
+    return reader.read(dataclasses.replace(source, **more))
+
   found = {q.text: q for part in read(99).values() for q in part}
   assert found['3?'].fields == {'prompt': '3?', 'level': 3}
   # The answer that the line has is not asked.
@@ -514,6 +521,25 @@ def test_questions_are_read_with_all_that_judges_them(place, tmp_path):
   lines[0]['level'] = 7
   tuned.write(tmp_path / 'q.jsonl', lines)
   assert len(prints | {asked.fingerprint(read(99))}) == 3
+  # Answers of the lines' own are asked for where they are needed.
+  with pytest.raises(UserError, match='must have an answer of its own.*line 1'):
+    read(99, answer=9)
+  tuned.write(tmp_path / 'q.jsonl', [{**lines[-2]}, *[lines[-1]] * 30])
+  held = [q for part in read(99, answer=9).values() for q in part]
+  for question, (messages, answer) in {
+    'and?': (turns[:3], turns[3]),
+    'Add\n1, 2': (
+      [{'role': 'user', 'content': 'Add\n1, 2'}],
+      {'role': 'assistant', 'content': '3'},
+    ),
+  }.items():
+    [query, *_] = [q for q in held if q.text.endswith(question)]
+    whole, _ = template.encode_masked([chat.Message(**m) for m in [*messages, answer]])
+    assert [*query.ids, *query.own] == whole
+  assert not [q for q in held if q.text.endswith('and?')][1:]
+  # The longer of the two answers has no room, and neither has been cut.
+  with pytest.raises(UserError, match='31 too long'):
+    read(99, answer=len(query.own) - 1)
 
 
 def test_updates_of_an_epoch_learn_from_each_answer_once(place):
@@ -571,3 +597,21 @@ def test_an_unfinished_answer_loses_its_penalty_and_floats_stay_floats(place):
   assert samples[0].answer == 'abcdef' and samples[0].ids == [*ids, made._stops[0]]
   np.testing.assert_allclose(given, [[0.06]] * 2, atol=1e-6)
   np.testing.assert_allclose(rewards, [0.06, 0.06 - 0.25], atol=1e-6)
+
+
+def test_rewards_less_those_of_own_answers(place):
+  """Each question's own, judged as what the policy says is."""
+  _, _, made, _ = _of('chatglm3', place, less_own=True)
+  import own_rewards  # noqa: F401
+
+  made._judge = Judge(['own_rewards.long'], 5.0)
+  encode, end = made._vocabulary.encode, made._stops[0]
+  query = lambda own: asked.Query('?', encode('a question?'), {}, [*encode(own), end])
+  queries = [query('ab'), query('abcd')]
+  chosen = [queries[0], queries[0], queries[1]]
+  said = [Answer(number=0, spans=[encode(x)], ends=[end]) for x in ('abc', 'a', 'abcdef')]
+  _, given, rewards = made.judged(chosen, said)
+  np.testing.assert_allclose(given[:, 0], [0.03, 0.01, 0.06], atol=1e-6)
+  np.testing.assert_allclose(rewards, [0.01, -0.01, 0.02], atol=1e-6)
+  rows = made.own_rows(chosen)
+  assert rows.targets[2][rows.loss_weights[2] > 0].tolist() == queries[1].own

@@ -11,8 +11,8 @@ import numpy as np
 
 from glm_jax.configs import at_least, one_of
 from glm_jax.recipes import advantages
+from glm_jax.recipes.experience import Experience
 from glm_jax.recipes.policy import Policy
-from glm_jax.recipes.rollouts import Experience
 from glm_jax.training import log_probs
 
 

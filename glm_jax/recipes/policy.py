@@ -20,9 +20,10 @@ from glm_jax.models import config as model_config
 from glm_jax.performance import flops
 from glm_jax.recipes import finetuning, rollouts
 from glm_jax.recipes import questions as asked
+from glm_jax.recipes.experience import Experience, shapes
 from glm_jax.recipes.policy_data import PolicyData
 from glm_jax.recipes.rewards import Judge, RewardModel
-from glm_jax.recipes.rollouts import Experience, Rollouts
+from glm_jax.recipes.rollouts import Rollouts
 from glm_jax.text import asking, chat
 from glm_jax.training import adapters, log_probs, losses, recipe, start
 from glm_jax.training.config import TrainConfig
@@ -68,6 +69,10 @@ class Policy(recipe.Recipe):
       none, and no reference.
     kl_target: nats an answer to which `kl` is adapted from one rollout to the next; None
       leaves it as it is.
+    sft_weight: of the mean loss of a token of the questions' own answers, which keeps what
+      was learnt before (PPO-ptx, Ouyang et al., 2022, equation 2); reported as `sft_loss`.
+    less_own: a reward is less what the question's own answer gets, so that easy questions
+      do not count for more (reference-reward subtraction of ChatGLM-RLHF).
     entropy_weight: of the entropy of what is said, which keeps answers from becoming one.
     chunks: parts of a row whose logits exist at a time; 0 for all at once.
     show_every: rollouts between those that are printed and written to rollouts/.
@@ -91,6 +96,8 @@ class Policy(recipe.Recipe):
   clip: Annotated[float, within('(0, 1)')] = 0.2
   kl: Annotated[float, at_least(0)] = 0.05
   kl_target: Annotated[float | None, POSITIVE] = None
+  sft_weight: Annotated[float, at_least(0)] = 0.0
+  less_own: bool = False
   entropy_weight: Annotated[float, at_least(0)] = 0.0
   chunks: Annotated[int, at_least(0)] = 8
   show_every: Annotated[int, POSITIVE] = 10
@@ -212,7 +219,9 @@ class Policy(recipe.Recipe):
     if not self.blank:
       template = finetuning.template_of(self, config, vocabulary)
     room = self.room(config)
-    reader = asked.PromptReader(config.model, vocabulary, template, self.blank, room)
+    # Its end is not among the tokens of an answer.
+    own = self.max_new_tokens + 1 if self.sft_weight or self.less_own else 0
+    reader = asked.PromptReader(config.model, vocabulary, template, self.blank, room, own)
     questions = reader.read(self.corpus)
     model = None
     if self.reward_model:
@@ -242,7 +251,13 @@ class Policy(recipe.Recipe):
     return self._shapes(config.batch_size)
 
   def _shapes(self, rows: int) -> Experience:
-    return rollouts.shapes(rows, self.length, len(self.judges))
+    return shapes(rows, self.length, len(self.judges), self.sft_weight > 0)
+
+  def counts(self, batch: Experience) -> dict[str, jax.Array]:
+    if not self.sft_weight:
+      return {}
+    count = self.weights(batch.rows.loss_weights)[1]
+    return {'loss': count, 'own': batch.own.loss_weights.sum()}
 
   def advantages(
     self,
@@ -292,7 +307,7 @@ class Policy(recipe.Recipe):
       key: jax.Array | None,
       counts: Mapping[str, jax.Array],
     ) -> tuple[jax.Array, losses.Metrics]:
-      del key, counts  # there is no dropout; rows are weighted by themselves
+      del key  # there is no dropout
       own = {name: tree for name, tree in variables.items() if name != recipe.REFERENCE}
       said = log_probs.said(
         model,
@@ -315,9 +330,19 @@ class Policy(recipe.Recipe):
       outside = jnp.abs(jnp.exp(left) - 1) > self.clip
       # Schulman's estimate of the KL from samples, which is never negative.
       apart = batch.reference_log_probs - said.log_probs
+      learnt = {}
+      if self.sft_weight:
+        losses_BT = losses.target_losses(model, own, batch.own, self.chunks)
+        spoken, words = losses_BT * batch.own.loss_weights, batch.own.loss_weights.sum()
+        learnt['sft_loss'] = (spoken.sum(), words)
+        # The step divides by `count`: what is left is the mean over tokens of the batch.
+        total += (
+          self.sft_weight * spoken.sum() * counts['loss'] / jnp.maximum(counts['own'], 1)
+        )
       return total, {
         'loss': (total, count),
         **{name: (part, count) for name, part in sums.items()},
+        **learnt,
         'reward': of_rows(batch.reward),
         **{
           f'reward/{name}': of_rows(given)
@@ -362,7 +387,7 @@ class Policy(recipe.Recipe):
   def work(self, config: TrainConfig, visibility: Visibility) -> tuple[float, float]:
     tokens, trained = super().work(config, visibility)
     # All answers of a rollout are read once more, and by the reference, too: forward alone,
-    # a third of training's. Generating them is not counted.
+    # a third of training's. Generating them is not counted, nor are own answers.
     forward = flops.training(config.model, tokens, flops.pairs(visibility)) / 3
     return tokens, trained + forward * (1 + self.reference) / self.epochs
 

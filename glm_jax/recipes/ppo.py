@@ -12,8 +12,9 @@ import numpy as np
 
 from glm_jax.configs import POSITIVE, at_least, within
 from glm_jax.recipes import advantages
+from glm_jax.recipes.experience import Experience
 from glm_jax.recipes.policy import Policy
-from glm_jax.recipes.rollouts import CRITIC, Experience
+from glm_jax.recipes.rollouts import CRITIC
 from glm_jax.training import log_probs
 from glm_jax.training.config import TrainConfig
 

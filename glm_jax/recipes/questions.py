@@ -12,7 +12,7 @@ from glm_jax import configs
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.inference import prompts
 from glm_jax.text import asking
-from glm_jax.text.conversation import Template
+from glm_jax.text.conversation import Message, Template
 from glm_jax.text.vocabulary import Vocabulary
 
 # Whose roles objects are read in where a model has no chat template.
@@ -26,11 +26,13 @@ class Query(NamedTuple):
     text: of it.
     ids: as `prompts.encode` gives them.
     fields: of its line.
+    own: ids of the line's own answer and its end; [] where nobody needs it.
   """
 
   text: str
   ids: list[int]
   fields: Mapping[str, Any]
+  own: list[int]
 
 
 class PromptReader:
@@ -47,6 +49,7 @@ class PromptReader:
     template: Template | None,
     blank: str,
     room: int,
+    answer: int = 0,
   ):
     """
     Args:
@@ -55,16 +58,18 @@ class PromptReader:
       template: of conversations; None where questions are asked by `blank`.
       blank: see `asking.check_pattern`.
       room: most ids of a question.
+      answer: most ids of its line's own answer; 0 if that is not needed.
     """
     self._model, self._vocabulary, self._template = model, vocabulary, template
-    self._blank, self._room, self.lost = blank, room, 0
+    self._blank, self._room, self._most, self.lost = blank, room, answer, 0
 
   def read(self, source: CorpusConfig) -> dict[str, list[Query]]:
     """The questions of 'train' and of 'validation', in the order of the corpus.
 
     Raises:
-      UserError: none to train on; one that cannot be asked, or, with the rule 'error' of
-        `CorpusConfig.too_long`, that is too long.
+      UserError: none to train on; one that cannot be asked, or has no answer of its own
+        where that is needed, or, with the rule 'error' of `CorpusConfig.too_long`, that is
+        too long.
     """
     from glm_jax.data.corpora import corpus
 
@@ -75,17 +80,19 @@ class PromptReader:
       for document in corpus.documents(asked, split):
         where = document.where()
         text = '\n'.join(message.content for message in document.messages)
-        ids = self._encode(document.messages, source.too_long, where)
+        ids, own = self._encode(document, source.too_long, where)
+        fits = len(ids) <= self._room and len(own) <= self._most
+        answered = f', and its answer {self._most}' if self._most else ''
         configs.check(
-          len(ids) <= self._room or source.too_long != 'error',
-          f'a question must fit {self._room} tokens',
-          f'{len(ids)}{where}',
+          fits or source.too_long != 'error',
+          f'a question must fit {self._room} tokens{answered}',
+          f'{len(ids)}{f" and {len(own)}" if own else ""}{where}',
           "raise TASK_FEATURE_LENGTHS, or set CorpusConfig.too_long='drop'",
         )
-        if len(ids) > self._room:
-          self.lost += 1
+        if fits:
+          questions.append(Query(text, ids, document.fields, own))
         else:
-          questions.append(Query(text, ids, document.fields))
+          self.lost += 1
     configs.check(
       bool(found['train']),
       'the corpus must hold a question to train on',
@@ -94,18 +101,34 @@ class PromptReader:
     )
     return found
 
-  def _encode(self, messages: Sequence[Any], rule: str, where: str) -> list[int]:
-    """Ids of a question; of one that is too long, its first turns may be left out."""
+  def _encode(self, document: Any, rule: str, where: str) -> tuple[list[int], list[int]]:
+    """Ids of a question, whose first turns may be left out, and of its own answer."""
+    messages, answer = document.messages, document.answer
+    configs.check(
+      bool(answer.strip()) or not self._most,
+      'a question must have an answer of its own, to be learnt or compared with',
+      f'none{where}',
+      'write {"prompt": ..., "response": ...}, or leave sft_weight and less_own out',
+    )
     if self._template is None:
-      return self._in_blank(messages, where)
+      return self._in_blank(messages, answer, where)
     ids = self._template.encode(messages, opening=True)
     if len(ids) > self._room and rule.startswith('truncate'):
-      kept = self._template.fit(messages, self._room)[0]
-      ids = self._template.encode(kept, opening=True) if kept else ids
+      messages = self._template.fit(messages, self._room)[0] or messages
+      ids = self._template.encode(messages, opening=True)
+    own = []
+    if self._most:
+      said = Message('assistant', answer)
+      whole, scored = self._template.encode_masked([*messages, said])
+      # The last of them: earlier answers of the conversation may carry loss, too.
+      own = whole[len(scored) - scored[::-1].index(False) :]
     # What opens an answer is not read with the question by a model that fills blanks.
-    return ids if self._model.causal else ids[:-1]
+    return (ids if self._model.causal else ids[:-1]), own
 
-  def _in_blank(self, messages: Sequence[Any], where: str) -> list[int]:
+  def _in_blank(
+    self, messages: Sequence[Message], answer: str, where: str
+  ) -> tuple[list[int], list[int]]:
+    v = self._vocabulary
     configs.check(
       len(messages) == 1,
       'a model without a chat template must be asked a single question',
@@ -113,14 +136,17 @@ class PromptReader:
       'leave out what was said before, or name a template',
     )
     text = self._blank.replace(asking.PROMPT, messages[0].content)
-    ids = prompts.encode(self._model, self._vocabulary, text)
+    ids = prompts.encode(self._model, v, text)
     configs.check(
-      len(prompts.blanks(self._vocabulary, ids)) == 1,
+      len(prompts.blanks(v, ids)) == 1,
       'a question must have one blank',
       f'{text!r:.80}{where}',
       'leave names of masks out of the questions',
     )
-    return ids
+    if not self._most:
+      return ids, []
+    [span] = prompts.encode_answers(self._model, v, text, [answer])
+    return ids, [*span, v.specials.eop]
 
 
 def fingerprint(questions: Mapping[str, Sequence[Query]]) -> str:
@@ -128,6 +154,7 @@ def fingerprint(questions: Mapping[str, Sequence[Query]]) -> str:
   digest = hashlib.sha256()
   for split in questions.values():
     for question in split:
-      digest.update(json.dumps([question.ids, question.fields], default=str).encode())
+      told = [question.ids, question.own, question.fields]
+      digest.update(json.dumps(told, default=str).encode())
     digest.update(b'\n')
   return digest.hexdigest()[:16]

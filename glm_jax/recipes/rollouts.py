@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import attention, distributed, models, sharding, storage
-from glm_jax.batch import DTYPES, Batch, Visibility
+from glm_jax.batch import Batch, Visibility
 from glm_jax.inference import prompts, scoring
 from glm_jax.inference.engine import Engine
 from glm_jax.inference.request import Answer, Request
 from glm_jax.inference.sampling import Sampling
 from glm_jax.recipes.answering import text_of
+from glm_jax.recipes.experience import Experience, from_dict, shapes, to_dict
 from glm_jax.recipes.questions import Query
 from glm_jax.recipes.rewards import Judge, Sample
 from glm_jax.text.vocabulary import Vocabulary
@@ -40,53 +41,6 @@ CRITIC = 'critic'
 _ORDER, _ANSWERS, _UPDATES = range(3)
 # Samples that a table shows.
 _SHOWN = 4
-
-
-class Experience(NamedTuple):
-  """Answers to learn from; [B, T] float32 at the targets of an answer, or [B] float32.
-
-  Attributes:
-    rows: a question and its answer each; loss_weights are 1 at the answer and its end.
-    old_log_probs: of the policy that gave the answers.
-    reference_log_probs: of the reference; those of the policy without one.
-    advantages: how much better than expected.
-    returns: what the critic is to say.
-    old_values: what it said.
-    reward: [B], of the answer, without KL.
-    rewards: [B] each, of which it is the weighted sum but for the penalty.
-    ended: [B], 1 for an answer with an end.
-    kl_weight: [B], of the rollout.
-    explained: [B], share of the variance of the returns that the critic explained.
-  """
-
-  rows: Batch
-  old_log_probs: Any
-  reference_log_probs: Any
-  advantages: Any
-  returns: Any
-  old_values: Any
-  reward: Any
-  rewards: tuple[Any, ...]
-  ended: Any
-  kl_weight: Any
-  explained: Any
-
-  @property
-  def visibility(self) -> Visibility:
-    return self.rows.visibility
-
-
-_BY_TOKEN = Experience._fields[1:6]
-_BY_ROW = ('reward', 'ended', 'kl_weight', 'explained')
-
-
-def shapes(rows: int, length: int, judges: int) -> Experience:
-  """Shapes and dtypes of so many rows of so many positions, with so many rewards."""
-  of = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype)
-  batch = Batch(*[of(dtype, length) for dtype in DTYPES])._replace(index=None)
-  by_token = dict.fromkeys(_BY_TOKEN, of(np.float32, length))
-  by_row = dict.fromkeys(_BY_ROW, of(np.float32))
-  return Experience(batch, **by_token, **by_row, rewards=(of(np.float32),) * judges)
 
 
 class Rollouts:
@@ -172,7 +126,8 @@ class Rollouts:
   ) -> tuple[list[Sample], np.ndarray, np.ndarray]:
     """Samples, what each judge gives them [n, judges], and their rewards [n], float32.
 
-    An answer without an end loses the penalty.
+    An answer without an end loses the penalty; with `less_own`, all lose what their
+    questions' own answers get.
     """
     samples = []
     for question, answer in zip(questions, answers, strict=True):
@@ -182,9 +137,30 @@ class Rollouts:
       request = self.request(answer.number, question)
       samples.append(Sample(question.text, text, question.fields, request, ids))
     given, r = self._judge(samples), self._recipe
-    rewards = given @ np.array([*r.judges.values()], np.float32)
+    weights = np.array([*r.judges.values()], np.float32)
     unfinished = np.array([answer.ends[0] < 0 for answer in answers])
-    return samples, given, rewards - np.float32(r.unfinished_penalty) * unfinished
+    rewards = given @ weights - np.float32(r.unfinished_penalty) * unfinished
+    if r.less_own:
+      # Each once, however many answers its question has.
+      once = {id(question): question for question in questions}
+      of_own = self._judge([self._own_sample(question) for question in once.values()])
+      found = dict(zip(once, of_own @ weights, strict=True))
+      rewards -= np.array([found[id(question)] for question in questions])
+    return samples, given, rewards
+
+  def _own_sample(self, question: Query) -> Sample:
+    text = text_of(question.own[:-1], self._vocabulary, self._template)
+    return Sample(
+      question.text, text, question.fields, self.request(0, question), question.own
+    )
+
+  def own_rows(self, questions: Sequence[Query]) -> Batch:
+    """[n, T] numpy: the questions with their own answers, as they are learnt."""
+    answers = [
+      Answer(number=0, spans=[question.own[:-1]], ends=[question.own[-1]])
+      for question in questions
+    ]
+    return self.rows(questions, answers)
 
   def rows(self, questions: Sequence[Query], answers: Sequence[Answer]) -> Batch:
     """[n, T] numpy: what was asked and answered, as it is learnt from."""
@@ -276,14 +252,14 @@ class RolloutStream(recipe.WorkStream):
     self._config, self._layout, self._recipe = config, layout, config.recipe
     self._rollouts, self._questions, self._step = rollouts, questions, first
     rank = lambda a: sharding.batch_sharding(layout, len(a.shape))
-    judges = len(self._recipe.judges)
-    rows = shapes(self._recipe.rollout_size, self._recipe.length, judges)
+    sizes = (self._recipe.length, len(self._recipe.judges), self._recipe.sft_weight > 0)
+    rows = shapes(self._recipe.rollout_size, *sizes)
     spread = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rank(a))
     # Until the first rollout, what a checkpoint is read into.
-    self.kept = _to_dict(jax.tree.map(spread, rows))
-    batch = jax.tree.map(rank, shapes(config.batch_size, self._recipe.length, judges))
+    self.kept = to_dict(jax.tree.map(spread, rows))
+    batch = jax.tree.map(rank, shapes(config.batch_size, *sizes))
     self._take = jax.jit(
-      lambda kept, ids: jax.tree.map(lambda x: x[ids], _from_dict(kept)),
+      lambda kept, ids: jax.tree.map(lambda x: x[ids], from_dict(kept)),
       out_shardings=batch,
     )
     self._seen: Visibility | None = None
@@ -335,9 +311,12 @@ class RolloutStream(recipe.WorkStream):
       of_all(kl_weight),
       of_all(_explained(returns_NT, values_NT, rows.loss_weights > 0)),
     )
+    if r.sft_weight:
+      own = self._rollouts.own_rows(chosen)._replace(index=None)
+      made = made._replace(own=own)
     self._seen = rows.visibility
     placed = sharding.place(own_rows(made, self._layout), self._layout)
-    self.kept = _to_dict(placed)
+    self.kept = to_dict(placed)
     if number % r.show_every == 0:
       self._rollouts.written(number, samples, given, rewards, kl_N, ended)
 
@@ -423,23 +402,6 @@ def _explained(returns: np.ndarray, values: np.ndarray, scored: np.ndarray) -> f
   """1 - var(returns - values) / var(returns); 0 where returns do not vary."""
   variance = float(returns[scored].var())
   return 1 - float((returns - values)[scored].var()) / variance if variance else 0.0
-
-
-def _to_dict(made: Experience) -> dict[str, Any]:
-  """As checkpoints hold it: arrays by name."""
-  rows = {name: x for name, x in made.rows._asdict().items() if name != 'index'}
-  own = {name: getattr(made, name) for name in (*_BY_TOKEN, *_BY_ROW)}
-  return {**rows, **own, **{f'reward_{i}': x for i, x in enumerate(made.rewards)}}
-
-
-def _from_dict(arrays: Mapping[str, Any]) -> Experience:
-  rows = Batch(**{name: arrays[name] for name in Batch._fields if name != 'index'})
-  rewards = [name for name in arrays if name.startswith('reward_')]
-  return Experience(
-    rows,
-    rewards=tuple(arrays[f'reward_{i}'] for i in range(len(rewards))),
-    **{name: arrays[name] for name in (*_BY_TOKEN, *_BY_ROW)},
-  )
 
 
 def _short(text: str) -> str:

@@ -41,6 +41,7 @@ class Document(NamedTuple):
     pairs: two conversations each that differ in their last answer, the preferred one first.
     unranked: how often two answers were no pair: tied, equal, one of them empty, or to
       different questions.
+    answer: of an object that asks a question: its own answer to it, if it has one.
     fields: of an object that asks a question: all of it, for whoever judges an answer.
     where: it stands, in words, for what is found wrong with it later.
   """
@@ -51,6 +52,7 @@ class Document(NamedTuple):
   messages: tuple[Message, ...] = ()
   pairs: tuple[tuple[tuple[Message, ...], tuple[Message, ...]], ...] = ()
   unranked: int = 0
+  answer: str = ''
   fields: Mapping[str, Any] = MappingProxyType({})
   where: Callable[[], str] = str
 

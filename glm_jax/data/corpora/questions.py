@@ -2,10 +2,10 @@
 
 - {"prompt"}, "instruction", "question" or "query": a text, or messages; beside it "input",
   "history" and "system", as `glm_jax.data.corpora.turns` knows them
-- {"messages"} or {"conversations"}: all up to the last question; an answer behind it is
-  left out
+- {"messages"} or {"conversations"}: all up to the last question
 
-Whatever else the object holds, such as the right answer, is for the reward.
+An answer of the object's own is what a last turn says, or the field "response", "output",
+"completion" or "answer", if that is text. Whatever else it holds is for the reward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from glm_jax import configs
 from glm_jax.configs import UserError
 from glm_jax.data.corpora import ranked, turns
 from glm_jax.data.corpora.config import CorpusConfig
-from glm_jax.data.corpora.fields import Document
+from glm_jax.data.corpora.fields import PAIRS, Document
 from glm_jax.text.chat import form_of
 
 
@@ -38,8 +38,8 @@ def document(
   Example:
     >>> config = CorpusConfig(corpus='*.jsonl', conversations='chatglm2', asked=True)
     >>> found = document({'prompt': '1 + 1?', 'right': '2'}, config)
-    >>> found.messages[0].content, found.fields['right']
-    ('1 + 1?', '2')
+    >>> found.messages[0].content, found.fields['right'], found.answer
+    ('1 + 1?', '2', '')
   """
   template = form_of(config.conversations)
   try:
@@ -53,8 +53,10 @@ def document(
     present = {k: v for k, v in content.items() if v is not None}
     tools = turns.tools(present.pop('tools', None))
     messages = [*ranked.asked(present, config, template)]
+    names = (config.answer_key,) if config.answer_key else [name for _, name in PAIRS]
+    answer = next((present[name] for name in names if name in present), '')
     while messages and messages[-1].role == 'assistant':
-      messages.pop()
+      answer = messages.pop().content
     configs.check(
       bool(messages),
       'an object must ask a question',
@@ -67,4 +69,5 @@ def document(
   except UserError as error:
     raise UserError(f'{str(error).removesuffix(".")}{where()}.') from error
   text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
-  return Document(text, messages=asked, fields=present, where=where)
+  answer = answer if isinstance(answer, str) else ''
+  return Document(text, messages=asked, answer=answer, fields=present, where=where)
