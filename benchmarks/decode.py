@@ -129,13 +129,19 @@ def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[flo
   return seconds
 
 
-def exported(folder: Path, params: Any) -> Path:
-  """The model as transformers reads it, by way of a checkpoint."""
+def exported(folder: Path, params: Any, config: Any = None) -> Path:
+  """The model as transformers reads it, by way of a checkpoint.
+
+  Args:
+    folder: to write to.
+    params: of the model.
+    config: of it; None for that of `model`.
+  """
   leaves = slices.flat(jax.device_get(params))
   specs = {path: slices.LeafSpec(x.shape, x.dtype) for path, x in leaves.items()}
   read = lambda path, layer: leaves[path] if layer is None else leaves[path][layer]
   meta = {
-    'model': model_config.to_dict(model()),
+    'model': model_config.to_dict(config or model()),
     'vocabulary': None,
     'source': {},
     'step': 0,
@@ -151,7 +157,7 @@ def measure(rounds: int, only: str) -> list[dict[str, Any]]:
   """Rows of the table: batches of one and eight, kinds of weights, 64 prompts."""
   dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  plain = state.init_state(model(), _nothing(), layout, 0)['params']
+  plain = state.init_state(model(), nothing(), layout, 0)['params']
   plain = jax.tree.map(lambda x: x.astype(dtype), plain)
   kinds = {dtype: {'params': plain}}
   kinds |= {name: quantized.of_tree(plain, bits) for name, bits in INTEGERS.items()}
@@ -202,7 +208,8 @@ def _result(case, tokens, seconds, peer, dtype) -> dict[str, Any]:
   }
 
 
-def _nothing() -> Any:
+def nothing() -> Any:
+  """An optimizer without a state."""
   import optax
 
   return optax.identity()

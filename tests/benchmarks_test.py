@@ -110,3 +110,69 @@ def test_without_the_batches_the_card_says_how_to_write_them(tmp_path, capsys):
   argv = [f'--batches={tmp_path}']
   assert cli.exit_code(train_on_card.main, argv) == cli.EXIT_DATA
   assert '--write' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_answers_of_a_policy_are_timed_beside_transformers(tmp_path):
+  pytest.importorskip('transformers')
+  import jax
+
+  from benchmarks import decode, rollouts
+  from glm_jax import sharding
+  from glm_jax.training import state
+
+  model = dataclasses.replace(
+    rollouts.MODEL,
+    num_layers=2,
+    hidden_size=64,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=32,
+    mlp_size=64,
+    vocab_size=512,
+  )
+  layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  params = state.init_state(model, decode.nothing(), layout, 0)['params']
+  folder = decode.exported(tmp_path, params, model)
+  sizes = dict(count=6, asked=(2, 5), answered=(2, 4), sizes=(2, 4), rounds=2)
+  # Both sides give answers of the same lengths, or it raises.
+  result = json.loads(json.dumps(rollouts.answers(model, params, folder, **sizes)))
+  assert result['tokens'] == 3 * (2 + 4) and len(result['ratios']) == 2
+  assert {*result['rows'].values()} <= {2, 4} and min(result['ratios']) > 0
+  about = dict(device='here', date='', jax='', transformers='', model='tiny', cores=1)
+  assert '| 6 questions, tok/s |' in rollouts.table({**about, 'answers': result})[-1]
+
+
+@pytest.mark.slow
+def test_a_step_of_grpo_is_timed_and_learns(tmp_path):
+  """Rollout, scoring and update: each step has weights of its own."""
+  import jax
+
+  from benchmarks import rollouts
+  from glm_jax.models import ChatGLM2Config
+  from glm_jax.training import state
+
+  model = ChatGLM2Config(
+    num_layers=1,
+    hidden_size=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=16,
+    mlp_size=32,
+    vocab_size=512,
+    max_positions=64,
+  )
+  params = jax.tree.map(
+    lambda a: jax.random.normal(jax.random.key(1), a.shape, a.dtype),
+    state.abstract_params(model),
+  )
+  sizes = rollouts.Steps(batch=4, group=2, asked=4, answered=4)
+  own = rollouts._OwnSteps(model, params, sizes, tmp_path)
+  assert min(own(2)) > 0
+  now = own._current
+  assert int(now['step']) == 2
+  changed = jax.tree.map(lambda a, b: bool((a != b).any()), now['params'], params)
+  assert any(jax.tree.leaves(changed))
+  # Of each rollout all answers, as long as they are to be.
+  kept = np.asarray(own._stream.kept['loss_weights'])
+  assert kept.sum(1).tolist() == [4.0] * 4
