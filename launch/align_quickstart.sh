@@ -24,8 +24,8 @@ stage() {
   local to=$1 file=$2 from=$3 data=$4 steps=$5 bindings=()
   shift 5
   for binding in "$@"; do bindings+=("--gin.$binding"); done
-  echo "== $to: gin_configs/runs/$file.gin, from $from"
-  run python -m glm_jax.train --gin_file="gin_configs/runs/$file.gin" --import=alignment \
+  echo "== $runs/$to: gin_configs/runs/$file.gin, from $from"
+  python -m glm_jax.train --gin_file="gin_configs/runs/$file.gin" --import=alignment \
     --gin.INIT_FROM="'$from'" --gin.MODEL_DIR="'$runs/$to'" --gin.BATCH_SIZE=16 \
     --gin.CORPUS="'$runs/${data}_train.jsonl'" \
     --gin.CorpusConfig.validation="'$runs/${data}_validation.jsonl'" \
@@ -45,7 +45,8 @@ stage sft sft "$base" sft 400 "${rates[@]}" "TASK_FEATURE_LENGTHS={'tokens': 128
 
 # By preferences: of two answers, the one that keeps to the rule.
 pairs=("${rates[@]}" "TASK_FEATURE_LENGTHS={'tokens': 192}")
-stage dpo dpo "$runs/sft" pairs 200 "${pairs[@]}" OptimizerConfig.learning_rate=1e-4
+stage dpo dpo "$runs/sft" pairs 200 "${pairs[@]}" OptimizerConfig.learning_rate=1e-4 \
+  Preference.sft_weight=1.0
 stage reward reward "$runs/sft" pairs 400 "${pairs[@]}"
 
 # By rewards of its own answers.
@@ -55,7 +56,7 @@ of() { for binding in max_new_tokens=32 rollout_size=64 show_every=20 chunks=0; 
 # The reward model has not seen answers without an end: one is not to be had from them. The
 # rule is only watched.
 stage ppo ppo "$runs/sft" sft 160 "${rates[@]}" $(of PPO) BATCH_SIZE=32 PPO.epochs=2 PPO.kl=0.1 \
-  PPO.unfinished_penalty=5.0 "PPO.reward_model='$runs/reward'" \
+  PPO.sft_weight=0.2 PPO.unfinished_penalty=5.0 "PPO.reward_model='$runs/reward'" \
   "PPO.rewards={'alignment.opens_with_its_verb': 0.0}"
 stage grpo grpo "$runs/sft" sft 60 "${rates[@]}" $(of GRPO) BATCH_SIZE=64 \
   "GRPO.rewards={'alignment.opens_with_its_verb': 1.0}"

@@ -99,7 +99,8 @@ def print_table(folder: Path, runs: list[str]) -> None:
   for run in runs:
     model = glm_jax.load(folder / run, batch_size=32)
     asked = [[{'role': 'user', 'content': prompt}] for prompt in prompts]
-    said = [answer for [answer] in model.reply(asked, max_new_tokens=40)]
+    # Sampled, as policies were.
+    said = [a for [a] in model.reply(asked, max_new_tokens=40, temperature=1.0)]
     template, questions = chat.template_for(model.vocabulary), []
     for line in held_out:
       messages = [
