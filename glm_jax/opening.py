@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from glm_jax import checkpoints, configs, sharding
 from glm_jax.checkpoints import variables
-from glm_jax.interop import reading
+from glm_jax.interop import reading, reward_models
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import Vocabulary
@@ -107,7 +107,11 @@ def _adapters_for(folder: Any, beside: str) -> tuple[Any, dict[str, Any]]:
     'give that one, or a copy of it',
   )
   held = checkpoints.stored_leaves(own)
-  others = [path for path in held if path[0] not in adapters.NAMES]
+  others = [
+    path
+    for path in held
+    if path[0] not in adapters.NAMES and path not in reward_models.CRITIC
+  ]
   configs.check(
     not others,
     'what was trained beside adapters must be read with them',

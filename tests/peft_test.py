@@ -7,8 +7,10 @@ import sys
 
 import jax
 import numpy as np
+import policies
 import pytest
 import stored
+import tuned
 from commands import ROOT, in_process, refused
 from flax import traverse_util
 from foreign import arrays_of, config_json, write_safetensors
@@ -252,3 +254,46 @@ def test_peft_computes_and_merges_the_same(bases, tmp_path):
   _convert(tmp_path / 'theirs', tmp_path / 'back', '--vocabulary=bytes')
   assert _relative(glm_jax.load(tmp_path / 'back').logits(rows), expected) < 5e-6
   assert _relative(_logits(bases['chatglm2']), _logits(run)) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec('peft'), reason='peft is not installed')
+@pytest.mark.parametrize('stage', ['dpo', 'ppo'])
+def test_what_alignment_has_trained_is_loaded_by_peft(tmp_path, stage, monkeypatch):
+  """Factors of DPO, and of PPO, whose critic stays behind."""
+  policies.prepare(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  base, lora = tmp_path / 'chatglm3_base', ('--gin_file=gin_configs/runs/lora.gin',)
+  rate = 'OptimizerConfig.learning_rate=0.1'
+  if stage == 'ppo':
+    done = policies.run('train', tmp_path, rate, stage='ppo', run='run', flags=lora)
+  else:
+    pairs = [
+      {'prompt': f'what is {n}?', 'chosen': 'an even one.', 'rejected': 'odd, that is.'}
+      for n in range(60)
+    ]
+    corpus = tuned.write(tmp_path / 'pairs.jsonl', pairs)
+    small = ("TASK_FEATURE_LENGTHS={'tokens': 128}", 'BATCH_SIZE=8', rate)
+    done = tuned.of_stage('dpo', 'train', tmp_path, *small, corpus=corpus, flags=lora)
+  assert done.returncode == 0, done.stderr
+  run = tmp_path / 'run'
+  _convert(base, tmp_path / 'glm', '--to=glm')
+  _convert(run, tmp_path / 'peft', '--peft', '--to=glm')
+  model = glm_jax.load(run)
+  rows = model.rows(['what is a quick brown fox?'])
+  expected = model.logits(rows)
+  np.testing.assert_allclose(
+    glm_jax.load(base, adapters=run).logits(rows), expected, atol=1e-5
+  )
+  assert _relative(glm_jax.load(base).logits(rows), expected) > 1e-3
+  done = subprocess.run(
+    [sys.executable, ROOT / 'tests/peft_peer.py', tmp_path / 'glm', tmp_path / 'peft'],
+    input=json.dumps({'ids': rows.tokens.tolist(), 'merged': str(tmp_path / 'theirs')}),
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  theirs = np.array(json.loads(done.stdout)['beside'], np.float32)
+  # Padding of the table behind the vocabulary is the model's, too.
+  assert _relative(theirs, expected) < 5e-6

@@ -10,7 +10,7 @@ import numpy as np
 
 from glm_jax import checkpoints, configs
 from glm_jax.checkpoints import beside, slices
-from glm_jax.interop import peft, prefixes
+from glm_jax.interop import peft, prefixes, reward_models
 from glm_jax.interop.formats import FORMATS
 from glm_jax.models import config as model_config
 
@@ -109,7 +109,11 @@ def take_out(src: Path, dst: Path, format: str | None) -> str:
     'give the format of that model',
   )
   held = checkpoints.stored_leaves(folder)
-  others = ['/'.join(path) for path in held if path[0] != 'adapters']
+  others = [
+    '/'.join(path)
+    for path in held
+    if path[0] != 'adapters' and path not in reward_models.CRITIC
+  ]
   configs.check(
     not others,
     'peft is given adapters alone',

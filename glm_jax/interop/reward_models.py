@@ -19,10 +19,10 @@ from glm_jax.text.vocabulary import Vocabulary
 FORMATS_WITH_SCORES = ('glm', 'glm4')
 """Formats of which transformers has such a class."""
 
-# Leaves of `glm_jax.recipes.reward`, and of PPO's critic, which says what is to come of an
-# answer that is being written.
+# The leaf of `glm_jax.recipes.reward`.
 _SCORE = ('value', 'weight')
-_CRITIC = (('critic', 'weight'), ('critic', 'bias'))
+CRITIC = (('critic', 'weight'), ('critic', 'bias'))
+"""Of PPO, which the policy that it has trained does not need."""
 
 _Spec = TypeVar('_Spec')
 
@@ -61,7 +61,7 @@ def exported(format: str, config: Any, specs: Mapping[Path, _Spec]) -> dict[Path
   held = _paths(with_scales(entries(format, config, 1, specs)))
   model = _paths(with_scales(FORMATS[format].entries(config, 1)))
   beside = [path for path in specs if path not in held | model]
-  if {*beside} == {*_CRITIC}:
+  if {*beside} == {*CRITIC}:
     beside = []
   others = [name for name in FORMATS_WITH_SCORES if FORMATS[name].config is type(config)]
   configs.check(
