@@ -110,7 +110,7 @@ def _adapters_for(folder: Any, beside: str) -> tuple[Any, dict[str, Any]]:
   others = [
     path
     for path in held
-    if path[0] not in adapters.NAMES and path not in reward_models.CRITIC
+    if path[0] not in adapters.NAMES and path[0] not in reward_models.CRITIC
   ]
   configs.check(
     not others,

@@ -5,7 +5,9 @@ import functools
 import random
 import time
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import policies
 import pytest
@@ -14,7 +16,7 @@ from commands import gin, refused, snapshot
 from runs import params
 
 import glm_jax
-from glm_jax import checkpoints, sharding
+from glm_jax import checkpoints, models, sharding
 from glm_jax.batch import OBJECTIVES
 from glm_jax.configs import UserError
 from glm_jax.inference import prompts, scoring
@@ -23,11 +25,13 @@ from glm_jax.models import ComputeConfig
 from glm_jax.recipes import questions as asked
 from glm_jax.recipes import rollouts
 from glm_jax.recipes.grpo import GRPO
+from glm_jax.recipes.policy import Policy
 from glm_jax.recipes.ppo import PPO
 from glm_jax.recipes.rewards import Judge, RewardModel, Sample
 from glm_jax.recipes.rollouts import Rollouts
 from glm_jax.text import chat
-from glm_jax.training import state, writer
+from glm_jax.training import adapters, state, writer
+from glm_jax.training.adapters import LoRAConfig
 from glm_jax.training.config import TrainConfig
 
 
@@ -334,18 +338,69 @@ def test_adapters_are_trained_and_their_start_is_the_reference(place):
   )
   assert done.returncode == 0, done.stderr
   flags = (*lora, *gin("TrainConfig.init_adapters='continue'"))
-  for stage in ('grpo', 'ppo'):
-    run = f'adapted_{stage}'
-    done = policies.run(
-      'train', place, stage=stage, base=place / 'adapted', run=run, flags=flags
-    )
+  for stage, bindings, kept in (
+    ('grpo', (), {'adapters'}),
+    ('ppo', (), {'adapters', 'critic'}),
+    ('ppo', ('PPO.critic_rank=2',), {'adapters', 'critic', 'critic_factors'}),
+  ):
+    run = f'adapted_{stage}_{len(bindings)}'
+    where = {'stage': stage, 'base': place / 'adapted', 'run': run, 'flags': flags}
+    done = policies.run('train', place, *bindings, **where)
     assert done.returncode == 0, done.stderr
     first = writer.read(str(place / run), 'train')[0]
     assert first['kl'] == pytest.approx(0, abs=1e-9)
     held = checkpoints.stored_leaves(checkpoints.find(str(place / run)))
-    assert {path[0] for path in held} == {'adapters', 'critic'} - (
-      {'critic'} if stage == 'grpo' else set()
-    )
+    assert {path[0] for path in held} == kept
+    of_model = glm_jax.load(place / run).generate('what?', max_new_tokens=3)
+    beside = glm_jax.load(place / 'chatglm3_base', adapters=place / run)
+    assert of_model[0].text == beside.generate('what?', max_new_tokens=3)[0].text
+
+
+def test_factors_of_a_critic_are_moved_by_its_loss_alone(monkeypatch):
+  """And those of the policy by what it says alone."""
+  model, _ = tuned.model('chatglm3')
+  monkeypatch.setattr(Policy, '_allowed', lambda self, c: np.ones(model.vocab_size, bool))
+  recipe = PPO(
+    feature_lengths={'tokens': 10}, rewards={'a.b': 1.0}, max_new_tokens=4, critic_rank=2
+  )
+  config = TrainConfig(
+    model=model,
+    recipe=recipe,
+    adapters=LoRAConfig(rank=3),
+    batch_size=2,
+    train_steps=1,
+    model_dir='x',
+    init_from='x',
+  )
+  leaves = recipe.leaves(config) | adapters.leaves(config.adapters, model)
+  params = nn.unbox(state.init_params(model, jax.random.key(0), leaves))
+  rng = np.random.default_rng(0)
+  # Away from 0, where one of the two factors of a product has no gradient.
+  drawn = lambda tree: jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape), tree)
+  own = {name: drawn(params[name]) for name in leaves}
+  shapes = recipe.batch(config)
+  e = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), shapes)
+  t = jnp.broadcast_to(jnp.arange(10), (2, 10))
+  rows = e.rows._replace(
+    tokens=t,
+    targets=t,
+    positions=t,
+    key_start=0 * t,
+    key_end=t + 1,
+    loss_weights=t * 0 + 1.0,
+  )
+  loss = recipe.loss(config, models.build(model, ComputeConfig()))
+
+  def parts(own):
+    variables = adapters.variables(config.adapters, model, {**params, **own})
+    return loss(variables, e._replace(rows=rows), None, {})[1]
+
+  of = lambda name: jax.grad(lambda own: parts(own)[name][0])(own)
+  moved = lambda tree: any(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(tree))
+  by_value, by_policy = of('value_loss'), of('policy_loss')
+  assert moved(by_value['critic_factors']) and moved(by_value['critic'])
+  assert not moved(by_value['adapters'])
+  assert moved(by_policy['adapters']) and not moved(by_policy['critic_factors'])
 
 
 @pytest.mark.slow
@@ -439,6 +494,7 @@ REFUSED = [
     ['must fit 4 tokens', 'questions.jsonl line 1'],
   ),
   ('ppo', ("PPO.reward_model='nowhere'",), ['nowhere']),
+  ('ppo', ('PPO.critic_rank=2',), ['beside a base that is not trained']),
   ('grpo', ("GRPO.rewards={'own_rewards.raises': 1.0}",), ['ZeroDivisionError', 'sample']),
   ('grpo', ("GRPO.rewards={'own_rewards.words': 1.0}",), ['finite number', "'good'"]),
   ('grpo', ("GRPO.rewards={'own_rewards.few': 1.0}",), ['for each of 16', '1 of them']),
@@ -481,6 +537,9 @@ def test_what_was_learnt_before_a_reward_fails_is_kept(place):
   own_rewards.later.calls = -9
   done = policies.run('train', place, named, *more, run='failing')
   assert done.returncode == 0 and 'at step 4' in done.stdout, done.stderr
+  # Another algorithm has nothing to go on with here.
+  done = policies.run('train', place, 'TRAIN_STEPS=9', stage='ppo', run='failing')
+  refused(done, "recipe was 'GRPO' and is now 'PPO'")
 
 
 def test_questions_are_read_with_all_that_judges_them(place, tmp_path):

@@ -112,7 +112,7 @@ def take_out(src: Path, dst: Path, format: str | None) -> str:
   others = [
     '/'.join(path)
     for path in held
-    if path[0] != 'adapters' and path not in reward_models.CRITIC
+    if path[0] != 'adapters' and path[0] not in reward_models.CRITIC
   ]
   configs.check(
     not others,

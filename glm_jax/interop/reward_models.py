@@ -21,8 +21,8 @@ FORMATS_WITH_SCORES = ('glm', 'glm4')
 
 # The leaf of `glm_jax.recipes.reward`.
 _SCORE = ('value', 'weight')
-CRITIC = (('critic', 'weight'), ('critic', 'bias'))
-"""Of PPO, which the policy that it has trained does not need."""
+CRITIC = ('critic', 'critic_factors')
+"""Trees of PPO, which the policy that it has trained does not need."""
 
 _Spec = TypeVar('_Spec')
 
@@ -61,8 +61,7 @@ def exported(format: str, config: Any, specs: Mapping[Path, _Spec]) -> dict[Path
   held = _paths(with_scales(entries(format, config, 1, specs)))
   model = _paths(with_scales(FORMATS[format].entries(config, 1)))
   beside = [path for path in specs if path not in held | model]
-  if {*beside} == {*CRITIC}:
-    beside = []
+  beside = [path for path in beside if path[0] not in CRITIC]
   others = [name for name in FORMATS_WITH_SCORES if FORMATS[name].config is type(config)]
   configs.check(
     not beside,

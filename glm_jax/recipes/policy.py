@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import checkpoints, configs, sharding
-from glm_jax.batch import Visibility
+from glm_jax.batch import Batch, Visibility
 from glm_jax.configs import POSITIVE, READABLE, at_least, one_of, within
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.inference import prompts
@@ -259,6 +259,26 @@ class Policy(recipe.Recipe):
     count = self.weights(batch.rows.loss_weights)[1]
     return {'loss': count, 'own': batch.own.loss_weights.sum()}
 
+  def values(
+    self,
+    config: TrainConfig,
+    model: Any,
+    variables: Mapping[str, Any],
+    states_BTD: jax.Array,
+    rows: Batch,
+  ) -> jax.Array:
+    """[B, T] float32: what a critic expects before each target; 0 without one.
+
+    Args:
+      config: of the run.
+      model: a Flax module.
+      variables: its collections.
+      states_BTD: what the policy makes of rows.
+      rows: that are read.
+    """
+    del config, model, variables, rows
+    return jnp.zeros(states_BTD.shape[:2])
+
   def advantages(
     self,
     rewards_N: np.ndarray,
@@ -317,7 +337,7 @@ class Policy(recipe.Recipe):
         temperature=self.temperature,
         chunks=self.chunks,
       )
-      values_BT = rollouts.critic(own, said.states)
+      values_BT = self.values(config, model, own, said.states, batch.rows)
       scored_BT = batch.rows.loss_weights
       weights_BT, count = self.weights(scored_BT)
       parts = self.parts(said, values_BT, batch)

@@ -34,9 +34,6 @@ from glm_jax.training import log_probs, recipe, step
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.recipe import REFERENCE
 
-CRITIC = 'critic'
-"""The leaf of a critic: {'weight': [D], 'bias': []} float32."""
-
 # Different random numbers of one seed: questions, their answers, the order of updates.
 _ORDER, _ANSWERS, _UPDATES = range(3)
 # Samples that a table shows.
@@ -376,18 +373,10 @@ def score(
   )
   said = of(own)
   began = of(variables[REFERENCE]) if REFERENCE in variables else said
-  values = critic(own, said.states)
+  values = config.recipe.values(config, model, own, said.states, rows)
   # Every process has them all.
   whole = lambda x: nn.with_logical_constraint(jnp.where(scored, x, 0), (None, None))
   return whole(said.log_probs), whole(began.log_probs), whole(values)
-
-
-def critic(variables: Mapping[str, Any], states_BTD: jax.Array) -> jax.Array:
-  """[B, T] float32: what a critic expects before each target; 0 without one."""
-  value = variables['params'].get(CRITIC)
-  if value is None:
-    return jnp.zeros(states_BTD.shape[:2])
-  return states_BTD.astype(jnp.float32) @ value['weight'] + value['bias']
 
 
 def own_rows(rows: Any, layout: sharding.Layout) -> Any:
