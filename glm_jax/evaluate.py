@@ -203,6 +203,13 @@ def _flags() -> argparse.ArgumentParser:
     help='of answers: a file of them, if they do not stand beside the prompts',
   )
   flags.add_argument(
+    '--template',
+    default='',
+    metavar='NAME',
+    help="of answers: the chat template that prompts are asked in, 'own' for the model's; "
+    'without it they are asked as they stand',
+  )
+  flags.add_argument(
     '--blank',
     default='{prompt}[gMASK]',
     metavar='PATTERN',

@@ -6,6 +6,7 @@ imported by the losses of GLM's objectives alone, which are made as in training.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -254,11 +255,26 @@ class LanguageModel:
     template: str = '',
     **how: Any,
   ) -> list[list[str]]:
-    """Answers to conversations, `samples` texts to each.
+    """Answers to conversations, `samples` texts to each; see `replies`."""
+    found: dict[int, dict[int, str]] = {}
+    for answer in self.replies(conversations, template, **how):
+      found.setdefault(answer.number, {})[answer.sample] = answer.spans[0]
+    return [[text for _, text in sorted(one.items())] for _, one in sorted(found.items())]
+
+  def replies(
+    self,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    template: str = '',
+    *,
+    skip: Container[tuple[int, int]] = (),
+    **how: Any,
+  ) -> Iterator[Completion]:
+    """Answers to conversations, in the order in which they are done.
 
     Args:
       conversations: each ends with a question: [{'role': 'user', 'content': ...}, ...].
       template: a key of `glm_jax.text.chat.FAMILIES`; '' for that of the model.
+      skip: see `answers`.
       **how: of `answers`.
 
     Raises:
@@ -271,15 +287,16 @@ class LanguageModel:
       # What opens an answer is not read with the question by a model that fills blanks.
       encoded.append(ids if self.config.causal else ids[:-1])
     questions = [messages[-1]['content'] for messages in conversations]
-    replies = [[''] * asked.samples for _ in questions]
-    for answer in self._answers(questions, encoded, asked):
-      [ids] = answer.tokens
-      said = form.decode_answer(ids.tolist())
-      text = '\n'.join(line for m in said for line in (m.metadata, m.content) if line)
-      # Of an answer that was cut within a character, its bytes are left out.
-      cut = self.vocabulary.ends_within_character(ids.tolist())
-      replies[answer.number][answer.sample] = text.rstrip('\ufffd') if cut else text
-    return replies
+    return (
+      dataclasses.replace(answer, spans=[self._said(form, answer.tokens[0].tolist())])
+      for answer in self._answers(questions, encoded, asked, skip)
+    )
+
+  def _said(self, form: Any, ids: list[int]) -> str:
+    said = form.decode_answer(ids)
+    text = '\n'.join(line for m in said for line in (m.metadata, m.content) if line)
+    # Of an answer that was cut within a character, its bytes are left out.
+    return text.rstrip('\ufffd') if self.vocabulary.ends_within_character(ids) else text
 
   def _template(self, name: str) -> Any:
     """That of a name, or of the model."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small
 import stored
+import tuned
 from commands import in_process, refused, snapshot
 
 import glm_jax
@@ -282,6 +283,30 @@ def test_blanks_are_filled_and_prompts_answered(place):
   [answer] = model.generate('what is 0?', gmask=True, max_new_tokens=6)
   first = json.loads((place / 'pairs_said.jsonl').read_text().splitlines()[0])
   assert first['answer'] == answer.spans[0].strip() and line['examples'] == 5
+
+
+@pytest.mark.slow
+def test_prompts_are_asked_in_a_chat_template(place):
+  """As the library replies, and what was answered before is not asked again."""
+  pytest.importorskip('sacrebleu')
+  tuned.checkpoint(place, 'chatglm3')
+  how = ('--template=own', '--max_new_tokens=5', '--batch_size=4')
+  done = _run(place, 'chatglm3_base', 'answers', 'pairs.jsonl', *how, '--output=own.jsonl')
+  assert done.returncode == 0, done.stderr
+  said = [json.loads(line) for line in (place / 'own.jsonl').read_text().splitlines()]
+  asked = [[{'role': 'user', 'content': record['prompt']}] for record in said]
+  expected = glm_jax.load(place / 'chatglm3_base').reply(asked, max_new_tokens=5)
+  assert [[record['answer']] for record in said] == [[a.strip()] for [a] in expected]
+  # Half of it, and on.
+  lines = (place / 'own.jsonl').read_text().splitlines(keepends=True)
+  table = _table(place, 'own')
+  (place / 'own.jsonl').write_text(''.join(lines[:2]))
+  done = _run(place, 'chatglm3_base', 'answers', 'pairs.jsonl', *how, '--output=own.jsonl')
+  assert done.returncode == 0 and _table(place, 'own') == table, done.stderr
+  other = ('--template=glm4', *how[1:])
+  refused(
+    _run(place, 'chatglm3_base', 'answers', 'pairs.jsonl', *other), "'glm4' must be used"
+  )
 
 
 def test_a_text_keeps_what_is_not_blanked():

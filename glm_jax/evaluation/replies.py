@@ -29,10 +29,10 @@ class Replies(Task):
     )
     for (place, made), (other, answer) in zip(prompts, answers, strict=True):
       prompt = text_of(made, 'prompt', place)
-      if not asker.config.causal:
+      if not asker.config.causal and not options.template:
         prompt = options.blank.replace(asking.PROMPT, prompt)
       fields = {'prompt': prompt, 'reference': text_of(answer, 'answer', other).strip()}
-      yield Item(fields=fields, prompt=prompt)
+      yield Item(fields=fields, prompt=prompt, template=options.template)
 
   def answered(self, fields: Record, spans: Sequence[str], text: str) -> Record:
     return {'answer': ' '.join(spans).strip()}

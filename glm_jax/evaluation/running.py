@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from glm_jax.evaluation.task import Item, Record, Task
@@ -30,15 +30,19 @@ def judged(
   """
   yield from read(model.reader, task, items, size, done)
   rest = [i for i, item in enumerate(items) if item.question is None]
-  answers = (
-    model.answers(
-      [items[i].prompt for i in rest],
-      skip={(place, 0) for place, number in enumerate(rest) if number in done},
-      max_new_tokens=most,
-    )
-    if rest
-    else ()
-  )
+  prompts = [items[i].prompt for i in rest]
+  how = {
+    'skip': {(place, 0) for place, number in enumerate(rest) if number in done},
+    'max_new_tokens': most,
+  }
+  # Of a task, either all are questions of a conversation or none is.
+  template = items[rest[0]].template if rest else ''
+  answers: Iterable[Any] = ()
+  if template:
+    asked = [[{'role': 'user', 'content': prompt}] for prompt in prompts]
+    answers = model.replies(asked, template.removeprefix('own'), **how)
+  elif rest:
+    answers = model.answers(prompts, **how)
   for answer in answers:
     number = rest[answer.number]
     fields = items[number].fields

@@ -12,7 +12,7 @@ from glm_jax import configs
 from glm_jax.configs import LOCAL, POSITIVE, SEED, UserError, at_least, one_of
 from glm_jax.inference import prompts
 from glm_jax.inference.candidates import Asked, Said
-from glm_jax.text import asking
+from glm_jax.text import asking, chat
 from glm_jax.text.vocabulary import MASKS, Vocabulary
 
 Record = dict[str, Any]
@@ -35,6 +35,8 @@ class Options:
     limit: most examples; 0 for all.
     answers: a file of answers to the prompts, where these have none beside them.
     max_new_tokens: longest generated answer.
+    template: the chat template that prompts are asked in, of `glm_jax.text.chat.FAMILIES`,
+      or 'own', that of the model; '' asks them as they stand.
     blank: how a prompt is written for a model that fills blanks, see `text.asking`.
     seed: of what is blanked.
   """
@@ -49,6 +51,7 @@ class Options:
   limit: Annotated[int, at_least(0)] = 0
   answers: Annotated[str, LOCAL] = ''
   max_new_tokens: Annotated[int, POSITIVE] = 64
+  template: Annotated[str, one_of('', 'own', *chat.FAMILIES)] = ''
   blank: str = f'{asking.PROMPT}[gMASK]'
   seed: Annotated[int, SEED] = 0
 
@@ -71,11 +74,13 @@ class Item:
     fields: of its record.
     question: whose candidates are read; None for one that is answered.
     prompt: that is answered.
+    template: that it is a question in; '' for a text, see `Options.template`.
   """
 
   fields: Record
   question: Asked | None = None
   prompt: str = ''
+  template: str = ''
 
 
 class Task:
