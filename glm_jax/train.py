@@ -8,8 +8,9 @@ where the run in MODEL_DIR stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from glm_jax import checkpoints, cli, configs, distributed, sharding, startup, storage
 from glm_jax.checkpoints import Checkpoints, folder
@@ -153,6 +154,18 @@ def train(
       progress = {'step': number, 'so_far': meter.so_far, 'stopping': stop.state}
       manager.save(current, {**meta, **progress}, scores, stream)
 
+    @contextlib.contextmanager
+    def keeping(number: int) -> Iterator[None]:
+      # Such as of a reward: what was learnt until then is kept.
+      try:
+        yield
+      except configs.UserError:
+        results.wait(0)
+        if number > max(first, saved_step or 0):
+          save(number, {})
+        manager.close()
+        raise
+
     if config.evaluation.at_start and first == 0:
       telling('validating what the run begins with')
       validate(0)
@@ -162,14 +175,8 @@ def train(
     # A run that has stopped early, and was killed before its report, is only reported.
     for number in range(first + 1, config.train_steps + 1 if not stop.over else 0):
       with profile.step(number):
-        try:
+        with keeping(number - 1):
           work = meter.wait_for(stream, current, results.running)
-        except configs.UserError:  # such as of a reward: what was learnt is kept
-          results.wait(0)
-          if number - 1 > max(first, saved_step or 0):
-            save(number - 1, {})
-          manager.close()
-          raise
         meter.count(work.tokens, work.flops)
         # Returns at once. The state before is donated: `current` is the only one.
         current, step_metrics = built.train_step(current, frozen, work.batch)
@@ -200,7 +207,8 @@ def train(
         for line in data.describe(first, config.train_steps):
           say(line)
       # An older validation says nothing of this checkpoint.
-      scores = validate(number) if validates else {}
+      with keeping(number):
+        scores = validate(number) if validates else {}
       if saves or stop.over:
         save(number, scores)
         saved_step = number

@@ -5,8 +5,8 @@
 # ('add_edge' -> 'Add ...'): by DPO on pairs of answers, by a reward model and PPO, and by
 # GRPO on the rule itself; then quantised and asked. At the end stands a table.
 # RUNS says where all of it goes (runs/align), BASE which pretrained model to begin with
-# (runs/chatglm2_tiny, trained if it is not there), CORPUS pairs of one's own (.jsonl), STEPS
-# shortens every stage to so many steps.
+# (runs/chatglm2_tiny, trained if it is not there), CORPUS other questions of this kind with
+# answers (.jsonl), STEPS shortens every stage to so many steps.
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
 use_venv requirements.txt

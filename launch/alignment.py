@@ -56,6 +56,11 @@ def write_data(folder: Path, corpus: str) -> None:
       name: rng.sample(by_verb[name], min(most, len(by_verb[name]))) for name in VERBS
     }
     sft = [pair for name in VERBS for pair in chosen[name]]
+    if not sft:
+      raise SystemExit(
+        'error: the corpus must hold questions such as "What does add_edge(u, v) do?", '
+        f'got none in {corpus!r}; give others, or leave CORPUS out.'
+      )
     pairs = []
     for name in VERBS:
       others = [text for other in VERBS if other != name for _, text in chosen[other]]

@@ -16,7 +16,7 @@ def long(prompts, completions, **_):
   return [0.01 * len(said) for said in completions]
 
 def raises(prompts, completions, **_):
-  return [1 / (1 - ('3 ' in prompt)) for prompt in prompts]
+  return [1 / (1 - ('cat' in prompt)) for prompt in prompts]
 
 def later(prompts, completions, **_):
   later.calls += 1
@@ -29,6 +29,10 @@ def few(prompts, completions, **_):
 
 def words(prompts, completions, **_):
   return ['good' for _ in prompts]
+
+def slowly_raises(prompts, completions, **_):
+  time.sleep(0.3)
+  raise KeyError('no such thing')
 
 def sleeps(prompts, completions, **_):
   time.sleep(30)

@@ -29,14 +29,16 @@ def _experience(kl_weight=0.3, own=False):
   for row, (a, b) in enumerate(SPANS):
     weights[row, a:b] = 1
   zeros = np.zeros((B, T), np.int32)
+  # What is asked, and what fills rows up, may be what is never said.
   targets = RNG.choice(np.flatnonzero(ALLOWED), (B, T))
+  targets = np.where(weights > 0, targets, np.flatnonzero(~ALLOWED)[0])
   rows = Batch(zeros, targets, weights, zeros, zeros, zeros, zeros, zeros)
   near = lambda scale: scale * RNG.normal(size=(B, T)) * weights
   learnt = (RNG.uniform(size=(B, T)) < 0.5) * 1.0
   return Experience(
     rows,
-    old_log_probs=near(0.5) - 1.5,
-    reference_log_probs=near(0.5) - 1.5,
+    old_log_probs=near(0.5) - 1.5 * weights,
+    reference_log_probs=near(0.5) - 1.5 * weights,
     advantages=near(1.0),
     returns=near(1.0),
     old_values=near(1.0),
@@ -128,7 +130,7 @@ def test_losses_and_gradients_are_those_of_numpy(kind, settings, monkeypatch):
     loss = recipe.loss(None, _Table())
 
     def mean(logits, weight, bias):
-      value = {'weight': weight, 'bias': bias}
+      value = {'vector': weight, 'bias': bias}
       critic = {'critic': value} if kind is PPO else {}
       variables = {'params': {'logits': logits, **critic}}
       total, metrics = loss(variables, e, None, recipe.counts(e))

@@ -12,7 +12,7 @@ import numpy as np
 import policies
 import pytest
 import tuned
-from commands import gin, refused, snapshot
+from commands import gin, in_process, refused, snapshot
 from runs import params
 
 import glm_jax
@@ -98,7 +98,8 @@ def _of(family, folder, *, blank='', kind=PPO, **settings):
 
   judge = Judge(['own_rewards.long'], 5.0)
   made = Rollouts(config, layout, vocabulary, template, judge)
-  fresh = state.init_state(model, _Nothing(), layout, 3)['params']
+  leaves = recipe.leaves(config)
+  fresh = state.init_state(model, _Nothing(), layout, 3, leaves)['params']
   # An end is as likely as it is where models have learnt something.
   table = fresh['head' if 'head' in fresh else 'words']
   table['weight'] = table['weight'].at[np.array(vocabulary.stops)].multiply(8.0)
@@ -214,6 +215,48 @@ def test_a_run_shows_what_it_does_and_its_model_answers(place, stage):
   assert answer.tokens
 
 
+PREFIX = [('chatglm', "template='chatglm'"), ('glm', "blank='{prompt} [MASK]'")]
+
+
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+@pytest.mark.parametrize('family,binding', PREFIX, ids=str)
+def test_prefix_models_learn_too(place, family, binding, stage):
+  """Of what they are asked, targets are padding, which is never said."""
+  binding = f'{stage.upper()}.{binding}'
+  where = {'stage': stage, 'base': place / f'{family}_base', 'run': f'{family}_{stage}'}
+  done = policies.run('train', place, binding, 'TRAIN_STEPS=3', **where)
+  assert done.returncode == 0, done.stderr
+  first, *_, last = writer.read(str(place / f'{family}_{stage}'), 'train')
+  assert first['kl'] == pytest.approx(0, abs=1e-9) and first['clip_fraction'] == 0
+  assert np.isfinite([last['loss'], last['kl'], last['gradient_norm']]).all()
+  assert last['gradient_norm'] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', ['grpo', 'ppo'])
+def test_integers_in_bfloat16_begin_at_their_reference(place, stage):
+  """What samples, scores and learns reads the same scales and the same weights."""
+  done = in_process(
+    'quantize', place / 'chatglm3_base', place / f'int8_{stage}', '--bits=8'
+  )
+  assert done.returncode == 0, done.stderr
+  run = f'bfloat16_{stage}'
+  done = policies.run(
+    'train',
+    place,
+    "ComputeConfig.dtype='bfloat16'",
+    'LoRAConfig.rank=2',
+    stage=stage,
+    base=place / f'int8_{stage}',
+    run=run,
+    flags=('--gin_file=gin_configs/runs/qlora.gin',),
+  )
+  assert done.returncode == 0, done.stderr
+  first = writer.read(str(place / run), 'train')[0]
+  # The step's program rounds otherwise than that of a rollout, by bfloat16's last bits.
+  assert first['clip_fraction'] == 0 and first['kl'] < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
 def test_a_run_stopped_within_a_rollout_goes_on_to_the_bit(place, monkeypatch, stage):
@@ -279,7 +322,7 @@ def test_devices_and_micro_batches_change_nothing(place, monkeypatch, stage):
       sharding, 'make_mesh', lambda c, d=None, here=here: make_mesh(c, d or here)
     )
     more = (f'{name}.entropy_weight=0.01', f'{name}.epochs=2', 'TRAIN_STEPS=5')
-    more += (f'{name}.sft_weight=0.5', f'{name}.less_own=True')
+    more += (f'{name}.sft_weight=0.5', *(['PPO.less_own=True'] if stage == 'ppo' else []))
     run = f'{kind}_{stage}'
     done = policies.run('train', place, *bindings, *more, stage=stage, run=run)
     assert done.returncode == 0, done.stderr
@@ -446,7 +489,7 @@ def test_a_reward_model_judges_as_it_does_by_itself(place):
     samples.append(Sample('', '', {}, request, ids[first:]))
   layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   judge = RewardModel(
-    str(place / 'rewarding'), model, vocabulary, ComputeConfig(dtype='float32'), layout, 2
+    str(place / 'rewarding'), model, vocabulary, ComputeConfig(), layout, 2, 64
   )
   expected = glm_jax.load(place / 'rewarding').reward(said)
   np.testing.assert_allclose(judge(samples), expected, atol=1e-5)
@@ -487,13 +530,19 @@ REFUSED = [
     ('TrainConfig.adapters=@LoRAConfig()', 'LoRAConfig.dropout=0.1'),
     ['without dropout'],
   ),
-  ('ppo', ("TASK_FEATURE_LENGTHS={'tokens': 12}",), ['none in', 'too long']),
+  (
+    'ppo',
+    ("TASK_FEATURE_LENGTHS={'tokens': 12}",),
+    ['none in', 'are longer than 4 tokens'],
+  ),
   (
     'ppo',
     ("TASK_FEATURE_LENGTHS={'tokens': 12}", "CorpusConfig.too_long='error'"),
     ['must fit 4 tokens', 'questions.jsonl line 1'],
   ),
   ('ppo', ("PPO.reward_model='nowhere'",), ['nowhere']),
+  ('grpo', ('GRPO.less_own=True',), ['less_own must be of PPO']),
+  ('ppo', ("TASK_FEATURE_LENGTHS={'tokens': 512}",), ["must fit the model's positions"]),
   ('ppo', ('PPO.critic_rank=2',), ['beside a base that is not trained']),
   ('grpo', ("GRPO.rewards={'own_rewards.raises': 1.0}",), ['ZeroDivisionError', 'sample']),
   ('grpo', ("GRPO.rewards={'own_rewards.words': 1.0}",), ['finite number', "'good'"]),
@@ -522,6 +571,10 @@ def test_a_reward_that_hangs_is_left_in_time(place):
     'sample',
   )
   assert time.monotonic() - began < 25
+  # One that has raised in time says what it has raised, found or not at which sample.
+  bindings = ("GRPO.rewards={'own_rewards.slowly_raises': 1.0}", 'GRPO.reward_seconds=0.4')
+  done = policies.run('train', place, *bindings, run='raised')
+  refused(done, "KeyError: 'no such thing'", 'one of 16 samples')
 
 
 def test_what_was_learnt_before_a_reward_fails_is_kept(place):
@@ -537,6 +590,11 @@ def test_what_was_learnt_before_a_reward_fails_is_kept(place):
   own_rewards.later.calls = -9
   done = policies.run('train', place, named, *more, run='failing')
   assert done.returncode == 0 and 'at step 4' in done.stdout, done.stderr
+  # Nor is it lost where the reward fails in a validation.
+  more = ('TRAIN_STEPS=8', 'EvaluationConfig.every=3', 'CheckpointConfig.every=100')
+  done = policies.run('train', place, named, *more, run='validating')
+  refused(done, 'must return a finite number', 'nan for sample 0')
+  assert checkpoints.latest_step(str(place / 'validating')) == 3
   # Another algorithm has nothing to go on with here.
   done = policies.run('train', place, 'TRAIN_STEPS=9', stage='ppo', run='failing')
   refused(done, "recipe was 'GRPO' and is now 'PPO'")
@@ -597,7 +655,7 @@ def test_questions_are_read_with_all_that_judges_them(place, tmp_path):
     assert [*query.ids, *query.own] == whole
   assert not [q for q in held if q.text.endswith('and?')][1:]
   # The longer of the two answers has no room, and neither has been cut.
-  with pytest.raises(UserError, match='31 too long'):
+  with pytest.raises(UserError, match='31 have own answers longer than'):
     read(99, answer=len(query.own) - 1)
 
 
@@ -624,6 +682,25 @@ def test_updates_of_an_epoch_learn_from_each_answer_once(place):
   rewards = np.asarray(stream.kept['reward']).reshape(4, 4)
   for group, own in zip(rewards, each.reshape(4, 4), strict=True):
     assert (np.argsort(group, kind='stable') == np.argsort(own, kind='stable')).all()
+
+
+@pytest.mark.parametrize('family', ['chatglm', 'chatglm3'])
+def test_a_question_that_just_fits_is_not_cut(place, tmp_path, family):
+  model, vocabulary = tuned.model(family)
+  template = chat.template_for(vocabulary, _template(family))
+  turns = ['what is it?', 'a cat', 'which one?']
+  roles = ['user', 'assistant', 'user']
+  messages = [chat.Message(*pair) for pair in zip(roles, turns, strict=True)]
+  said = [{'role': m.role, 'content': m.content} for m in messages]
+  lines = [{'messages': said, 'number': n} for n in range(30)]
+  from glm_jax.data.corpora.config import CorpusConfig
+
+  source = CorpusConfig(corpus=str(tuned.write(tmp_path / 'q.jsonl', lines)))
+  whole = template.encode(messages, opening=True)
+  room = len(whole) - (not model.causal)
+  read = lambda room: asked.PromptReader(model, vocabulary, template, '', room).read(source)
+  assert read(room)['train'][0].ids == whole[:room]
+  assert len(read(room - 1)['train'][0].ids) < room - 1
 
 
 def test_preview_shows_what_is_asked(place):

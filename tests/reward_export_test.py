@@ -137,7 +137,7 @@ def _specs(config, *more):
 
 def test_leaves_of_an_export_are_those_that_its_format_has():
   config = tuned.MODELS['chatglm3'][0]
-  score, critic = ('value', 'weight'), [('critic', 'weight'), ('critic', 'bias')]
+  score, critic = ('value', 'weight'), [('critic', 'vector'), ('critic', 'bias')]
   plain = _specs(config)
   assert reward_models.exported('glm', config, plain) == plain
   kept = reward_models.exported('glm', config, _specs(config, score))

@@ -123,7 +123,7 @@ class Forward:
     )
     compute = dataclasses.replace(self._compute, attention=backend)
     with sharding.active(self._layout):
-      batch = sharding.place(rows._replace(index=None), self._layout)
+      batch = sharding.place_whole(rows._replace(index=None), self._layout)
       results = function(self._config, compute, self._variables, batch, **more)
       return jax.tree.map(np.asarray, results)
 

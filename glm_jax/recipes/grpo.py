@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax import configs
 from glm_jax.configs import at_least, one_of
 from glm_jax.recipes import advantages
 from glm_jax.recipes.experience import Experience
@@ -37,6 +38,15 @@ class GRPO(Policy):
   baseline: Annotated[str, one_of('group', 'others')] = 'group'
   scaled: bool = True
   per: Annotated[str, one_of('token', 'answer', 'limit')] = 'answer'
+
+  def __post_init__(self):
+    super().__post_init__()
+    configs.check(
+      not self.less_own,
+      'less_own must be of PPO: a group is compared with itself, whatever is taken off all',
+      'GRPO.less_own=True',
+      'leave it out',
+    )
 
   def advantages(
     self,

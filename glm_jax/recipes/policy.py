@@ -29,10 +29,6 @@ from glm_jax.training import adapters, log_probs, losses, recipe, start
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossFn
 
-# Seed of the answers to held-out questions: the same for each run.
-_HELD_OUT = 0
-
-
 # What a run that goes on may change: it decides nothing of what was learnt.
 _FREE = ('corpus', 'reward_seconds', 'show_every', 'decoding_rows', 'reward_model')
 _FREE += ('chunks', 'feature_lengths')
@@ -74,7 +70,8 @@ class Policy(recipe.Recipe):
     less_own: a reward is less what the question's own answer gets, so that easy questions
       do not count for more (reference-reward subtraction of ChatGLM-RLHF).
     entropy_weight: of the entropy of what is said, which keeps answers from becoming one.
-    chunks: parts of a row whose logits exist at a time; 0 for all at once.
+    chunks: parts of a row whose logits exist at a time; 0 for all at once. Of own answers,
+      as many parts of the vocabulary, see `LossConfig.vocab_chunks`.
     show_every: rollouts between those that are printed and written to rollouts/.
   """
 
@@ -159,8 +156,11 @@ class Policy(recipe.Recipe):
 
   def room(self, config: TrainConfig) -> int:
     """Most tokens of a question."""
-    # A prefix model reads `[sop]` behind what is asked, too.
-    return self.length - self.max_new_tokens - (not config.model.causal)
+    if config.model.causal:
+      return self.length - self.max_new_tokens
+    # A prefix model reads `[sop]` behind what is asked, too; the answer has its positions.
+    room = self.length - self.max_new_tokens - 1
+    return min(room, config.model.max_positions + 1)
 
   def updates(self, config: TrainConfig) -> int:
     """Steps that learn from one rollout."""
@@ -215,6 +215,16 @@ class Policy(recipe.Recipe):
       f'{self.blank!r} for {type(config.model).__name__}',
       f'leave {name}.blank out',
     )
+    most = config.model.max_positions
+    configs.check(
+      (self.length <= most + 1) if config.model.causal else (self.max_new_tokens < most),
+      "questions and answers must fit the model's positions",
+      f'TASK_FEATURE_LENGTHS={self.length}, max_new_tokens={self.max_new_tokens}, '
+      f'max_positions={most}',
+      'lower TASK_FEATURE_LENGTHS'
+      if config.model.causal
+      else f'lower {name}.max_new_tokens',
+    )
     template = None
     if not self.blank:
       template = finetuning.template_of(self, config, vocabulary)
@@ -232,6 +242,7 @@ class Policy(recipe.Recipe):
         config.compute,
         layout,
         config.batch_size // config.microbatches,
+        self.length,
       )
     judge = Judge([*self.rewards], self.reward_seconds, model)
     identity = {
@@ -243,7 +254,7 @@ class Policy(recipe.Recipe):
       'reward_model': model and model.fingerprint,
       'data': asked.fingerprint(questions),
     }
-    notes = [f'{reader.lost} questions are too long and left out'] if reader.lost else []
+    notes = reader.in_words()
     made = Rollouts(config, layout, vocabulary, template, judge)
     return PolicyData(config, layout, vocabulary, questions, made, identity, notes)
 
@@ -339,6 +350,9 @@ class Policy(recipe.Recipe):
       )
       values_BT = self.values(config, model, own, said.states, batch.rows)
       scored_BT = batch.rows.loss_weights
+      # Elsewhere targets may be what is never said, whose ratio to anything is no number.
+      heard_BT = jnp.where(scored_BT > 0, said.log_probs, 0)
+      said = said._replace(log_probs=heard_BT)
       weights_BT, count = self.weights(scored_BT)
       parts = self.parts(said, values_BT, batch)
       sums = {name: (part * weights_BT).sum() for name, part in parts.items()}
@@ -350,6 +364,10 @@ class Policy(recipe.Recipe):
       outside = jnp.abs(jnp.exp(left) - 1) > self.clip
       # Schulman's estimate of the KL from samples, which is never negative.
       apart = batch.reference_log_probs - said.log_probs
+      kl = {
+        'kl': of_tokens(jnp.exp(apart) - apart - 1),
+        'kl_weight': of_rows(batch.kl_weight),
+      }
       learnt = {}
       if self.sft_weight:
         losses_BT = losses.target_losses(model, own, batch.own, self.chunks)
@@ -368,8 +386,7 @@ class Policy(recipe.Recipe):
           f'reward/{name}': of_rows(given)
           for name, given in zip(self.judges, batch.rewards, strict=True)
         },
-        'kl': of_tokens(jnp.exp(apart) - apart - 1),
-        'kl_weight': of_rows(batch.kl_weight),
+        **(kl if self.reference else {}),
         'entropy': of_tokens(said.entropy),
         'clip_fraction': of_tokens(outside.astype(jnp.float32)),
         'answer_length': of_rows(scored_BT.sum(1)),
@@ -424,22 +441,4 @@ class Policy(recipe.Recipe):
   def validate(
     self, config: TrainConfig, data: PolicyData, variables: Mapping[str, Any]
   ) -> dict[str, float]:
-    """Rewards of one answer to each held-out question, sampled as in training."""
-    most = config.evaluation.examples or None
-    questions = data.questions['validation'][:most]
-    if not questions:
-      return {}
-    answers = data.rollouts.answers(variables, questions, _HELD_OUT)
-    _, given, rewards = data.rollouts.judged(questions, answers)
-    log_probs_NT, reference_NT, _ = data.rollouts.said(
-      variables, data.rollouts.rows(questions, answers)
-    )
-    # Of an answer, in nats: of all that was sampled, none is left out.
-    kl = {'kl': float((log_probs_NT - reference_NT).sum(1).mean())}
-    return {
-      'reward': float(rewards.mean()),
-      **{f'reward/{k}': float(x) for k, x in zip(self.judges, given.mean(0), strict=True)},
-      **(kl if self.reference else {}),
-      'answer_length': float(np.mean([len(answer.spans[0]) for answer in answers])),
-      'ended': float(np.mean([answer.ends[0] >= 0 for answer in answers])),
-    }
+    return data.held_out(variables)

@@ -15,6 +15,9 @@ from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import recipe
 from glm_jax.training.config import TrainConfig
 
+# Seed of the answers to held-out questions: the same for each run.
+_HELD_OUT = 0
+
 
 class PolicyData(recipe.Data):
   """See `recipe.Data`.
@@ -77,3 +80,29 @@ class PolicyData(recipe.Data):
         rows = scoring.batch(made, 'answer', v.specials.pad)
         rows = scoring.padded(rows, len(made), c.recipe.length)
         yield {k: x for k, x in rows._asdict().items() if k != 'index'}
+
+  def held_out(self, variables: Mapping[str, Any]) -> dict[str, float]:
+    """Rewards of one answer to each held-out question, sampled as in training.
+
+    Args:
+      variables: the model's collections, the reference's among them.
+    """
+    config, r = self._config, self._config.recipe
+    questions = self.questions['validation'][: config.evaluation.examples or None]
+    if not questions:
+      return {}
+    answers = self.rollouts.answers(variables, questions, _HELD_OUT)
+    _, given, rewards = self.rollouts.judged(questions, answers)
+    kl = {}
+    if r.reference:
+      rows = self.rollouts.rows(questions, answers)
+      log_probs_NT, reference_NT, _ = self.rollouts.said(variables, rows)
+      # Of an answer, in nats: of all that was sampled, none is left out.
+      kl['kl'] = float((log_probs_NT - reference_NT).sum(1).mean())
+    return {
+      'reward': float(rewards.mean()),
+      **{f'reward/{k}': float(x) for k, x in zip(r.judges, given.mean(0), strict=True)},
+      **kl,
+      'answer_length': float(np.mean([len(answer.spans[0]) for answer in answers])),
+      'ended': float(np.mean([answer.ends[0] >= 0 for answer in answers])),
+    }

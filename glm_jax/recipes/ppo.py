@@ -21,7 +21,7 @@ from glm_jax.training.adapters import LoRAConfig
 from glm_jax.training.config import TrainConfig
 
 CRITIC, FACTORS = 'critic', 'critic_factors'
-"""Leaves of a critic: {'weight': [D], 'bias': []} float32, and its own adapters."""
+"""Leaves of a critic: {'vector': [D], 'bias': []}, and its own adapters; float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,8 @@ class PPO(Policy):
     own = {}
     if self.critic_rank:
       own[FACTORS] = adapters.leaves(self._lora(config), config.model)[adapters.FACTORS]
-    return {CRITIC: lambda key: {'weight': jnp.zeros(D), 'bias': jnp.zeros(())}, **own}
+    # No `weight`, which a step casts to the dtype of the computation.
+    return {CRITIC: lambda key: {'vector': jnp.zeros(D), 'bias': jnp.zeros(())}, **own}
 
   def _lora(self, config: TrainConfig) -> LoRAConfig:
     return dataclasses.replace(config.adapters, rank=self.critic_rank)
@@ -86,7 +87,7 @@ class PPO(Policy):
         model, {**variables, **own}, rows, None, head=lambda x_BTD, _: x_BTD
       )
     leaf = params[CRITIC]
-    return states_BTD.astype(jnp.float32) @ leaf['weight'] + leaf['bias']
+    return states_BTD.astype(jnp.float32) @ leaf['vector'] + leaf['bias']
 
   def advantages(
     self,

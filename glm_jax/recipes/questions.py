@@ -39,7 +39,8 @@ class PromptReader:
   """Reads the questions of a corpus.
 
   Attributes:
-    lost: how many were too long and left out.
+    lost: questions that were too long and left out, of both splits.
+    lost_answers: questions whose own answers were.
   """
 
   def __init__(
@@ -61,7 +62,8 @@ class PromptReader:
       answer: most ids of its line's own answer; 0 if that is not needed.
     """
     self._model, self._vocabulary, self._template = model, vocabulary, template
-    self._blank, self._room, self._most, self.lost = blank, room, answer, 0
+    self._blank, self._room, self._most = blank, room, answer
+    self.lost = self.lost_answers = 0
 
   def read(self, source: CorpusConfig) -> dict[str, list[Query]]:
     """The questions of 'train' and of 'validation', in the order of the corpus.
@@ -91,15 +93,25 @@ class PromptReader:
         )
         if fits:
           questions.append(Query(text, ids, document.fields, own))
-        else:
+        elif len(ids) > self._room:
           self.lost += 1
+        else:
+          self.lost_answers += 1
     configs.check(
       bool(found['train']),
       'the corpus must hold a question to train on',
-      f'none in {source.corpus!r}, with {self.lost} too long',
-      'give some, or raise TASK_FEATURE_LENGTHS',
+      f'none in {source.corpus!r}: {"; ".join(self.in_words()) or "it is empty"}',
+      'give some, or raise TASK_FEATURE_LENGTHS or max_new_tokens',
     )
     return found
+
+  def in_words(self) -> list[str]:
+    """Lines that say what was left out."""
+    words = (
+      (self.lost, f'questions are longer than {self._room} tokens and left out'),
+      (self.lost_answers, f'have own answers longer than {self._most} and are left out'),
+    )
+    return [f'{count:,} {what}' for count, what in words if count]
 
   def _encode(self, document: Any, rule: str, where: str) -> tuple[list[int], list[int]]:
     """Ids of a question, whose first turns may be left out, and of its own answer."""
@@ -113,8 +125,10 @@ class PromptReader:
     if self._template is None:
       return self._in_blank(messages, answer, where)
     ids = self._template.encode(messages, opening=True)
-    if len(ids) > self._room and rule.startswith('truncate'):
-      messages = self._template.fit(messages, self._room)[0] or messages
+    # A prefix model's ids end with what opens an answer, which has room of its own.
+    room = self._room + (not self._model.causal)
+    if len(ids) > room and rule.startswith('truncate'):
+      messages = self._template.fit(messages, room)[0] or messages
       ids = self._template.encode(messages, opening=True)
     own = []
     if self._most:

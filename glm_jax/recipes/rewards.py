@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from glm_jax import configs, opening
+from glm_jax import configs, opening, sharding
 from glm_jax.inference import scoring
 from glm_jax.inference.forward import Forward
-from glm_jax.inference.request import Request, check_context
+from glm_jax.inference.request import Request
 from glm_jax.models import ComputeConfig
 from glm_jax.text.vocabulary import Vocabulary
 
@@ -159,8 +159,10 @@ def _asked(
   def work() -> None:
     try:
       results.append(ask(samples))
-    except Exception as error:  # whatever it is, the user's function has raised it
-      results.append(_Raised(error, _first_to_raise(ask, samples)))
+    except BaseException as error:  # whatever it is, the user's function has raised it
+      # At once: to look for the sample takes as long again.
+      results.append(_Raised(error, None))
+      results[0] = _Raised(error, _first_to_raise(ask, samples))
 
   # A thread that hangs must not keep the process from ending.
   thread = threading.Thread(target=work, daemon=True)
@@ -176,7 +178,7 @@ def _asked(
   if isinstance(answer, _Raised):
     error = answer.error
     place = traceback.extract_tb(error.__traceback__)[-1]
-    whose = 'all samples together'
+    whose = f'one of {len(samples)} samples'
     if answer.sample is not None:
       whose = _named(samples, first, answer.sample)
     raise configs.UserError(
@@ -189,7 +191,7 @@ def _asked(
 class _Raised(NamedTuple):
   """What a function has raised, and at which sample by itself; None for none."""
 
-  error: Exception
+  error: BaseException
   sample: int | None
 
 
@@ -199,7 +201,7 @@ def _first_to_raise(
   for i, sample in enumerate(samples):
     try:
       ask([sample])
-    except Exception:
+    except BaseException:
       return i
   return None
 
@@ -220,6 +222,7 @@ class RewardModel:
     compute: ComputeConfig,
     layout: Any,
     rows: int,
+    length: int,
   ):
     """
     Args:
@@ -229,9 +232,10 @@ class RewardModel:
       compute: of the run; its dtype is what counts here.
       layout: of the devices.
       rows: that are worked on at a time.
+      length: positions of the longest row.
 
     Raises:
-      UserError: no reward model, or one that reads otherwise.
+      UserError: no reward model, one that reads otherwise, or that does not fit the mesh.
     """
     stored = opening.find(path)
     value_D = stored.value()
@@ -255,6 +259,13 @@ class RewardModel:
       f'{type(stored.config).__name__} for {type(model).__name__}',
       'use one of the same family',
     )
+    configs.check(
+      length <= stored.config.max_positions + 1,
+      'a reward model must have the positions of a question and its answer',
+      f'max_positions={stored.config.max_positions} in {path}, rows of {length}',
+      'shorten TASK_FEATURE_LENGTHS',
+    )
+    sharding.check_fits(stored.config, rows, 1, length, layout)
     self._config, self._vocabulary = stored.config, vocabulary
     self.fingerprint = stored.fingerprint()
     compute = ComputeConfig(dtype=compute.dtype)
@@ -268,7 +279,6 @@ class RewardModel:
     made = []
     for sample in samples:
       row = scoring.lay_out(self._config, self._vocabulary, sample.request, [sample.ids])
-      check_context(self._config, len(row.tokens) * self._config.causal)
       made.append(row)
     pad = self._vocabulary.specials.pad
     values = self._forward.values(scoring.batch(made, 'answer', pad), self._value_D)

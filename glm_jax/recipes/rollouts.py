@@ -73,7 +73,7 @@ class Rollouts:
     compute = dataclasses.replace(config.compute, attention=backend)
     model = models.build(config.model, compute)
     self._said = jax.jit(functools.partial(score, config, self.allowed, model))
-    self._cast = jax.jit(lambda tree: step.cast(tree, config.compute.dtype))
+    self._cast = jax.jit(functools.partial(_cast, dtype=config.compute.dtype))
 
   def answers(
     self, variables: Mapping[str, Any], questions: Sequence[Query], seed: int
@@ -186,7 +186,7 @@ class Rollouts:
     with sharding.active(self._layout):
       for first in range(0, count, size):
         part = jax.tree.map(lambda x, i=first: x[i : i + size], rows)
-        placed = sharding.place(own_rows(part, self._layout), self._layout)
+        placed = sharding.place_whole(part, self._layout)
         parts.append(jax.tree.map(np.asarray, self._said(variables, placed)))
     return tuple(np.concatenate(arrays)[:count] for arrays in zip(*parts, strict=True))
 
@@ -218,9 +218,10 @@ class Rollouts:
     content = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
     name = f'rollouts/{number:06}.jsonl'
     storage.Folder(self._config.model_dir).write(name, content.encode('utf-8'))
+    apart = f', KL {kl.mean():.3f} nats an answer' if self._recipe.reference else ''
     print(
-      f'rollout {number}: reward {rewards.mean():.3f}, KL {kl.mean():.3f} nats an answer, '
-      f'{ended.mean():.0%} ended ({name})'
+      f'rollout {number}: reward {rewards.mean():.3f}{apart}, {ended.mean():.0%} ended '
+      f'({name})'
     )
     for i in np.unique(np.linspace(0, len(samples) - 1, _SHOWN).astype(int)):
       prompt, answer = (_short(text) for text in (samples[i].prompt, samples[i].answer))
@@ -258,6 +259,13 @@ class RolloutStream(recipe.WorkStream):
     self._take = jax.jit(
       lambda kept, ids: jax.tree.map(lambda x: x[ids], from_dict(kept)),
       out_shardings=batch,
+    )
+    self._last_kl = jax.jit(
+      lambda kept: (
+        kept['kl_weight'][0],
+        (kept['old_log_probs'] - kept['reference_log_probs']).sum(1).mean(),
+      ),
+      out_shardings=sharding.replicated(layout),
     )
     self._seen: Visibility | None = None
 
@@ -312,8 +320,7 @@ class RolloutStream(recipe.WorkStream):
       own = self._rollouts.own_rows(chosen)._replace(index=None)
       made = made._replace(own=own)
     self._seen = rows.visibility
-    placed = sharding.place(own_rows(made, self._layout), self._layout)
-    self.kept = to_dict(placed)
+    self.kept = to_dict(sharding.place_whole(made, self._layout))
     if number % r.show_every == 0:
       self._rollouts.written(number, samples, given, rewards, kl_N, ended)
 
@@ -334,14 +341,7 @@ class RolloutStream(recipe.WorkStream):
       return r.kl
     if r.kl_target is None:
       return r.kl
-    whole = jax.jit(
-      lambda kept: (
-        kept['kl_weight'][0],
-        (kept['old_log_probs'] - kept['reference_log_probs']).sum(1).mean(),
-      ),
-      out_shardings=sharding.replicated(self._layout),
-    )
-    weight, kl = map(float, map(np.asarray, whole(kept)))
+    weight, kl = map(float, map(np.asarray, self._last_kl(kept)))
     return weight * (1 + 0.1 * float(np.clip(kl / r.kl_target - 1, -0.2, 0.2)))
 
 
@@ -363,28 +363,28 @@ def score(
   """
   scored = rows.loss_weights > 0
   own = {name: tree for name, tree in variables.items() if name != REFERENCE}
+  own = _cast(own, config.compute.dtype)
   of = lambda collections: log_probs.said(
     model,
-    step.cast(collections, config.compute.dtype),
+    collections,
     rows,
     allowed_V=jnp.asarray(allowed),
     temperature=config.recipe.temperature,
     chunks=config.recipe.chunks,
   )
   said = of(own)
-  began = of(variables[REFERENCE]) if REFERENCE in variables else said
+  began = said
+  if REFERENCE in variables:
+    began = of(_cast(variables[REFERENCE], config.compute.dtype))
   values = config.recipe.values(config, model, own, said.states, rows)
   # Every process has them all.
   whole = lambda x: nn.with_logical_constraint(jnp.where(scored, x, 0), (None, None))
   return whole(said.log_probs), whole(began.log_probs), whole(values)
 
 
-def own_rows(rows: Any, layout: sharding.Layout) -> Any:
-  """This process's part of arrays that every process has whole."""
-  index, count = sharding.row_share(layout)
-  return jax.tree.map(
-    lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], rows
-  )
+def _cast(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  """As a step casts them: scales of integers, too, have leaves called weights."""
+  return {**variables, 'params': step.cast(variables['params'], dtype)}
 
 
 def _explained(returns: np.ndarray, values: np.ndarray, scored: np.ndarray) -> float:

@@ -1,6 +1,13 @@
 """The mesh and its rules, arrays on it, and functions on each device's part."""
 
-from glm_jax.sharding.arrays import batch_sharding, place, replicated, row_share, shardings
+from glm_jax.sharding.arrays import (
+  batch_sharding,
+  place,
+  place_whole,
+  replicated,
+  row_share,
+  shardings,
+)
 from glm_jax.sharding.devices import (
   alone,
   axes_of,
@@ -35,6 +42,7 @@ __all__ = [
   'make_mesh',
   'per_device',
   'place',
+  'place_whole',
   'replicated',
   'row_share',
   'shardings',

@@ -66,6 +66,16 @@ def row_share(layout: Layout) -> tuple[int, int]:
   return shares.index(tuple(sorted(rows_of[jax.process_index()]))), len(shares)
 
 
+def place_whole(batch: Any, layout: Layout) -> Any:
+  """A numpy batch that every process has whole, as arrays of that global batch."""
+  return jax.tree.map(
+    lambda rows: jax.make_array_from_callback(
+      rows.shape, batch_sharding(layout, rows.ndim), lambda index: rows[index]
+    ),
+    batch,
+  )
+
+
 def place(batch: Any, layout: Layout) -> Any:
   """This process's rows of a numpy batch as arrays of the global batch."""
   _, shares = row_share(layout)
