@@ -1,10 +1,11 @@
-"""LoRA beside peft: the same model, factors and batches, step by step.
+"""LoRA beside peft, and all parameters beside transformers: the same model and batches.
 
-python -m benchmarks.adapters [--steps=100]     (pip install -e '.[peers]')
+python -m benchmarks.adapters [--steps=100] [--full]     (pip install -e '.[peers]')
 
 exports a small ChatGLM2 and fresh factors, trains both, and prints the largest difference
-of the loss and the time of a step. Fused projections have no factors here: peft has one
-pair for all of their parts, which is another function once it is trained.
+of the loss and the time of a step; with --full, all parameters are trained, without
+factors. Fused projections have no factors here: peft has one pair for all of their parts,
+which is another function once it is trained.
 """
 
 from __future__ import annotations
@@ -52,27 +53,34 @@ _SUCCESSORS = 4
 def main(argv: Sequence[str] | None = None) -> None:
   flags = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   flags.add_argument('--steps', type=int, default=100)
-  steps = flags.parse_args(argv).steps
+  flags.add_argument('--full', action='store_true', help='train all parameters')
+  given = flags.parse_args(argv)
+  steps, lora = given.steps, None if given.full else LORA
   jax.config.update('jax_platforms', 'cpu')
   optimizer = OptimizerConfig(
-    learning_rate=1e-3, schedule='constant', beta2=0.999, epsilon=1e-8
+    # Of all parameters at ten times that, what rounding parts grows apart within 100 steps.
+    learning_rate=1e-4 if given.full else 1e-3,
+    schedule='constant',
+    beta2=0.999,
+    epsilon=1e-8,
+    weight_decay=0.0,
   )
   run = TrainConfig(
     model=MODEL,
     recipe=Pretraining(task='glm_causal', feature_lengths={'tokens': LENGTH}),
     optimizer=optimizer,
-    adapters=LORA,
+    adapters=lora,
     batch_size=ROWS,
     train_steps=steps,
     model_dir='x',
-    init_from='x',
+    init_from='' if given.full else 'x',
   )
   layout = sharding.make_mesh(run.mesh, jax.devices()[:1])
   built = program.build(run, layout)
   leaves = program.all_leaves(run)
   whole = state.abstract_params(MODEL, layout, leaves)
   frozen = state.init_leaves(_plain(), whole, 0)
-  params = state.init_leaves(leaves, whole, 0)
+  params = state.init_leaves(leaves, whole, 0) if leaves else {}
   tokens = _tokens(steps)
   with tempfile.TemporaryDirectory() as scratch:
     folder = Path(scratch)
@@ -88,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
       )
     )
-    ours = _train(built, layout, params, frozen, tokens)
+    trained, rest = (frozen, {}) if given.full else (params, frozen)
+    ours = _train(built, layout, trained, rest, tokens)
     done = subprocess.run(
       # Not as a file: its folder is searched first, and transformers looks for `kernels`.
       [sys.executable, '-m', 'benchmarks.peft_step', folder],
@@ -102,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   print(f'{steps} steps; loss {losses[0, 0]:.4f} to {losses[0, -1]:.4f}')
   print(f'largest difference of the loss: {np.abs(losses[0] - losses[1]).max():.1e}')
   a, b = (float(np.median(each['seconds'][2:])) for each in (ours, theirs))
-  print(f'seconds a step: {a:.3f}, peft and transformers {b:.3f}: {b / a:.2f} x')
+  name = 'transformers' if given.full else 'peft and transformers'
+  print(f'seconds a step: {a:.3f}, {name} {b:.3f}: {b / a:.2f} x')
 
 
 def _plain() -> dict[str, Any]:
@@ -126,12 +136,14 @@ def _tokens(steps: int) -> np.ndarray:
 
 
 def _export(folder: Path, params: Any, frozen: Any) -> None:
-  """The model and the factors as transformers and peft read them."""
+  """The model, and the factors if there are any, as transformers and peft read them."""
   meta = {'model': models.config.to_dict(MODEL), 'vocabulary': None}
   _write(folder / 'base', frozen, meta)
+  convert.main([str(folder / 'base'), str(folder / 'model'), '--to=glm'])
+  if not params:
+    return
   base = checkpoints.describe(checkpoints.find(str(folder / 'base')))
   _write(folder / 'lora', params, {**meta, 'base': base, 'adapters': to_dict(LORA)})
-  convert.main([str(folder / 'base'), str(folder / 'model'), '--to=glm'])
   convert.main([str(folder / 'lora'), str(folder / 'peft'), '--peft', '--to=glm'])
 
 

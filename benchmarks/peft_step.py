@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM
 
 def main(folder: Path) -> dict[str, list[float]]:
   model = AutoModelForCausalLM.from_pretrained(folder / 'model', dtype=torch.float32)
-  model = PeftModel.from_pretrained(model, folder / 'peft', is_trainable=True).train()
+  if (folder / 'peft').exists():  # else all parameters are trained
+    model = PeftModel.from_pretrained(model, folder / 'peft', is_trainable=True)
+  model.train()
   own = [p for p in model.parameters() if p.requires_grad]
   how = json.loads((folder / 'optimizer.json').read_text())
   clip = how.pop('clip')
