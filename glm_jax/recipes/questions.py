@@ -26,13 +26,13 @@ class Query(NamedTuple):
     text: of it.
     ids: as `prompts.encode` gives them.
     fields: of its line.
-    own: ids of the line's own answer and its end; [] where nobody needs it.
+    own: ids of the line's own answer and its end; none where nobody needs it.
   """
 
   text: str
   ids: list[int]
   fields: Mapping[str, Any]
-  own: list[int]
+  own: Sequence[int] = ()
 
 
 class PromptReader:
