@@ -315,7 +315,7 @@ def test_devices_and_micro_batches_change_nothing(place, monkeypatch, stage):
   for kind, count, bindings in (
     ('one', 1, ()),
     ('parts', 1, ('TrainConfig.microbatches=4', f'{name}.chunks=0')),
-    ('eight', 8, ('MeshConfig.fsdp=4', 'MeshConfig.tensor=2')),
+    ('eight', 8, ('MeshConfig.fsdp=2', 'MeshConfig.sequence=2', 'MeshConfig.tensor=2')),
   ):
     here = jax.devices()[:count]
     monkeypatch.setattr(
