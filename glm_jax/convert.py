@@ -135,10 +135,10 @@ def convert(flags: argparse.Namespace) -> None:
       repr(target),
       'choose one of these',
     )
+    held = reward_models.exported(target, model.config, held)
     _check_integers(model, target)
     if FORMATS[target].container == 'huggingface':
       hub.check(target, model.config, model.source, model.vocabulary)
-    held = reward_models.exported(target, model.config, held)
   # mp_rank_* files; each is put together from a copy of what goes into it.
   in_parts = target != _CHECKPOINT and FORMATS[target].container == 'megatron'
   parts = flags.parts or (model.source.get('parts', 1) if in_parts else 1)

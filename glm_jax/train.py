@@ -142,14 +142,6 @@ def train(
       data.validation, built.eval_step, layout, data.validated_rows, recipe.told
     )
 
-    def validate(number: int) -> dict[str, float]:
-      whole = built.variables(current['params'], frozen)
-      values = measure(whole) | recipe.validate(config, data, whole)
-      writer.write(number, 'validation', values)
-      say(evaluation.line(values, bool(data.validation)), flush=True)
-      stop.see(number, values)
-      return values
-
     def save(number: int, scores: dict[str, float]) -> None:
       progress = {'step': number, 'so_far': meter.so_far, 'stopping': stop.state}
       manager.save(current, {**meta, **progress}, scores, stream)
@@ -160,11 +152,20 @@ def train(
       try:
         yield
       except configs.UserError:
-        results.wait(0)
         if number > max(first, saved_step or 0):
+          results.wait(0)
           save(number, {})
         manager.close()
         raise
+
+    def validate(number: int) -> dict[str, float]:
+      whole = built.variables(current['params'], frozen)
+      with keeping(number):
+        values = measure(whole) | recipe.validate(config, data, whole)
+      writer.write(number, 'validation', values)
+      say(evaluation.line(values, bool(data.validation)), flush=True)
+      stop.see(number, values)
+      return values
 
     if config.evaluation.at_start and first == 0:
       telling('validating what the run begins with')
@@ -207,8 +208,7 @@ def train(
         for line in data.describe(first, config.train_steps):
           say(line)
       # An older validation says nothing of this checkpoint.
-      with keeping(number):
-        scores = validate(number) if validates else {}
+      scores = validate(number) if validates else {}
       if saves or stop.over:
         save(number, scores)
         saved_step = number
