@@ -10,10 +10,8 @@ writes the table.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,24 +101,17 @@ def table(results: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
   """The command."""
-  flags = argparse.ArgumentParser(
-    prog='python -m benchmarks.decode_plan', description=__doc__.splitlines()[0]
+  readme.tabulate(
+    argv,
+    prog='python -m benchmarks.decode_plan',
+    description=__doc__.splitlines()[0],
+    path=RESULTS,
+    cases={key(*case): case for case in CASES},
+    predict=lambda case: predict(*case),
+    shown=lambda name, result: f'{name}: {cell(result)}',
+    section='decode plan',
+    table=table,
   )
-  flags.add_argument('--only', default='', metavar='TEXT', help='cases with it in the name')
-  flags.add_argument('--table', action='store_true', help='only write the table')
-  flags = flags.parse_args(argv)
-  results: dict[str, Any] = {}
-  if RESULTS.exists():
-    results = json.loads(RESULTS.read_text(encoding='utf-8'))
-  for case in () if flags.table else CASES:
-    if flags.only not in key(*case):
-      continue
-    results[key(*case)] = predict(*case)
-    # After each: seconds that were waited for are not lost.
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
-    print(key(*case), cell(results[key(*case)]), sep=': ', flush=True)
-  readme.write_section('decode plan', table(results))
 
 
 if __name__ == '__main__':

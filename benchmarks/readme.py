@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,49 @@ def write_section(name: str, lines: Sequence[str]) -> None:
   _, after = rest.split(last)
   body = '\n'.join(['', *lines, ''])
   path.write_text(before + first + body + last + after, encoding='utf-8')
+
+
+def tabulate(
+  argv: Sequence[str],
+  *,
+  prog: str,
+  description: str,
+  path: Path,
+  cases: Mapping[str, Any],
+  predict: Callable[[Any], dict[str, Any]],
+  shown: Callable[[str, dict[str, Any]], str],
+  section: str,
+  table: Callable[[dict[str, Any]], list[str]],
+) -> None:
+  """A command that predicts cases, keeps what came of them as JSON, and writes a section.
+
+  Args:
+    argv: of the command.
+    prog: how it is called.
+    description: of it.
+    path: of the JSON, by the names of cases; those that are not tried again stay.
+    cases: by name.
+    predict: what comes of one.
+    shown: a line for it.
+    section: of a README, see `write_section`.
+    table: its lines, of all that is known.
+  """
+  flags = argparse.ArgumentParser(prog=prog, description=description)
+  flags.add_argument('--only', default='', metavar='TEXT', help='cases with it in the name')
+  flags.add_argument('--table', action='store_true', help='only write the table')
+  given = flags.parse_args(argv)
+  results: dict[str, Any] = {}
+  if path.exists():
+    results = json.loads(path.read_text(encoding='utf-8'))
+  for name, case in () if given.table else cases.items():
+    if given.only not in name:
+      continue
+    results[name] = predict(case)
+    # After each: minutes that were waited for are not lost.
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+    print(shown(name, results[name]), flush=True)
+  write_section(section, table(results))
 
 
 def path_of(folder: Path, results: dict[str, Any]) -> Path:

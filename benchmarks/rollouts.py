@@ -129,7 +129,7 @@ def config(
 
 def rollouts(run: TrainConfig, layout: sharding.Layout) -> Sized:
   """Of a run, judged by `reward`."""
-  judge = Judge({f'{__name__}.reward': 1.0}, 600.0)
+  judge = Judge([f'{__name__}.reward'], 600.0)
   return Sized(run, layout, ByteVocabulary(), None, judge)
 
 

@@ -10,8 +10,6 @@ others as they were; `--table` only writes the table.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,24 +164,18 @@ def table(results: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
   """The command."""
-  flags = argparse.ArgumentParser(
-    prog='python -m benchmarks.stages_plan', description=__doc__.splitlines()[0]
+  rows = {row.key: row for row in ROWS}
+  readme.tabulate(
+    argv,
+    prog='python -m benchmarks.stages_plan',
+    description=__doc__.splitlines()[0],
+    path=RESULTS,
+    cases=rows,
+    predict=predict,
+    shown=lambda name, result: line(rows[name], result),
+    section='stages plan',
+    table=table,
   )
-  flags.add_argument('--only', default='', metavar='TEXT', help='rows with it in the name')
-  flags.add_argument('--table', action='store_true', help='only write the table')
-  flags = flags.parse_args(argv)
-  results: dict[str, Any] = {}
-  if RESULTS.exists():
-    results = json.loads(RESULTS.read_text(encoding='utf-8'))
-  for row in () if flags.table else ROWS:
-    if flags.only not in row.key:
-      continue
-    results[row.key] = predict(row)
-    # After each: minutes that were waited for are not lost.
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
-    print(line(row, results[row.key]), flush=True)
-  readme.write_section('stages plan', table(results))
 
 
 if __name__ == '__main__':

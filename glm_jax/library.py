@@ -28,7 +28,7 @@ from glm_jax.inference.generation import Completion, Generation
 from glm_jax.inference.request import Answer, check_context
 from glm_jax.models.cache import DTYPES
 from glm_jax.text import chat
-from glm_jax.text.conversation import Message
+from glm_jax.text.conversation import Message, in_text
 
 
 def load(
@@ -293,8 +293,7 @@ class LanguageModel:
     )
 
   def _said(self, form: Any, ids: list[int]) -> str:
-    said = form.decode_answer(ids)
-    text = '\n'.join(line for m in said for line in (m.metadata, m.content) if line)
+    text = in_text(form.decode_answer(ids))
     # Of an answer that was cut within a character, its bytes are left out.
     return text.rstrip('\ufffd') if self.vocabulary.ends_within_character(ids) else text
 

@@ -50,6 +50,19 @@ def _logits(folder, **more):
   return glm_jax.load(folder, **more).logits(TEXTS)
 
 
+def _by_peft(folder, rows):
+  """What peft makes of rows with a folder's adapters, beside its model and merged."""
+  done = subprocess.run(
+    [sys.executable, ROOT / 'tests/peft_peer.py', folder / 'glm', folder / 'peft'],
+    input=json.dumps({'ids': rows.tokens.tolist(), 'merged': str(folder / 'theirs')}),
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  return {k: np.array(v, np.float32) for k, v in json.loads(done.stdout).items()}
+
+
 def _relative(a, b):
   return float(np.abs(a - b).max() / np.abs(b).max())
 
@@ -240,15 +253,7 @@ def test_peft_computes_and_merges_the_same(bases, tmp_path):
   model = glm_jax.load(run)
   rows = model.rows(TEXTS[:1])
   expected = model.logits(rows)
-  done = subprocess.run(
-    [sys.executable, ROOT / 'tests/peft_peer.py', tmp_path / 'glm', tmp_path / 'peft'],
-    input=json.dumps({'ids': rows.tokens.tolist(), 'merged': str(tmp_path / 'theirs')}),
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-  assert done.returncode == 0, done.stderr
-  theirs = {k: np.array(v, np.float32) for k, v in json.loads(done.stdout).items()}
+  theirs = _by_peft(tmp_path, rows)
   for kind in ('beside', 'merged'):
     assert _relative(theirs[kind], expected) < 5e-6
   _convert(tmp_path / 'theirs', tmp_path / 'back', '--vocabulary=bytes')
@@ -286,14 +291,5 @@ def test_what_alignment_has_trained_is_loaded_by_peft(tmp_path, stage, monkeypat
     glm_jax.load(base, adapters=run).logits(rows), expected, atol=1e-5
   )
   assert _relative(glm_jax.load(base).logits(rows), expected) > 1e-3
-  done = subprocess.run(
-    [sys.executable, ROOT / 'tests/peft_peer.py', tmp_path / 'glm', tmp_path / 'peft'],
-    input=json.dumps({'ids': rows.tokens.tolist(), 'merged': str(tmp_path / 'theirs')}),
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-  assert done.returncode == 0, done.stderr
-  theirs = np.array(json.loads(done.stdout)['beside'], np.float32)
   # Padding of the table behind the vocabulary is the model's, too.
-  assert _relative(theirs, expected) < 5e-6
+  assert _relative(_by_peft(tmp_path, rows)['beside'], expected) < 5e-6

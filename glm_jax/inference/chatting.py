@@ -11,7 +11,7 @@ import numpy as np
 from glm_jax import configs
 from glm_jax.inference.sampling import Sampling
 from glm_jax.inference.session import Session
-from glm_jax.text.conversation import Message, Template
+from glm_jax.text.conversation import Message, Template, in_text
 from glm_jax.text.vocabulary import Vocabulary
 
 _BROKEN = '\ufffd'
@@ -136,8 +136,8 @@ class Chat:
     called = bool(self.system) and all(message.content for message in said if message.calls)
     if called and all(message.calls for message in said[1:]):
       return [message for message in said if message.content]
-    lines = [line for m in said for line in (m.metadata, m.content) if line]
-    return [Message('assistant', '\n'.join(lines))] if lines else []
+    text = in_text(said)
+    return [Message('assistant', text)] if text else []
 
   def _encode(self) -> list[int]:
     """Ids of the conversation: what the model has of it, and what is new."""

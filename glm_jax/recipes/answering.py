@@ -14,7 +14,7 @@ from glm_jax import configs, distributed, sharding, storage
 from glm_jax.configs import POSITIVE, at_least
 from glm_jax.evaluation import metrics
 from glm_jax.inference.filling import Filler
-from glm_jax.text.conversation import Template
+from glm_jax.text.conversation import Template, in_text
 from glm_jax.training.config import TrainConfig
 
 PREDICTIONS = 'predictions.jsonl'
@@ -124,8 +124,7 @@ def text_of(ids: Sequence[int], vocabulary: Any, template: Template | None) -> s
   """
   if template is None:
     return vocabulary.decode(ids).strip()
-  messages = template.decode_answer(ids)
-  return '\n'.join(text for m in messages for text in (m.metadata, m.content) if text)
+  return in_text(template.decode_answer(ids))
 
 
 def _chosen(rows: Any, count: int, prefix: bool) -> Iterator[Question]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.batch import DTYPES, Batch, Visibility
@@ -41,6 +42,11 @@ class Experience(NamedTuple):
   kl_weight: Any
   explained: Any
   own: Batch | None = None
+
+  def divergence(self, log_probs_BT: jax.Array) -> jax.Array:
+    """[B, T]: Schulman's estimate of the KL from the reference, which is never negative."""
+    apart = self.reference_log_probs - log_probs_BT
+    return jnp.exp(apart) - apart - 1
 
   @property
   def visibility(self) -> Visibility:

@@ -66,8 +66,7 @@ class GRPO(Policy):
   def parts(
     self, said: log_probs.TokenScores, values_BT: jax.Array, batch: Experience
   ) -> dict[str, jax.Array]:
-    apart = batch.reference_log_probs - said.log_probs
-    kl = batch.kl_weight[:, None] * (jnp.exp(apart) - apart - 1)
+    kl = batch.kl_weight[:, None] * batch.divergence(said.log_probs)
     return {**super().parts(said, values_BT, batch), 'kl_loss': kl}
 
   def weights(self, scored_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

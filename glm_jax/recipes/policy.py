@@ -362,10 +362,8 @@ class Policy(recipe.Recipe):
       of_rows = lambda x_B: ((x_B * rows).sum(), rows.sum())
       left = said.log_probs - batch.old_log_probs
       outside = jnp.abs(jnp.exp(left) - 1) > self.clip
-      # Schulman's estimate of the KL from samples, which is never negative.
-      apart = batch.reference_log_probs - said.log_probs
       kl = {
-        'kl': of_tokens(jnp.exp(apart) - apart - 1),
+        'kl': of_tokens(batch.divergence(said.log_probs)),
         'kl_weight': of_rows(batch.kl_weight),
       }
       learnt = {}

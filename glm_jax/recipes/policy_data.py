@@ -10,7 +10,7 @@ import numpy as np
 from glm_jax import sharding
 from glm_jax.inference import scoring
 from glm_jax.recipes.questions import Query
-from glm_jax.recipes.rollouts import Rollouts, RolloutStream
+from glm_jax.recipes.rollouts import Rollouts, RolloutStream, ended
 from glm_jax.text.vocabulary import Vocabulary
 from glm_jax.training import recipe
 from glm_jax.training.config import TrainConfig
@@ -104,5 +104,5 @@ class PolicyData(recipe.Data):
       **{f'reward/{k}': float(x) for k, x in zip(r.judges, given.mean(0), strict=True)},
       **kl,
       'answer_length': float(np.mean([len(answer.spans[0]) for answer in answers])),
-      'ended': float(np.mean([answer.ends[0] >= 0 for answer in answers])),
+      'ended': float(ended(answers).mean()),
     }

@@ -126,38 +126,28 @@ class Rollouts:
     An answer without an end loses the penalty; with `less_own`, all lose what their
     questions' own answers get.
     """
-    samples = []
-    for question, answer in zip(questions, answers, strict=True):
-      ids, end = answer.spans[0], answer.ends[0]
-      text = text_of(ids, self._vocabulary, self._template)
-      ids = [*ids, end] if end >= 0 else ids
-      request = self.request(answer.number, question)
-      samples.append(Sample(question.text, text, question.fields, request, ids))
+    samples = [*map(self._sample, questions, answers)]
     given, r = self._judge(samples), self._recipe
     weights = np.array([*r.judges.values()], np.float32)
-    unfinished = np.array([answer.ends[0] < 0 for answer in answers])
-    rewards = given @ weights - np.float32(r.unfinished_penalty) * unfinished
+    rewards = given @ weights - np.float32(r.unfinished_penalty) * ~ended(answers)
     if r.less_own:
       # Each once, however many answers its question has.
       once = {id(question): question for question in questions}
-      of_own = self._judge([self._own_sample(question) for question in once.values()])
+      of_own = self._judge([self._sample(q, _own(q)) for q in once.values()])
       found = dict(zip(once, of_own @ weights, strict=True))
       rewards -= np.array([found[id(question)] for question in questions])
     return samples, given, rewards
 
-  def _own_sample(self, question: Query) -> Sample:
-    text = text_of(question.own[:-1], self._vocabulary, self._template)
-    return Sample(
-      question.text, text, question.fields, self.request(0, question), question.own
-    )
+  def _sample(self, question: Query, answer: Answer) -> Sample:
+    ids, end = answer.spans[0], answer.ends[0]
+    text = text_of(ids, self._vocabulary, self._template)
+    request = self.request(answer.number, question)
+    ids = [*ids, end] if end >= 0 else ids
+    return Sample(question.text, text, question.fields, request, ids)
 
   def own_rows(self, questions: Sequence[Query]) -> Batch:
     """[n, T] numpy: the questions with their own answers, as they are learnt."""
-    answers = [
-      Answer(number=0, spans=[question.own[:-1]], ends=[question.own[-1]])
-      for question in questions
-    ]
-    return self.rows(questions, answers)
+    return self.rows(questions, [*map(_own, questions)])
 
   def rows(self, questions: Sequence[Query], answers: Sequence[Answer]) -> Batch:
     """[n, T] numpy: what was asked and answered, as it is learnt from."""
@@ -301,7 +291,7 @@ class RolloutStream(recipe.WorkStream):
     advantages_NT, returns_NT = r.advantages(
       rewards, kl_weight * (log_probs_NT - reference_NT), values_NT, rows.loss_weights > 0
     )
-    ended = np.array([answer.ends[0] >= 0 for answer in answers])
+    ends = ended(answers)
     of_all = lambda x: np.full(len(rows.tokens), x, np.float32)
     made = Experience(
       rows._replace(index=None),
@@ -312,7 +302,7 @@ class RolloutStream(recipe.WorkStream):
       values_NT,
       rewards.astype(np.float32),
       tuple(given.T),
-      ended.astype(np.float32),
+      ends.astype(np.float32),
       of_all(kl_weight),
       of_all(_explained(returns_NT, values_NT, rows.loss_weights > 0)),
     )
@@ -322,7 +312,7 @@ class RolloutStream(recipe.WorkStream):
     self._seen = rows.visibility
     self.kept = to_dict(sharding.place_whole(made, self._layout))
     if number % r.show_every == 0:
-      self._rollouts.written(number, samples, given, rewards, kl_N, ended)
+      self._rollouts.written(number, samples, given, rewards, kl_N, ends)
 
   def _asked(self, number: int) -> list[Query]:
     """The questions of a rollout; each is asked again when all have been."""
@@ -337,9 +327,8 @@ class RolloutStream(recipe.WorkStream):
   def _kl_weight(self) -> float:
     """That of a rollout, from the KL of the one before it (Ziegler et al., 2019, 2.2)."""
     kept, r = self.kept, self._recipe
-    if isinstance(kept['kl_weight'], jax.ShapeDtypeStruct):
-      return r.kl
-    if r.kl_target is None:
+    first = isinstance(kept['kl_weight'], jax.ShapeDtypeStruct)
+    if first or r.kl_target is None:
       return r.kl
     weight, kl = map(float, map(np.asarray, self._last_kl(kept)))
     return weight * (1 + 0.1 * float(np.clip(kl / r.kl_target - 1, -0.2, 0.2)))
@@ -380,6 +369,16 @@ def score(
   # Every process has them all.
   whole = lambda x: nn.with_logical_constraint(jnp.where(scored, x, 0), (None, None))
   return whole(said.log_probs), whole(began.log_probs), whole(values)
+
+
+def ended(answers: Sequence[Answer]) -> np.ndarray:
+  """[n] bool, of answers of one span each."""
+  return np.array([answer.ends[0] >= 0 for answer in answers])
+
+
+def _own(question: Query) -> Answer:
+  """A question's own answer, as if it had been generated."""
+  return Answer(number=0, spans=[question.own[:-1]], ends=[question.own[-1]])
 
 
 def _cast(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:

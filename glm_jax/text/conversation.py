@@ -40,6 +40,16 @@ class Message:
     return self.role == 'assistant' and bool(self.metadata)
 
 
+def in_text(messages: Sequence[Message]) -> str:
+  """What an answer's messages say, for a person: names of tools, and contents, a line each.
+
+  Example:
+    >>> in_text([Message('assistant', '{"city": "Rome"}', 'weather')])
+    'weather\\n{"city": "Rome"}'
+  """
+  return '\n'.join(text for m in messages for text in (m.metadata, m.content) if text)
+
+
 # Which turns may follow which, by role; 'call' is an assistant's turn that calls a tool.
 _FOLLOWS = {
   'start': ('system', 'user'),

@@ -11,11 +11,10 @@ An answer of the object's own is what a last turn says, or the field "response",
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from glm_jax import configs
-from glm_jax.configs import UserError
 from glm_jax.data.corpora import ranked, turns
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import PAIRS, Document
@@ -42,16 +41,9 @@ def document(
     ('1 + 1?', '2', '')
   """
   template = form_of(config.conversations)
-  try:
-    configs.check(
-      isinstance(content, Mapping),
-      'a question must stand in an object',
-      type(content).__name__,
-      'write {"prompt": ...}',
-    )
-    # A table has null where a row lacks a field.
-    present = {k: v for k, v in content.items() if v is not None}
-    tools = turns.tools(present.pop('tools', None))
+  with turns.placed(where):
+    rule, remedy = 'a question must stand in an object', 'write {"prompt": ...}'
+    present, tools = turns.opened(content, rule, remedy)
     messages = [*ranked.asked(present, config, template)]
     names = (config.answer_key,) if config.answer_key else [name for _, name in PAIRS]
     answer = next((present[name] for name in names if name in present), '')
@@ -63,11 +55,7 @@ def document(
       f'the fields {sorted(map(str, content))}',
       'write {"prompt": ...}, or name its field with CorpusConfig.prompt_key',
     )
-    template.check(messages)
-    asked = template.with_tools(messages, tools)
-    template.check(asked)
-  except UserError as error:
-    raise UserError(f'{str(error).removesuffix(".")}{where()}.') from error
+    asked = turns.checked(messages, tools, template)
   text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
   answer = answer if isinstance(answer, str) else ''
   return Document(text, messages=asked, answer=answer, fields=present, where=where)

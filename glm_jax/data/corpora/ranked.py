@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from glm_jax import configs
-from glm_jax.configs import UserError
 from glm_jax.data.corpora import turns
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.data.corpora.fields import Document
@@ -61,22 +60,16 @@ def document(
     [['1 + 1?', '2'], ['1 + 1?', '3']]
   """
   template = form_of(config.conversations)
-  try:
-    configs.check(
-      isinstance(content, Mapping),
+  with turns.placed(where):
+    present, tools = turns.opened(
+      content,
       'answers that are compared must stand in an object',
-      type(content).__name__,
       'write {"prompt": ..., "chosen": ..., "rejected": ...}',
     )
-    # A table has null where a row lacks a field.
-    present = {k: v for k, v in content.items() if v is not None}
-    tools = turns.tools(present.pop('tools', None))
     answered = [
       (_whole(conversation, tools, template), score)
       for conversation, score in _answered(present, config, template)
     ]
-  except UserError as error:
-    raise UserError(f'{str(error).removesuffix(".")}{where()}.') from error
   pairs, unranked = [], 0
   for one, other in itertools.combinations(answered, 2):
     (better, most), (worse, least) = sorted((one, other), key=lambda a: -a[1])
@@ -111,10 +104,7 @@ def _whole(
     *(learnt(m, False) if m.role == 'assistant' else m for m in asked),
     learnt(answer, True),
   )
-  template.check(messages)
-  messages = template.with_tools(messages, tools)
-  template.check(messages)
-  return messages
+  return turns.checked(messages, tools, template)
 
 
 def _answered(

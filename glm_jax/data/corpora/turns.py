@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -50,24 +51,45 @@ def document(
     ['1?', 'And 2?', '4']
   """
   template = form_of(config.conversations)
-  try:
-    configs.check(
-      isinstance(content, Mapping),
-      'a conversation must be an object',
-      type(content).__name__,
-      'write {"messages": [...]}',
-    )
-    # A table has null where a row lacks a field.
-    present = {k: v for k, v in content.items() if v is not None}
-    described = tools(present.pop('tools', None))
-    messages = (*_messages(present, config, template),)
-    template.check(messages)
-    messages = template.with_tools(messages, described)
-    template.check(messages)
-  except UserError as error:
-    raise UserError(f'{str(error).removesuffix(".")}{where()}.') from error
+  with placed(where):
+    rule, remedy = 'a conversation must be an object', 'write {"messages": [...]}'
+    present, described = opened(content, rule, remedy)
+    messages = checked([*_messages(present, config, template)], described, template)
   text = json.dumps([vars(message) for message in messages], ensure_ascii=False)
   return Document(text, messages=messages, where=where)
+
+
+@contextlib.contextmanager
+def placed(where: Callable[[], str]) -> Iterator[None]:
+  """A user's mistake that is found inside says where its object stands."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f'{str(error).removesuffix(".")}{where()}.') from error
+
+
+def opened(content: Any, rule: str, remedy: str) -> tuple[dict[str, Any], list[Any]]:
+  """The fields that an object has, but for its tools, and these.
+
+  Args:
+    content: of the object.
+    rule: that it must be one.
+    remedy: for what is none.
+  """
+  configs.check(isinstance(content, Mapping), rule, type(content).__name__, remedy)
+  # A table has null where a row lacks a field.
+  present = {k: v for k, v in content.items() if v is not None}
+  return present, tools(present.pop('tools', None))
+
+
+def checked(
+  messages: Sequence[Message], described: Sequence[Any], template: Template
+) -> tuple[Message, ...]:
+  """Messages in an order that their family knows, told of the tools."""
+  template.check(messages)
+  told = template.with_tools(messages, described)
+  template.check(told)
+  return told
 
 
 def _messages(
