@@ -4,10 +4,13 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+from commands import ROOT, environment
 
 from benchmarks import rows, step, train_on_card
 from glm_jax import checkpoints, cli
@@ -115,28 +118,18 @@ def test_without_the_batches_the_card_says_how_to_write_them(tmp_path, capsys):
 @pytest.mark.slow
 def test_answers_of_a_policy_are_timed_beside_transformers(tmp_path):
   pytest.importorskip('transformers')
-  import jax
+  from benchmarks import rollouts
 
-  from benchmarks import decode, rollouts
-  from glm_jax import sharding
-  from glm_jax.training import state
-
-  model = dataclasses.replace(
-    rollouts.MODEL,
-    num_layers=2,
-    hidden_size=64,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=32,
-    mlp_size=64,
-    vocab_size=512,
-  )
-  layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  params = state.init_state(model, decode.nothing(), layout, 0)['params']
-  folder = decode.exported(tmp_path, params, model)
-  sizes = dict(count=6, asked=(2, 5), answered=(2, 4), sizes=(2, 4), rounds=2)
   # Both sides give answers of the same lengths, or it raises.
-  result = json.loads(json.dumps(rollouts.answers(model, params, folder, **sizes)))
+  done = subprocess.run(
+    [sys.executable, ROOT / 'tests/rollouts_peer.py', tmp_path],
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout.splitlines()[-1])
   assert result['tokens'] == 3 * (2 + 4) and len(result['ratios']) == 2
   assert {*result['rows'].values()} <= {2, 4} and min(result['ratios']) > 0
   about = dict(device='here', date='', jax='', transformers='', model='tiny', cores=1)
