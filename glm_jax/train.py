@@ -18,6 +18,7 @@ from glm_jax.models import config as model_config
 from glm_jax.training import (
   adapters,
   evaluation,
+  guard,
   metrics,
   optimizer,
   profiling,
@@ -25,6 +26,7 @@ from glm_jax.training import (
   report,
   resume,
   start,
+  state,
 )
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.meter import Meter, progress_line
@@ -120,7 +122,7 @@ def train(
   stream = data.stream(saved_step or 0)
   stream.variables = lambda state: built.variables(state['params'], frozen)
   if not new:
-    current = manager.restore(saved_step, built.state, stream)
+    current = state.complete(manager.restore(saved_step, built.state, stream), built.state)
     say(f'resumed {config.model_dir} at step {saved_step}')
   first = int(current['step'])
   say(program.in_words(built, config, layout))
@@ -172,15 +174,19 @@ def train(
       validate(0)
     telling('compiling the first step, which waits for its batch')
     meter = Meter(first, config.train_steps, saved.get('so_far', None if new else {}))
-    results = metrics.Results(config.model_dir, recipe.told)
+    watch = guard.Watch(config.guard, config.batch_size, say, config.model_dir)
+    results = metrics.Results(config.model_dir, recipe.told, watch.see)
     # A run that has stopped early, and was killed before its report, is only reported.
     for number in range(first + 1, config.train_steps + 1 if not stop.over else 0):
       with profile.step(number):
         with keeping(number - 1):
           work = meter.wait_for(stream, current, results.running)
-        meter.count(work.tokens, work.flops)
-        # Returns at once. The state before is donated: `current` is the only one.
-        current, step_metrics = built.train_step(current, frozen, work.batch)
+        # Either returns at once. The state before is donated: `current` is the only one.
+        if config.skips(number):
+          current, step_metrics = state.skip(current), {}
+        else:
+          meter.count(work.tokens, work.flops)
+          current, step_metrics = built.train_step(current, frozen, work.batch)
       results.add(number, step_metrics)
       last = number == config.train_steps
       saves = last or number % config.checkpoint.every == 0
@@ -189,9 +195,15 @@ def train(
       # One step is left running, unless its state is about to be used: nothing is saved or
       # reported whose loss has not been looked at.
       waits = saves or validates or logs or profile.is_bound(number)
-      results.wait(0 if waits else 1)
+      try:
+        results.wait(0 if waits else 1)
+      except guard.TooManyLeftOut as error:
+        if error.sound:
+          save(number, {})
+        manager.close()
+        raise
       if logs:
-        values = {**results.take(), **meter.taken()}
+        values = {**results.take(), **meter.taken(), **watch.taken()}
         telling.stop()
         if number == first + 1:  # its time is that of the compiler
           say(f'first step after {time.perf_counter() - began:.0f} s')

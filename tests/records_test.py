@@ -23,7 +23,7 @@ from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.text import loading
 from glm_jax.text.vocabulary import ByteVocabulary
 from glm_jax.train import train
-from glm_jax.training import losses, metrics, optimizer, program, state, writer
+from glm_jax.training import guard, losses, metrics, optimizer, program, state, writer
 from glm_jax.training import meter as meters
 from glm_jax.training.config import EvaluationConfig, TrainConfig
 from glm_jax.training.optimizer import OptimizerConfig
@@ -135,7 +135,7 @@ def _records(folder, kind):
 
 def _means(steps):
   """{name: mean} over some steps, each token alike; norms, each step alike."""
-  names = {name for _, _, found in steps for name in found}
+  names = {name for _, _, found in steps for name in found if guard.NAME not in name}
   sums = {k: [sum(float(f[k][i]) for *_, f in steps) for i in (0, 1)] for k in names}
   return {k: total / count for k, (total, count) in sums.items() if count}
 

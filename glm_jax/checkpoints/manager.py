@@ -142,11 +142,18 @@ class Checkpoints:
   def restore(
     self, step: int, abstract: dict[str, Any], stream: Any = None
   ) -> dict[str, Any]:
-    """The state of a step, on the shardings of `abstract`; `stream` is as it was then."""
+    """The state of a step, on the shardings of `abstract`; `stream` is as it was then.
+
+    What a checkpoint lacks beside `params`, `step` and `opt_state` is not in it.
+    """
     # `params` lies apart, so that inference and `init_from` read nothing else.
     optimizer = _optimizer_dict(abstract)
     place, kept = _memory(stream)
-    with _unreadable(self.folder / str(step)):
+    folder = self.folder / str(step)
+    with _unreadable(folder):
+      # A run that began before updates were guarded has no history of them.
+      lacking = {*optimizer} - _names(folder / 'optimizer')
+      optimizer = {name: tree for name, tree in optimizer.items() if name not in lacking}
       items = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -161,11 +168,8 @@ class Checkpoints:
     opt_state = serialization.from_state_dict(
       abstract['opt_state'], items['optimizer']['opt_state']
     )
-    return {
-      'step': items['optimizer']['step'],
-      'params': items['params'],
-      'opt_state': opt_state,
-    }
+    rest = {name: tree for name, tree in items['optimizer'].items() if name in abstract}
+    return {'params': items['params'], **rest, 'opt_state': opt_state}
 
   def close(self) -> None:
     """Waits until everything is on disk."""
@@ -328,10 +332,14 @@ def _save_args(tree: Any) -> ocp.args.StandardSave:
 
 def _optimizer_dict(state: dict[str, Any]) -> dict[str, Any]:
   # As plain dicts: files that spelt optax's classes could not be read once these change.
-  return {
-    'step': state['step'],
-    'opt_state': serialization.to_state_dict(state['opt_state']),
-  }
+  rest = {name: tree for name, tree in state.items() if name != 'params'}
+  return {**rest, 'opt_state': serialization.to_state_dict(state['opt_state'])}
+
+
+def _names(item: epath.Path) -> set[str]:
+  """Of what an item of a checkpoint holds."""
+  with ocp.StandardCheckpointer() as reader:
+    return {*reader.metadata(storage.absolute(item)).item_metadata.tree}
 
 
 def _complete_steps(folder: epath.Path) -> list[int]:

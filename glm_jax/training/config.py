@@ -14,6 +14,7 @@ from glm_jax.configs import POSITIVE, READABLE, SEED, at_least, one_of
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, ComputeConfig, GLMConfig
 from glm_jax.sharding import MeshConfig
 from glm_jax.training.adapters import LoRAConfig, PTuningConfig
+from glm_jax.training.guard import GuardConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.recipe import Recipe
 
@@ -66,6 +67,7 @@ class TrainConfig:
     optimizer: and its schedule.
     mesh: of the devices.
     checkpoint: when to save.
+    guard: which updates are left out.
     evaluation: when to validate.
     batch_size: rows of the global batch (BATCH_SIZE).
     microbatches: parts of it worked on one after the other.
@@ -77,6 +79,8 @@ class TrainConfig:
     model_dir: where everything is written (MODEL_DIR).
     seed: of data, initialisation and dropout.
     log_every: steps between progress lines.
+    skip_steps: pairs of a first and a last step whose data are read and not trained on,
+      such as ((40701, 40900),) where they made the loss explode.
     init_from: a checkpoint whose parameters, and nothing else, a new run begins with;
       '' for fresh ones.
     trained: pattern of the paths of parameters that are trained, matched whole, such as
@@ -94,6 +98,7 @@ class TrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  guard: GuardConfig = GuardConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   batch_size: Annotated[int, POSITIVE]
   microbatches: Annotated[int, POSITIVE] = 1
@@ -102,6 +107,7 @@ class TrainConfig:
   model_dir: Annotated[str, READABLE]
   seed: Annotated[int, SEED] = 0
   log_every: Annotated[int, POSITIVE] = 100
+  skip_steps: tuple[tuple[int, int], ...] = ()
   init_from: Annotated[str, READABLE] = ''
   trained: str = ''
   adapters: LoRAConfig | PTuningConfig | None = None
@@ -111,6 +117,10 @@ class TrainConfig:
   def in_part(self) -> bool:
     """Whether some parameters are not trained."""
     return bool(self.trained) or self.adapters is not None
+
+  def skips(self, step: int) -> bool:
+    """Whether a step's data are not trained on."""
+    return any(first <= step <= last for first, last in self.skip_steps)
 
   @property
   def pattern(self) -> str | None:
@@ -144,6 +154,12 @@ class TrainConfig:
       'TrainConfig.adapters=None',
       "set them as init_from has them, or init_adapters='merge'",
     )
+    configs.check(
+      all(0 < first <= last for first, last in self.skip_steps),
+      'TrainConfig.skip_steps must hold pairs of a first and a last step, from 1 on',
+      repr(self.skip_steps),
+      'write them as ((40701, 40900),)',
+    )
     configs.check_pattern('TrainConfig.trained', self.trained)
     self.recipe.check(self)
 
@@ -158,6 +174,7 @@ CONFIGURABLES = (
   OptimizerConfig,
   MeshConfig,
   CheckpointConfig,
+  GuardConfig,
   EvaluationConfig,
   LoRAConfig,
   PTuningConfig,

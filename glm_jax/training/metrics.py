@@ -20,14 +20,20 @@ class Results:
     running: those that nobody has looked at, in order.
   """
 
-  def __init__(self, model_dir: str, told: Told = dict):
+  def __init__(
+    self,
+    model_dir: str,
+    told: Told = dict,
+    see: Callable[[int, Any], Any] = lambda step, values: values,
+  ):
     """
     Args:
       model_dir: of the run, for messages.
       told: of the recipe.
+      see: (step, its metrics) -> those that are counted; see `guard.Watch`.
     """
     self.running: list[Any] = []
-    self._model_dir, self._step, self._told = model_dir, 0, told
+    self._model_dir, self._step, self._told, self._see = model_dir, 0, told, see
     self._since: dict[str, tuple[float, float]] = {}
 
   def add(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -39,14 +45,17 @@ class Results:
     """Looks at all but the last so many.
 
     Raises:
-      FloatingPointError: a loss, or a gradient's norm, is not finite.
+      FloatingPointError: a loss, or a gradient's norm, is not finite, and the update was
+        not left out; or too many were.
     """
     while len(self.running) > leave:
-      self._since = add(self._since, jax.device_get(self.running.pop(0)))
+      values = jax.device_get(self.running.pop(0))
+      step = self._step - len(self.running)
+      self._since = add(self._since, self._see(step, values))
       for name in ('loss', 'gradient_norm'):
         configs.check_finite(
-          self._since[name][0],
-          f'the {name.replace("_", " ")} at step {self._step - len(self.running)}',
+          self._since.get(name, (0.0, 0.0))[0],
+          f'the {name.replace("_", " ")} at step {step}',
           f'the last checkpoint in {self._model_dir} is from before; lower the learning '
           'rate or lengthen the warm-up, and start again',
         )

@@ -94,6 +94,7 @@ def build(
     dtype=compute.dtype,
     counts=recipe.counts,
     variables=variables,
+    guarded=config.guard,
   )
   leaves = all_leaves(config)
   abstract = state.abstract_state(config.model, update, layout, leaves, config.pattern)

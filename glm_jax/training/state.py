@@ -17,10 +17,10 @@ from flax import traverse_util
 from glm_jax import configs, models, sharding
 from glm_jax.batch import prefix_visibility
 from glm_jax.sharding import Layout
-from glm_jax.training import trained
+from glm_jax.training import guard, trained
 
 State = dict[str, Any]
-"""{'step': int32, 'params': tree, 'opt_state': the optimizer's}"""
+"""{'step': int32, 'params': tree, 'opt_state': the optimizer's, 'guard': its history}"""
 
 
 Leaves = Mapping[str, Callable[[jax.Array], Any]]
@@ -102,12 +102,23 @@ def init_leaves(leaves: Leaves, abstract: Any, seed: int) -> Any:
 def begin(params: Any, optimizer: optax.GradientTransformation, abstract: State) -> State:
   """A fresh state of parameters that are there, with the shardings of `abstract`."""
   shardings = jax.tree.map(lambda a: a.sharding, abstract)
-  fresh = jax.jit(
-    lambda params: (jnp.zeros((), jnp.int32), optimizer.init(params)),
-    out_shardings=(shardings['step'], shardings['opt_state']),
-  )
-  step, opt_state = fresh(params)
-  return {'step': step, 'params': params, 'opt_state': opt_state}
+  rest = {name: s for name, s in shardings.items() if name != 'params'}
+  fresh = jax.jit(lambda params: _beside(params, optimizer), out_shardings=rest)
+  return {'params': params, **fresh(params)}
+
+
+def complete(restored: State, abstract: State) -> State:
+  """The state of a checkpoint; one from before there was a guard gets a fresh history."""
+  if guard.NAME in restored:
+    return restored
+  shardings = jax.tree.map(lambda a: a.sharding, abstract[guard.NAME])
+  return {**restored, guard.NAME: jax.jit(guard.fresh, out_shardings=shardings)()}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def skip(state: State) -> State:
+  """The state behind a step that is not trained on."""
+  return {**state, 'step': state['step'] + 1}
 
 
 def with_params(state: State, params: Any) -> State:
@@ -152,10 +163,15 @@ def _init(
   params = init_params(config, jax.random.key(seed), leaves)
   params, _ = trained.split(params, pattern, leaves)
   # Boxes are tree nodes, so the optimizer's moments inherit the logical axes.
+  return {'params': params, **_beside(params, optimizer)}
+
+
+def _beside(params: Any, optimizer: optax.GradientTransformation) -> State:
+  """What a fresh state holds beside its parameters."""
   return {
     'step': jnp.zeros((), jnp.int32),
-    'params': params,
     'opt_state': optimizer.init(params),
+    guard.NAME: guard.fresh(),
   }
 
 

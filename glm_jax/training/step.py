@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glm_jax.training import trained
+from glm_jax.training import guard, trained
+from glm_jax.training.guard import GuardConfig
 from glm_jax.training.losses import LossFn, Metrics, Variables
 from glm_jax.training.state import State
 
@@ -28,6 +29,7 @@ def make_train_step(
   dtype: str = 'float32',
   counts: Callable[[Any], dict[str, jax.Array]] = lambda batch: {},
   variables: Callable[[Any, Any], Variables] = _all_params,
+  guarded: GuardConfig = GuardConfig(),
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
   """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -37,6 +39,9 @@ def make_train_step(
   The gradient is that of `sum(w ce) / sum(w)` over the whole batch, whatever the
   number of micro-batches: their sums are added and divided once. Dropout depends on
   (seed, step) alone, so a resumed run repeats it.
+
+  An update that `guarded` leaves out changes nothing but the step and the history of the
+  guard, and its metrics count nothing.
 
   Args:
     loss: see `LossFn`.
@@ -48,6 +53,7 @@ def make_train_step(
       micro-batches and the optimizer are in float32.
     counts: of a whole batch, for the loss of each of its parts.
     variables: (what is trained, frozen) -> the collections that the loss takes.
+    guarded: which updates are left out; none is of a state without `guard`.
   """
 
   def loss_of(params: Any, frozen: Any, *rest: Any) -> tuple[jax.Array, Metrics]:
@@ -78,10 +84,31 @@ def make_train_step(
       updates, opt_state = optimizer.update(gradients, state['opt_state'], state['params'])
       params = optax.apply_updates(state['params'], updates)
     # The norm before clipping, whose growth announces that training diverges.
-    metrics['gradient_norm'] = (optax.tree.norm(gradients), jnp.ones(()))
-    return {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}, metrics
+    norm = optax.tree.norm(gradients)
+    metrics['gradient_norm'] = (norm, jnp.ones(()))
+    new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    return _guarded(guarded, state, new, metrics, norm)
 
   return train_step
+
+
+def _guarded(
+  config: GuardConfig, old: State, new: State, metrics: Metrics, norm: jax.Array
+) -> tuple[State, Metrics]:
+  """The new state, or but for its step the old one; metrics of what was applied."""
+  if guard.NAME not in old:
+    return new, metrics
+  total, count = metrics['loss']
+  applied, history = guard.judge(config, old[guard.NAME], total, norm)
+  kept = jax.tree.map(
+    lambda a, b: jnp.where(applied, a, b),
+    {k: new[k] for k in ('params', 'opt_state')},
+    {k: old[k] for k in ('params', 'opt_state')},
+  )
+  # A sum that is not finite would stay in every mean that it enters.
+  counted = jax.tree.map(lambda x: jnp.where(applied, x, 0), metrics)
+  counted |= guard.metrics(history, total / jnp.where(count > 0, count, 1), norm)
+  return {**new, **kept, guard.NAME: history}, counted
 
 
 def make_eval_step(
