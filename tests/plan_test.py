@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -296,6 +297,16 @@ def test_what_moves_between_chips(topology, mesh, monkeypatch):
       assert c.bytes < table_bytes / 2, c  # no gradient of a table is summed whole
   attention = {k.name for k in step.kernels if 'splash' in k.name}
   assert any('fwd' in name for name in attention) and any('dkv' in n for n in attention)
+
+
+def test_the_peak_is_the_compilers_but_for_a_cpus():
+  """A TPU's may be less than the block of its temporaries, in which others lie, too."""
+  stats = types.SimpleNamespace(
+    argument_size_in_bytes=7, temp_size_in_bytes=24, peak_memory_in_bytes=23
+  )
+  compiled = types.SimpleNamespace(memory_analysis=lambda: stats)
+  assert prediction.peak(compiled, 'TPU v5') == 23
+  assert prediction.peak(compiled, 'cpu') == 31
 
 
 @pytest.mark.slow

@@ -80,7 +80,8 @@ def _compiled(part: Part, layout: sharding.Layout) -> float:
   with jax.default_device(layout.devices.flat[0]):
     lowered = part.lower()
   needed, compiled = prediction.compile_or_measure(lowered)
-  peak = needed[0] if compiled is None else prediction.peak(compiled)
+  kind = layout.device_kind
+  peak = needed[0] if compiled is None else prediction.peak(compiled, kind)
   # What it is given twice is there once.
   return peak - shapes.local_bytes(part.arguments) + shapes.local_bytes(part.own)
 

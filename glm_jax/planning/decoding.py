@@ -108,7 +108,7 @@ def predict(
   if compiled is None:
     peak, limit = needed
   else:
-    peak = prediction.peak(compiled)
+    peak = prediction.peak(compiled, layout.device_kind)
     if chip and chip.clock_hz:
       step = hlo.read(token.compile().as_text())
       predicted = estimate.estimate(step, chip).step_seconds

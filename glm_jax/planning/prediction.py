@@ -246,7 +246,7 @@ def predict(
     memory |= {
       'arguments': stats.argument_size_in_bytes,
       'temporaries': stats.temp_size_in_bytes,
-      'peak': peak(compiled),
+      'peak': peak(compiled, layout.device_kind),
     }
     if chip:
       step = hlo.read(compiled.as_text())
@@ -269,11 +269,16 @@ def predict(
   )
 
 
-def peak(compiled: Any) -> int:
-  """Bytes of a device when its memory is fullest, arguments included."""
+def peak(compiled: Any, device_kind: str) -> int:
+  """Bytes of a device when its memory is fullest, arguments included.
+
+  Args:
+    compiled: a program.
+    device_kind: that it was compiled for. A CPU's compiler leaves temporaries out of its
+      peak; a TPU's peak may be less than the block that it sets aside for temporaries.
+  """
   stats = compiled.memory_analysis()
-  if stats.peak_memory_in_bytes < stats.temp_size_in_bytes:
-    # A CPU's compiler leaves temporaries out.
+  if device_kind == 'cpu':
     return stats.argument_size_in_bytes + stats.temp_size_in_bytes
   return stats.peak_memory_in_bytes
 
