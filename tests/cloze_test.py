@@ -21,7 +21,7 @@ from glm_jax.recipes import cloze
 from glm_jax.text.vocabulary import ByteVocabulary
 from glm_jax.training import writer
 
-LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix')
+LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix', 'adapet')
 
 
 @pytest.fixture(scope='module')
@@ -121,6 +121,26 @@ def test_words_of_one_token_and_the_classifier_are_the_originals(golden):
   assert metrics['accuracy'] == (100 * right, 2)
 
 
+@pytest.mark.parametrize('right', range(3))
+def test_adapet_of_the_originals_scores_is_the_originals(golden, right):
+  """By the sentences of THUDM/GLM finetune_glm.py, --adapet, on scores that it gave."""
+  scores = golden[0]['mc/score_softmax'].astype('f8')
+  label_mask = np.ones_like(scores)
+  label_mask[:, right] = -1.0
+  theirs = (scores * label_mask).sum() / len(scores)
+  # The right one comes first here.
+  order = [right, *(i for i in range(3) if i != right)]
+  made = cloze.of_scores('adapet', jnp.asarray(scores[:, order]), jnp.ones((2, 3), bool))
+  np.testing.assert_allclose(made.mean(), theirs, atol=2e-5)
+
+
+def test_adapet_raises_the_right_candidate_and_lowers_each_of_the_others():
+  there = jnp.array([[True, True, True, False], [True, True, False, False]])
+  scores = jax.random.normal(jax.random.key(0), there.shape)
+  slope = jax.grad(lambda s: cloze.of_scores('adapet', s, there).sum())(scores)
+  np.testing.assert_array_equal(slope, [[-1, 1, 1, 0], [-1, 1, 0, 0]])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', LOSSES)
 def test_losses_and_gradients_are_those_of_separate_rows(golden, kind):
@@ -142,6 +162,8 @@ def test_losses_and_gradients_are_those_of_separate_rows(golden, kind):
       return entropy
     if kind == 'hinge':
       return jnp.maximum(1 + scores - scores[:, :1], 0).sum(1).mean() - 1
+    if kind == 'adapet':
+      return (scores * jnp.array([-1.0, 1, 1])).sum() / B
     return -scores[:, 0].mean() + (entropy if kind == 'mix' else 0)
 
   def ours(params, chunks):
@@ -164,7 +186,7 @@ def test_an_empty_row_and_a_missing_candidate_count_for_nothing(golden):
   batch = _of_mc(arrays)
   empty = lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])])
   longer = Batch(*(x if x is None else empty(x) for x in batch))
-  for kind in ('hinge', 'mix'):
+  for kind in ('hinge', 'mix', 'adapet'):
     loss = cloze.candidates_loss(model, kind, 8)
     of = lambda params, batch: loss({'params': params}, batch, None)
     before, _ = jax.jit(of)(params, batch)

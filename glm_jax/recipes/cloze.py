@@ -34,7 +34,7 @@ from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossFn, applied, chunked_cross_entropy, cross_entropy
 
 _TASK = 'glm_cloze'
-_LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix')
+_LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix', 'adapet')
 # Tokens of a document without which there is nothing to read.
 _LEAST = 16
 _CLASSIFIER = 'classifier'
@@ -59,7 +59,8 @@ class Cloze(Pretraining):
     benchmark: a name in `glm_jax.evaluation.patterns.PATTERNS`.
     candidates_loss: of the candidates' log-probabilities s, of which y is right:
       'cross_entropy', -log softmax(s)[y]; 'hinge', the sum of max(0, 1 + s_j - s_y);
-      'generative', -s_y; 'mix', the first and the third. '' for the benchmark's own.
+      'generative', -s_y; 'mix', the first and the third; 'adapet', s_j summed over the
+      others, less s_y, which has no least value. '' for the benchmark's own.
     classifier: classify what is read at the blank by a head of its own instead.
     dropout: of what it reads.
     negatives: most wrong candidates in a row, drawn by the run's seed; 0 for all, None for
@@ -310,7 +311,7 @@ def of_scores(kind: str, scores_BN: jax.Array, there_BN: jax.Array) -> jax.Array
     >>> scores = jnp.log(jnp.array([[0.5, 0.25, 1.0]]))
     >>> there = jnp.array([[True, True, False]])
     >>> [round(float(of_scores(kind, scores, there)[0]), 4) for kind in _LOSSES]
-    [0.4055, 0.3069, 0.6931, 1.0986]
+    [0.4055, 0.3069, 0.6931, 1.0986, -0.6931]
   """
   right = scores_BN[:, 0]
   others = jnp.where(there_BN, scores_BN, -jnp.inf)
@@ -322,6 +323,9 @@ def of_scores(kind: str, scores_BN: jax.Array, there_BN: jax.Array) -> jax.Array
   if kind == 'hinge':
     margins = jnp.maximum(0, 1 + scores_BN - right[:, None])
     return jnp.where(there_BN, margins, 0)[:, 1:].sum(1)
+  if kind == 'adapet':
+    # finetune_glm.py of THUDM/GLM, --adapet: each candidate by itself, up or down.
+    return jnp.where(there_BN, scores_BN, 0)[:, 1:].sum(1) - right
   return -right + entropy * (kind == 'mix')
 
 
