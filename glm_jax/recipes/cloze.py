@@ -63,8 +63,9 @@ class Cloze(Pretraining):
       others, less s_y, which has no least value. '' for the benchmark's own.
     classifier: classify what is read at the blank by a head of its own instead.
     dropout: of what it reads.
-    negatives: most wrong candidates in a row, drawn by the run's seed; 0 for all, None for
-      the benchmark's own number.
+    negatives: most wrong candidates in a row, drawn anew whenever its example comes round,
+      as a function of the run's seed and the example's number; 0 for all, None for the
+      benchmark's own number. Metrics of what is held out are of all candidates.
     shots: examples that are learnt from, drawn by the run's seed; 0 for all.
   """
 
@@ -135,12 +136,8 @@ class Cloze(Pretraining):
       )
       order = rng.permutation(len(splits['train']))[: self.shots]
       splits['train'] = [splits['train'][i] for i in order]
-    # What is held out is the same for every seed.
-    draws = {'train': rng, 'validation': np.random.default_rng(0)}
     learnt = {
-      split: [
-        (where, self._drawn(example, where, draws[split])) for where, example in pairs
-      ]
+      split: [(where, self._ordered(example, where)) for where, example in pairs]
       for split, pairs in splits.items()
     }
     counts = [len(e.candidates) for pairs in learnt.values() for _, e in pairs]
@@ -151,7 +148,9 @@ class Cloze(Pretraining):
         f'{sorted({*counts})[:5]} candidates in {self.benchmark}',
         'set Cloze.classifier=False',
       )
+    negatives = self.pattern.negatives if self.negatives is None else self.negatives
     most = 1 if self.classifier else max(counts, default=1)
+    most = min(most, negatives + 1) if negatives else most
     room = (self.length + 1) // most - 1
     configs.check(
       room >= _LEAST,
@@ -163,11 +162,12 @@ class Cloze(Pretraining):
     prepared = prepare_cloze.prepare_clozes(
       self.task,
       {
-        split: [self._documents(asker, example, where) for where, example in pairs]
+        split: [self._pieces(asker, example, where) for where, example in pairs]
         for split, pairs in learnt.items()
       },
       vocabulary,
       length=self.length,
+      negatives=negatives,
       cache_dir=self.corpus.cache_dir,
       corpus=self.corpus.corpus,
       causal=config.model.causal,
@@ -184,6 +184,7 @@ class Cloze(Pretraining):
       benchmark=self.benchmark,
       candidates_loss=self.candidates_loss or self.pattern.loss,
       classifier=self.classifier,
+      negatives=negatives,
     )
     data.judged = []
     if not self.classifier:
@@ -194,11 +195,10 @@ class Cloze(Pretraining):
       ]
     return data
 
-  def _drawn(self, example: Example, where: str, rng: np.random.Generator) -> Example:
-    """The right candidate first, and as many wrong ones as there may be."""
+  def _ordered(self, example: Example, where: str) -> Example:
+    """The right candidate first, and all wrong ones."""
     if self.classifier:
       return example
-    negatives = self.pattern.negatives if self.negatives is None else self.negatives
     configs.check(
       bool(example.right),
       f'{where}: an example must have a right candidate',
@@ -206,15 +206,13 @@ class Cloze(Pretraining):
       'mend',
     )
     others = [i for i in range(len(example.candidates)) if i not in example.right]
-    if 0 < negatives < len(others):
-      others = sorted(rng.permutation(others)[:negatives].tolist())
     chosen = [example.candidates[i] for i in (example.right[0], *others)]
     return dataclasses.replace(example, candidates=chosen, right=(0,))
 
-  def _documents(
+  def _pieces(
     self, asker: Asker, example: Example, where: str
   ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pieces of a row: what is read, and each candidate behind it."""
+    """What is read, and each candidate behind it."""
     config, v = asker.config, asker.vocabulary
     ids = clozes.encode(asker, example, where)
     spans, ends, behind = ids.spans(config.causal), ids.ends, []
@@ -226,9 +224,17 @@ class Cloze(Pretraining):
     else:
       part_a = [*ids.before, v.control[asker.mask()], *ids.behind]
       context = [*asking.around(v, part_a), v.specials.sop]
+    configs.check(
+      bool(context),
+      f'{where}: a causal model must read something before it fills a blank',
+      'none',
+      'give a pattern in which text precedes it',
+    )
     end = [v.specials.eop] * ends
-    documents = [np.array([*context, *span, *end]) for span in spans]
-    return [(tokens, np.arange(len(tokens)) >= len(context)) for tokens in documents]
+    spans = [np.array([*span, *end]) for span in spans]
+    read = np.array(context)
+    scored = [np.ones(len(span), bool) for span in spans]
+    return [(read, np.zeros(len(read), bool)), *zip(spans, scored, strict=True)]
 
   def leaves(self, config: TrainConfig) -> dict[str, Callable[[jax.Array], Any]]:
     if not self.classifier:
