@@ -144,7 +144,7 @@ def _flags() -> argparse.ArgumentParser:
     metavar='NAME',
     help='perplexity, lambada and blanks: a .txt or a .jsonl with {"text"}; mmlu, ceval '
     'and cmmlu: a folder of csv files; answers: a .jsonl with {"prompt", "answer"}; or a '
-    'cloze, such as boolq: the folder of the benchmark',
+    'cloze, such as boolq, or cmrc: the folder of the benchmark',
   )
   flags.add_argument('--input', required=True, metavar='PATH', help='what --task reads')
   flags.add_argument(

@@ -13,6 +13,7 @@ from foreign import arrays_of, imported
 
 from glm_jax import models
 from glm_jax.batch import Batch
+from glm_jax.configs import UserError
 from glm_jax.evaluation import cloze as clozes
 from glm_jax.evaluation.patterns import PATTERNS, Short
 from glm_jax.evaluation.task import Asker
@@ -300,6 +301,23 @@ LINES = {
     ['否', '是'],
     [1],
   ),
+  'cmrc': (
+    {
+      'data': [
+        {
+          'paragraphs': [
+            {
+              'context': '狐狸跑了。',
+              'qas': [{'id': 'A_1', 'question': '谁跑了？', 'answers': [{'text': '狐狸'}]}],
+            }
+          ]
+        }
+      ]
+    },
+    '狐狸跑了。请问，谁跑了？[MASK]。',
+    ['狐狸'],
+    [0],
+  ),
 }
 
 
@@ -353,6 +371,53 @@ def test_metrics_are_as_published():
   ]
   assert clozes.word_f1(made) == pytest.approx(100 * (0.8 + 1 + 0) / 3)
   assert clozes.word_exact_match(made) == pytest.approx(100 / 3)
+
+
+def test_answers_in_chinese_are_compared_as_cmrc_does():
+  # By hand, from the trial split and the sentences of cmrc2018_evaluate.py.
+  trial = [
+    # A unit more: 3 of 4 and 3 of 3.
+    ('4分钟内', ['4分钟'], 6 / 7, 0),
+    # Six characters of sixteen: marks do not count.
+    ('经典、热血、狙击', ['可选择经典、热血、狙击等模式进行游戏。'], 12 / 22, 0),
+    # The longest run alone counts: 1 of 3 and 1 of 2.
+    ('踢了爆', ['踢爆'], 2 / 5, 0),
+    # The nearest of the answers, and a number is one word.
+    ('0.304平方公里', ['约0.304平方公里。', '0.304平方公里。'], 1, 1),
+    ('Queen Sirikit', ['「Queen Sirikit Park」'], 4 / 5, 0),
+    ('鹅', ['踢爆'], 0, 0),
+    ('', ['踢爆'], 0, 0),
+  ]
+  for said, answers, f1, exact in trial:
+    record = [{'answer': said, 'answers': answers}]
+    assert clozes.character_f1(record) == pytest.approx(100 * f1), said
+    assert clozes.character_exact_match(record) == 100 * exact, said
+  records = [{'answer': said, 'answers': answers} for said, answers, *_ in trial]
+  mean = 100 * np.mean([f1 for *_, f1, _ in trial])
+  assert clozes.character_f1(records) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize('family', ['glm', 'chatglm2'])
+def test_a_question_that_is_generated_keeps_room_for_its_answer(family):
+  line = LINES['cmrc'][0]
+  [example] = PATTERNS['cmrc'].read(line, 'here')
+  sizes = dict(num_layers=1, hidden_size=8, num_heads=1, vocab_size=384)
+  config = GLMConfig(**sizes, max_positions=128)
+  if family == 'chatglm2':
+    config = stored.FAMILIES['chatglm2']
+  asker = Asker(config, ByteVocabulary())
+  prompt = clozes.asked(asker, example, 'here', '[MASK]', 16).prompt
+  blank = '' if config.causal else '[MASK]。'
+  assert prompt == f'狐狸跑了。请问，谁跑了？{blank}' and asker.cut == 0
+  size = len(prompt.replace('[MASK]', '').encode()) + len(asker.opened('[MASK]')) + 16
+  for less, context in ((0, '狐狸跑了。'), (1, '狐狸跑了'), (7, '狐狸'), (15, '')):
+    asker.length = size - less
+    prompt = clozes.asked(asker, example, 'here', '[MASK]', 16).prompt
+    assert prompt == f'{context}请问，谁跑了？{blank}'
+  assert asker.cut == 3
+  asker.length = size - 16
+  with pytest.raises(UserError, match='a question must fit'):
+    clozes.asked(asker, example, 'here', '[MASK]', 16)
 
 
 def _line(rng):
@@ -468,6 +533,40 @@ def test_a_classifier_few_shots_and_negatives(place):
   assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('base', ['base', 'causal'])
+def test_answers_without_candidates_are_learnt_and_generated(place, base):
+  asked = [
+    {'id': str(i), 'question': f'{c}？', 'answers': [{'text': c}]}
+    for i, c in enumerate('abcdefgh')
+  ]
+  content = {'data': [{'paragraphs': [{'context': '问', 'qas': asked}]}]}
+  (place / 'cmrc').mkdir(exist_ok=True)
+  for split in ('train', 'dev'):
+    (place / 'cmrc' / f'{split}.json').write_text(json.dumps(content, indent=1))
+  how = (
+    'TRAIN_STEPS=150',
+    'OptimizerConfig.learning_rate=1e-2',
+    'EvaluationConfig.every=75',
+    "TASK_FEATURE_LENGTHS={'tokens': 64}",
+    "CheckpointConfig.best_metric='loss'",
+    "CheckpointConfig.best_mode='min'",
+  )
+  done = _train(place, *how, run=f'cmrc_{base}', data='cmrc', base=base)
+  assert done.returncode == 0, done.stderr
+  done = in_process(
+    'evaluate',
+    f'--checkpoint={place}/cmrc_{base}',
+    '--task=cmrc',
+    f'--input={place}/cmrc',
+    f'--output={place}/cmrc_{base}.jsonl',
+    '--max_new_tokens=8',
+  )
+  assert done.returncode == 0, done.stderr
+  [line] = json.loads((place / f'cmrc_{base}.json').read_text())['table']
+  assert line['examples'] == 8 and line['character_exact_match'] > 80, done.stdout
+
+
 OWN = """
 from glm_jax.evaluation.patterns import BLANK, ClozePattern, Short, chosen, register
 
@@ -518,6 +617,9 @@ REFUSED = [
     ['must fit 29 tokens without its shortenable parts'],
   ),
   (("Cloze.candidates_loss='x'",), 'boolq', ['Cloze.candidates_loss must be one of']),
+  (("Cloze.candidates_loss='mix'",), 'cmrc', ["the loss 'generative'"]),
+  (("BENCHMARK='cmrc'",), 'list', ['must be an object with the fields']),
+  (("BENCHMARK='cmrc'",), 'half', ['must be JSON']),
   (('BATCH_SIZE=128',), 'boolq', ['must hold the rows of one global batch']),
 ]
 
@@ -527,6 +629,10 @@ def test_what_cannot_be_learnt_is_refused(place, bindings, data, words):
   for split in ('train', 'val'):
     _write(place / 'label' / f'{split}.jsonl', [{**LINES['boolq'][0], 'label': 'maybe'}])
     _write(place / 'empty' / f'{split}.jsonl', [{**LINES['copa'][0], 'choice1': '.'}])
+    _write(place / 'list' / f'{split}.json', [[]])
+    _write(place / 'cmrc' / f'{split}.json', [LINES['cmrc'][0]])
+    (place / 'half').mkdir(exist_ok=True)
+    (place / 'half' / f'{split}.json').write_text('{"data": [')
     _write(place / 'wsc' / f'{split}.jsonl', [LINES['wsc_words'][0]])
   words = [word.replace('label.jsonl', 'train.jsonl:1') for word in words]
   before = snapshot(place)

@@ -140,6 +140,15 @@ class Cloze(Pretraining):
       split: [(where, self._ordered(example, where)) for where, example in pairs]
       for split, pairs in splits.items()
     }
+    generated = any(example.generated for _, example in splits['train'])
+    kind = self.candidates_loss or self.pattern.loss
+    configs.check(
+      not generated or (kind == 'generative' and not self.classifier),
+      f'{self.benchmark} has answers without candidates, which are learnt by the loss '
+      "'generative'",
+      'a classifier' if self.classifier else repr(kind),
+      'leave Cloze.candidates_loss and Cloze.classifier as they are',
+    )
     counts = [len(e.candidates) for pairs in learnt.values() for _, e in pairs]
     if self.classifier:
       configs.check(
@@ -182,7 +191,7 @@ class Cloze(Pretraining):
       layout,
       prepared,
       benchmark=self.benchmark,
-      candidates_loss=self.candidates_loss or self.pattern.loss,
+      candidates_loss=kind,
       classifier=self.classifier,
       negatives=negatives,
     )
@@ -192,6 +201,7 @@ class Cloze(Pretraining):
       data.judged = [
         clozes.item(asker, example, where, asker.mask())
         for where, example in splits['validation'][:most]
+        if not example.generated
       ]
     return data
 
@@ -230,7 +240,7 @@ class Cloze(Pretraining):
       'none',
       'give a pattern in which text precedes it',
     )
-    end = [v.specials.eop] * ends
+    end = [v.specials.eos if config.causal else v.specials.eop] * ends
     spans = [np.array([*span, *end]) for span in spans]
     read = np.array(context)
     scored = [np.ones(len(span), bool) for span in spans]
