@@ -23,27 +23,24 @@ from glm_jax.inference.candidates import Said
 _FILES = {'train': ('train',), 'val': ('val', 'dev')}
 _ENDINGS = ('.jsonl', '.json')
 
+Lines = Callable[[str], Iterator[tuple[str, Mapping[str, Any]]]]
+"""(where it stands, line) of each example of a split, 'train' or 'val'."""
+
 
 def examples(
-  path: Path, pattern: ClozePattern, split: str
+  source: Path | Lines, pattern: ClozePattern, split: str
 ) -> Iterator[tuple[str, Example]]:
-  """(where it stands, example) of a split of a folder.
+  """(where it stands, example) of a split.
+
+  Args:
+    source: the folder of a benchmark, or what reads its lines.
+    pattern: of it.
+    split: 'train', 'val', or as a file of the folder is named.
 
   Raises:
     UserError: no such file, or a line that is of another benchmark.
   """
-  names = [f'{name}{end}' for name in _FILES.get(split, (split,)) for end in _ENDINGS]
-  file = next((path / name for name in names if (path / name).is_file()), None)
-  configs.check(
-    file is not None,
-    f'{pattern.name} must be a folder that holds one of {names}',
-    repr(str(path)),
-    'give that folder',
-  )
-  read = lines(file, pattern.fields, endings=_ENDINGS)
-  if pattern.is_document:
-    read = [_document(file, pattern.fields)]
-  for where, line in read:
+  for where, line in _lines(source, pattern, split):
     try:
       found = [*pattern.read(line, where)]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -59,6 +56,32 @@ def examples(
         'mend it',
       )
       yield where, example
+
+
+def _lines(source: Path | Lines, pattern: ClozePattern, split: str) -> Iterator[Any]:
+  if not isinstance(source, Path):
+    for where, line in source(split):
+      missing = [name for name in pattern.fields if name not in line]
+      configs.check(
+        not missing,
+        f'{where} must have the fields {[*pattern.fields]}',
+        f'{[*line]}',
+        f'give the data set of {pattern.name}',
+      )
+      yield where, line
+    return
+  names = [f'{name}{end}' for name in _FILES.get(split, (split,)) for end in _ENDINGS]
+  file = next((source / name for name in names if (source / name).is_file()), None)
+  configs.check(
+    file is not None,
+    f'{pattern.name} must be a folder that holds one of {names}',
+    repr(str(source)),
+    'give that folder',
+  )
+  if pattern.is_document:
+    yield _document(file, pattern.fields)
+  else:
+    yield from lines(file, pattern.fields, endings=_ENDINGS)
 
 
 def _document(file: Path, fields: Sequence[str]) -> tuple[str, Any]:
@@ -151,9 +174,9 @@ class PatternTask(Task):
   def __init__(self, pattern: ClozePattern):
     self.name, self.pattern = pattern.name, pattern
 
-  def items(self, path: Path, asker: Asker, options: Options) -> Iterator[Item]:
+  def items(self, source: Path | Lines, asker: Asker, options: Options) -> Iterator[Item]:
     mask = options.mask or asker.mask(BLANK)
-    for where, example in examples(path, self.pattern, options.split or 'val'):
+    for where, example in examples(source, self.pattern, options.split or 'val'):
       if example.generated:
         yield asked(asker, example, where, mask, options.max_new_tokens)
       else:

@@ -52,9 +52,10 @@ class ClozeData(TaskData):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cloze(Pretraining):
-  """A pattern over the folder of a benchmark.
+  """A pattern over a benchmark.
 
-  Attributes, besides those of `Pretraining`, whose `corpus` names the folder:
+  Attributes, besides those of `Pretraining`, whose `corpus` names its folder, or its data
+  set in TFDS, 'tfds:super_glue/boolq':
     task: 'glm_cloze'.
     benchmark: a name in `glm_jax.evaluation.patterns.PATTERNS`.
     candidates_loss: of the candidates' log-probabilities s, of which y is right:
@@ -84,6 +85,14 @@ class Cloze(Pretraining):
   @property
   def pattern(self) -> Any:
     return PATTERNS[self.benchmark]
+
+  @property
+  def _source(self) -> Any:
+    """The folder, or what reads a data set."""
+    from glm_jax.data.corpora import super_glue
+
+    is_data_set = self.corpus.corpus.startswith(super_glue.PREFIX)
+    return super_glue.lines(self.corpus) if is_data_set else Path(self.corpus.corpus)
 
   def own_vocabulary(self) -> Vocabulary:
     configs.check(
@@ -120,9 +129,8 @@ class Cloze(Pretraining):
     from glm_jax.data import prepare_cloze
 
     vocabulary = vocabulary or self.own_vocabulary()
-    folder = Path(self.corpus.corpus)
     splits = {
-      split: [*clozes.examples(folder, self.pattern, name)]
+      split: [*clozes.examples(self._source, self.pattern, name)]
       for split, name in (('train', 'train'), ('validation', 'val'))
     }
     rng = np.random.default_rng(config.seed)
@@ -251,7 +259,7 @@ class Cloze(Pretraining):
       return {}
     D, std = config.model.hidden_size, config.model.init_std
     # All examples have as many labels: `prepare` looks at them.
-    examples = clozes.examples(Path(self.corpus.corpus), self.pattern, 'train')
+    examples = clozes.examples(self._source, self.pattern, 'train')
     labels = max(
       (len(example.candidates) for _, example in itertools.islice(examples, 1)), default=2
     )
