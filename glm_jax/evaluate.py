@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
   startup.find_devices()
   source = opening.find(flags.checkpoint, flags.adapters)
   asker = Asker(source.config, source.vocabulary, options.length)
-  items = [*task.items(Path(flags.input), asker, options)]
+  items = [*task.items(_source(flags, task), asker, options)]
   items = items[: options.limit or None]
   configs.check(bool(items), f'{flags.input} must hold an example', 'none', 'give another')
   identity = _identity(source, items, flags, options)
@@ -69,6 +69,24 @@ def main(argv: Sequence[str]) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2) + '\n'
     path.write_text(text, encoding='utf-8')
     print(f'{output}, {path}')
+
+
+def _source(flags: argparse.Namespace, task: Any) -> Any:
+  """A path, or what reads a data set of TFDS."""
+  if not flags.input.startswith('tfds:'):
+    return Path(flags.input)
+  from glm_jax.data.corpora import super_glue
+  from glm_jax.data.corpora.config import CorpusConfig
+  from glm_jax.evaluation import PatternTask
+
+  configs.check(
+    isinstance(task, PatternTask),
+    '--input=tfds:NAME must be asked as a cloze',
+    f'--task={task.name}',
+    'give a file or a folder, or a --task such as boolq',
+  )
+  corpus = CorpusConfig(corpus=flags.input, tfds_data_dir=flags.tfds_data_dir)
+  return super_glue.lines(corpus)
 
 
 def _kept(
@@ -144,9 +162,15 @@ def _flags() -> argparse.ArgumentParser:
     metavar='NAME',
     help='perplexity, lambada and blanks: a .txt or a .jsonl with {"text"}; mmlu, ceval '
     'and cmmlu: a folder of csv files; answers: a .jsonl with {"prompt", "answer"}; or a '
-    'cloze, such as boolq: the folder of the benchmark',
+    'cloze, such as boolq, or cmrc: the folder of the benchmark, or tfds:super_glue/boolq',
   )
   flags.add_argument('--input', required=True, metavar='PATH', help='what --task reads')
+  flags.add_argument(
+    '--tfds_data_dir',
+    default='',
+    metavar='DIR',
+    help="where data sets of TFDS are (TFDS's own default)",
+  )
   flags.add_argument(
     '--output',
     metavar='FILE',

@@ -10,9 +10,11 @@ import pytest
 import stored
 from commands import ROOT, gin, in_process, refused, snapshot
 from foreign import arrays_of, imported
+from published import LINES
 
 from glm_jax import models
 from glm_jax.batch import Batch
+from glm_jax.configs import UserError
 from glm_jax.evaluation import cloze as clozes
 from glm_jax.evaluation.patterns import PATTERNS, Short
 from glm_jax.evaluation.task import Asker
@@ -21,7 +23,7 @@ from glm_jax.recipes import cloze
 from glm_jax.text.vocabulary import ByteVocabulary
 from glm_jax.training import writer
 
-LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix')
+LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix', 'adapet')
 
 
 @pytest.fixture(scope='module')
@@ -121,6 +123,26 @@ def test_words_of_one_token_and_the_classifier_are_the_originals(golden):
   assert metrics['accuracy'] == (100 * right, 2)
 
 
+@pytest.mark.parametrize('right', range(3))
+def test_adapet_of_the_originals_scores_is_the_originals(golden, right):
+  """By the sentences of THUDM/GLM finetune_glm.py, --adapet, on scores that it gave."""
+  scores = golden[0]['mc/score_softmax'].astype('f8')
+  label_mask = np.ones_like(scores)
+  label_mask[:, right] = -1.0
+  theirs = (scores * label_mask).sum() / len(scores)
+  # The right one comes first here.
+  order = [right, *(i for i in range(3) if i != right)]
+  made = cloze.of_scores('adapet', jnp.asarray(scores[:, order]), jnp.ones((2, 3), bool))
+  np.testing.assert_allclose(made.mean(), theirs, atol=2e-5)
+
+
+def test_adapet_raises_the_right_candidate_and_lowers_each_of_the_others():
+  there = jnp.array([[True, True, True, False], [True, True, False, False]])
+  scores = jax.random.normal(jax.random.key(0), there.shape)
+  slope = jax.grad(lambda s: cloze.of_scores('adapet', s, there).sum())(scores)
+  np.testing.assert_array_equal(slope, [[-1, 1, 1, 0], [-1, 1, 0, 0]])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', LOSSES)
 def test_losses_and_gradients_are_those_of_separate_rows(golden, kind):
@@ -142,6 +164,8 @@ def test_losses_and_gradients_are_those_of_separate_rows(golden, kind):
       return entropy
     if kind == 'hinge':
       return jnp.maximum(1 + scores - scores[:, :1], 0).sum(1).mean() - 1
+    if kind == 'adapet':
+      return (scores * jnp.array([-1.0, 1, 1])).sum() / B
     return -scores[:, 0].mean() + (entropy if kind == 'mix' else 0)
 
   def ours(params, chunks):
@@ -164,7 +188,7 @@ def test_an_empty_row_and_a_missing_candidate_count_for_nothing(golden):
   batch = _of_mc(arrays)
   empty = lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])])
   longer = Batch(*(x if x is None else empty(x) for x in batch))
-  for kind in ('hinge', 'mix'):
+  for kind in ('hinge', 'mix', 'adapet'):
     loss = cloze.candidates_loss(model, kind, 8)
     of = lambda params, batch: loss({'params': params}, batch, None)
     before, _ = jax.jit(of)(params, batch)
@@ -174,111 +198,6 @@ def test_an_empty_row_and_a_missing_candidate_count_for_nothing(golden):
     np.testing.assert_allclose(before, after, rtol=1e-6)
     assert metrics['loss'][1] == 2
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
-
-
-SPANS = {'span1_text': 'Mark', 'span1_index': 0, 'span2_text': 'He', 'span2_index': 3}
-LINES = {
-  'copa': (
-    {
-      'premise': 'The man fell.',
-      'choice1': 'He slipped.',
-      'choice2': 'It rained.',
-      'question': 'cause',
-      'label': 1,
-    },
-    '"he slipped" or "it rained"? The man fell because[MASK].',
-    [' he slipped', ' it rained'],
-    [1],
-  ),
-  'wsc': (
-    {
-      'text': 'Mark saw Pete. He ran.',
-      'target': SPANS,
-      'label': True,
-      'candidates': ['Pete'],
-    },
-    "Mark saw Pete. *He* ran. Question: In the passage above, what does the pronoun '*He*' "
-    'refer to? Answer:[MASK].',
-    [' Mark', ' Pete'],
-    [0],
-  ),
-  'wsc_words': (
-    {'text': 'Mark saw Pete. He ran.', 'target': SPANS, 'label': False},
-    "Mark saw Pete. *He* ran. Question: In the passage above, does the pronoun '*He*' "
-    'refer to Mark? Answer:[MASK].',
-    [' No', ' Yes'],
-    [0],
-  ),
-  'rte': (
-    {'premise': 'A fox ran.', 'hypothesis': 'It ran.', 'label': 'entailment'},
-    '"It ran" ?[MASK], "A fox ran."',
-    [' No', ' Yes'],
-    [1],
-  ),
-  'cb': (
-    {'premise': 'A fox ran.', 'hypothesis': 'It ran.', 'label': 'neutral'},
-    'It ran?[MASK]. A fox ran.',
-    [' No', ' Yes', ' Maybe'],
-    [2],
-  ),
-  'boolq': (
-    {'question': 'is it', 'passage': 'It is.', 'label': True},
-    'Based on the following passage  is it?[MASK]. It is.',
-    [' No', ' Yes'],
-    [1],
-  ),
-  'multirc': (
-    {
-      'passage': {
-        'text': 'It is red.',
-        'questions': [{'question': 'What?', 'answers': [{'text': 'red', 'label': 1}]}],
-      }
-    },
-    'It is red. Question: What? Is it red?[MASK].',
-    [' No', ' Yes'],
-    [1],
-  ),
-  'wic': (
-    {'word': 'run', 'sentence1': 'I run.', 'sentence2': 'A run.', 'label': False},
-    'I run. A run. Does run have the same meaning in both sentences?[MASK]',
-    [' No', ' Yes'],
-    [0],
-  ),
-  'record': (
-    {
-      'passage': {
-        'text': 'Ann met Bob. Ann left.',
-        'entities': [
-          {'start': 0, 'end': 2},
-          {'start': 8, 'end': 10},
-          {'start': 13, 'end': 15},
-        ],
-      },
-      'qas': [{'query': 'Then @placeholder left.', 'answers': [{'text': 'Ann'}]}],
-    },
-    'Ann met Bob. Ann left. Then[MASK] left.',
-    [' Ann', ' Bob'],
-    [0],
-  ),
-  'tnews': (
-    {'sentence': '股价上涨', 'label': '114', 'label_desc': 'news_stock'},
-    '股价上涨，这是一条关于[MASK]的新闻。',
-    None,
-    [12],
-  ),
-  'afqmc': (
-    {'sentence1': '甲', 'sentence2': '乙', 'label': '0'},
-    '“甲”和“乙”意思相同吗？[MASK]。',
-    ['否', '是'],
-    [0],
-  ),
-  'cluewsc': (
-    {'text': '他跑了。', 'target': SPANS, 'label': 'true'},
-    '他跑了。其中“He”指的是“Mark”吗？[MASK]。',
-    ['否', '是'],
-    [1],
-  ),
-}
 
 
 @pytest.mark.parametrize('name', PATTERNS)
@@ -331,6 +250,53 @@ def test_metrics_are_as_published():
   ]
   assert clozes.word_f1(made) == pytest.approx(100 * (0.8 + 1 + 0) / 3)
   assert clozes.word_exact_match(made) == pytest.approx(100 / 3)
+
+
+def test_answers_in_chinese_are_compared_as_cmrc_does():
+  # By hand, from the trial split and the sentences of cmrc2018_evaluate.py.
+  trial = [
+    # A unit more: 3 of 4 and 3 of 3.
+    ('4分钟内', ['4分钟'], 6 / 7, 0),
+    # Six characters of sixteen: marks do not count.
+    ('经典、热血、狙击', ['可选择经典、热血、狙击等模式进行游戏。'], 12 / 22, 0),
+    # The longest run alone counts: 1 of 3 and 1 of 2.
+    ('踢了爆', ['踢爆'], 2 / 5, 0),
+    # The nearest of the answers, and a number is one word.
+    ('0.304平方公里', ['约0.304平方公里。', '0.304平方公里。'], 1, 1),
+    ('Queen Sirikit', ['「Queen Sirikit Park」'], 4 / 5, 0),
+    ('鹅', ['踢爆'], 0, 0),
+    ('', ['踢爆'], 0, 0),
+  ]
+  for said, answers, f1, exact in trial:
+    record = [{'answer': said, 'answers': answers}]
+    assert clozes.character_f1(record) == pytest.approx(100 * f1), said
+    assert clozes.character_exact_match(record) == 100 * exact, said
+  records = [{'answer': said, 'answers': answers} for said, answers, *_ in trial]
+  mean = 100 * np.mean([f1 for *_, f1, _ in trial])
+  assert clozes.character_f1(records) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize('family', ['glm', 'chatglm2'])
+def test_a_question_that_is_generated_keeps_room_for_its_answer(family):
+  line = LINES['cmrc'][0]
+  [example] = PATTERNS['cmrc'].read(line, 'here')
+  sizes = dict(num_layers=1, hidden_size=8, num_heads=1, vocab_size=384)
+  config = GLMConfig(**sizes, max_positions=128)
+  if family == 'chatglm2':
+    config = stored.FAMILIES['chatglm2']
+  asker = Asker(config, ByteVocabulary())
+  prompt = clozes.asked(asker, example, 'here', '[MASK]', 16).prompt
+  blank = '' if config.causal else '[MASK]。'
+  assert prompt == f'狐狸跑了。请问，谁跑了？{blank}' and asker.cut == 0
+  size = len(prompt.replace('[MASK]', '').encode()) + len(asker.opened('[MASK]')) + 16
+  for less, context in ((0, '狐狸跑了。'), (1, '狐狸跑了'), (7, '狐狸'), (15, '')):
+    asker.length = size - less
+    prompt = clozes.asked(asker, example, 'here', '[MASK]', 16).prompt
+    assert prompt == f'{context}请问，谁跑了？{blank}'
+  assert asker.cut == 3
+  asker.length = size - 16
+  with pytest.raises(UserError, match='a question must fit'):
+    clozes.asked(asker, example, 'here', '[MASK]', 16)
 
 
 def _line(rng):
@@ -446,6 +412,40 @@ def test_a_classifier_few_shots_and_negatives(place):
   assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('base', ['base', 'causal'])
+def test_answers_without_candidates_are_learnt_and_generated(place, base):
+  asked = [
+    {'id': str(i), 'question': f'{c}？', 'answers': [{'text': c}]}
+    for i, c in enumerate('abcdefgh')
+  ]
+  content = {'data': [{'paragraphs': [{'context': '问', 'qas': asked}]}]}
+  (place / 'cmrc').mkdir(exist_ok=True)
+  for split in ('train', 'dev'):
+    (place / 'cmrc' / f'{split}.json').write_text(json.dumps(content, indent=1))
+  how = (
+    'TRAIN_STEPS=150',
+    'OptimizerConfig.learning_rate=1e-2',
+    'EvaluationConfig.every=75',
+    "TASK_FEATURE_LENGTHS={'tokens': 64}",
+    "CheckpointConfig.best_metric='loss'",
+    "CheckpointConfig.best_mode='min'",
+  )
+  done = _train(place, *how, run=f'cmrc_{base}', data='cmrc', base=base)
+  assert done.returncode == 0, done.stderr
+  done = in_process(
+    'evaluate',
+    f'--checkpoint={place}/cmrc_{base}',
+    '--task=cmrc',
+    f'--input={place}/cmrc',
+    f'--output={place}/cmrc_{base}.jsonl',
+    '--max_new_tokens=8',
+  )
+  assert done.returncode == 0, done.stderr
+  [line] = json.loads((place / f'cmrc_{base}.json').read_text())['table']
+  assert line['examples'] == 8 and line['character_exact_match'] > 80, done.stdout
+
+
 OWN = """
 from glm_jax.evaluation.patterns import BLANK, ClozePattern, Short, chosen, register
 
@@ -496,6 +496,9 @@ REFUSED = [
     ['must fit 29 tokens without its shortenable parts'],
   ),
   (("Cloze.candidates_loss='x'",), 'boolq', ['Cloze.candidates_loss must be one of']),
+  (("Cloze.candidates_loss='mix'",), 'cmrc', ["the loss 'generative'"]),
+  (("BENCHMARK='cmrc'",), 'list', ['must be an object with the fields']),
+  (("BENCHMARK='cmrc'",), 'half', ['must be JSON']),
   (('BATCH_SIZE=128',), 'boolq', ['must hold the rows of one global batch']),
 ]
 
@@ -505,6 +508,10 @@ def test_what_cannot_be_learnt_is_refused(place, bindings, data, words):
   for split in ('train', 'val'):
     _write(place / 'label' / f'{split}.jsonl', [{**LINES['boolq'][0], 'label': 'maybe'}])
     _write(place / 'empty' / f'{split}.jsonl', [{**LINES['copa'][0], 'choice1': '.'}])
+    _write(place / 'list' / f'{split}.json', [[]])
+    _write(place / 'cmrc' / f'{split}.json', [LINES['cmrc'][0]])
+    (place / 'half').mkdir(exist_ok=True)
+    (place / 'half' / f'{split}.json').write_text('{"data": [')
     _write(place / 'wsc' / f'{split}.jsonl', [LINES['wsc_words'][0]])
   words = [word.replace('label.jsonl', 'train.jsonl:1') for word in words]
   before = snapshot(place)

@@ -1,7 +1,12 @@
-"""From clozes as token ids to a registered task: an example is a row of candidates."""
+"""From clozes as token ids to a registered task: an example is a row of candidates.
+
+What is stored of an example is its context, once, and all its candidates; which of these
+become the documents of a row is drawn as it is read (`examples.candidates`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -24,6 +29,7 @@ def prepare_clozes(
   vocabulary: Vocabulary,
   *,
   length: int,
+  negatives: int,
   cache_dir: str,
   corpus: str,
   causal: bool,
@@ -33,15 +39,16 @@ def prepare_clozes(
 
   Args:
     task: its name.
-    splits: examples of 'train' and 'validation'; each becomes a row.
+    splits: examples of 'train' and 'validation', each the pieces of a row: a context and
+      its candidates, of which the first is right.
     vocabulary: of the tokens.
     length: L, positions of a row.
+    negatives: most wrong candidates in a row, see `examples.candidates`.
     cache_dir: where rows are kept.
     corpus: what they are from, for a reader.
     causal: whether the model is.
     two_positions: whether it has two positions.
   """
-  plan = causal_packing(length)
   rows = {}
   for split, examples in splits.items():
     configs.check(
@@ -50,9 +57,13 @@ def prepare_clozes(
       f'none in {corpus!r}',
       'give more',
     )
-    table = grouped_rows(examples, plan.row_length)
-    records = shards.layout_of(vocabulary, plan.row_length).encode(table)
-    key = hashlib.sha256(json.dumps([vocabulary.fingerprint, split, length]).encode())
+    longest = max(sum(len(tokens) for tokens, _ in pieces) for pieces in examples)
+    plan = dataclasses.replace(causal_packing(length), row_length=longest)
+    table = grouped_rows(examples, longest)
+    records = shards.layout_of(vocabulary, longest).encode(table)
+    key = hashlib.sha256(
+      json.dumps([vocabulary.fingerprint, split, length, longest]).encode()
+    )
     key.update(records.tobytes())
     folder = Path(cache_dir).expanduser() / 'rows' / key.hexdigest()[:16]
     if not (folder / shards.INDEX).exists():
@@ -63,8 +74,14 @@ def prepare_clozes(
       tokenized.store(folder, split, records, counts, vocabulary, plan, 1, about)
     rows[split] = shards.load(str(folder), vocabulary)[split]
   read = [Corpus('', rows)]
-  tasks.register_answers(
-    task, read, vocabulary, causal=causal, two_positions=two_positions, text=None
+  tasks.register_clozes(
+    task,
+    read,
+    vocabulary,
+    causal=causal,
+    two_positions=two_positions,
+    most=max(len(pieces) for examples in splits.values() for pieces in examples) - 1,
+    negatives=negatives,
   )
   return Prepared(
     vocabulary=vocabulary,

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import seqio
+import tensorflow as tf
 
 from glm_jax.batch import MIXED
 from glm_jax.data import preprocessors
+from glm_jax.data.examples import candidates
 from glm_jax.data.examples.answers import MixedText, answers
 from glm_jax.data.examples.causal import causal
 from glm_jax.data.examples.objective_config import ObjectiveConfig
@@ -96,6 +98,45 @@ def register_answers(
       number = names.index(text.name) if text.name in names else -1
       text = text._replace(number=number, config=text.config.for_evaluation())
     make = functools.partial(answers, text=text, **how)
+    _register(f'{name}{EVALUATION}', held_out, vocabulary, make)
+
+
+def register_clozes(
+  name: str,
+  corpora: Sequence[Corpus],
+  vocabulary: Vocabulary,
+  *,
+  causal: bool,
+  two_positions: bool,
+  most: int,
+  negatives: int,
+) -> None:
+  """(Re-)registers a task of candidates over these rows, and that of validation.
+
+  Args:
+    name: of it.
+    corpora: of rows that hold a context and its candidates.
+    vocabulary: of the tokens.
+    causal: whether the model is.
+    two_positions: whether it has two positions.
+    most: see `examples.candidates`.
+    negatives: see `examples.candidates`.
+  """
+
+  @tf.autograph.experimental.do_not_convert
+  def make(dataset: tf.data.Dataset, sequence_length: Mapping[str, int]) -> tf.data.Dataset:
+    rows = dataset.map(
+      lambda rows: candidates.documents(
+        rows, sequence_length['tokens'], most=most, negatives=negatives
+      ),
+      num_parallel_calls=tf.data.AUTOTUNE,
+      deterministic=True,
+    )
+    how = dict(vocabulary=vocabulary, causal=causal, two_positions=two_positions)
+    return answers(rows, sequence_length, **how)
+
+  _register(name, corpora, vocabulary, make)
+  if held_out := _held_out(corpora):
     _register(f'{name}{EVALUATION}', held_out, vocabulary, make)
 
 

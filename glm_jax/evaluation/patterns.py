@@ -33,6 +33,8 @@ class Example:
     trained: whether it is learnt from, by the first of `right`.
     group: examples that are one question.
     answers: texts that are right, for the metrics of words.
+    generated: the blank is filled freely when it is judged; the candidate is the answer
+      that is learnt.
   """
 
   parts: Sequence[str]
@@ -41,6 +43,7 @@ class Example:
   trained: bool = True
   group: str = ''
   answers: Sequence[str] = ()
+  generated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class ClozePattern:
     loss: of training, see `recipes.cloze`.
     negatives: most wrong candidates beside the right one in training; 0 for all.
     length_penalty: p, scores are divided by the number of tokens ** p.
+    is_document: a file is one JSON value, which is read as a line would be.
   """
 
   name: str
@@ -64,6 +68,7 @@ class ClozePattern:
   loss: str = 'cross_entropy'
   negatives: int = 0
   length_penalty: float = 0.0
+  is_document: bool = False
 
 
 def chosen(
@@ -249,6 +254,27 @@ def _cluewsc(line, where):
   yield chosen([Short(line['text']), ask, BLANK, '。'], words, line['label'], where)
 
 
+def _cmrc(content, where):
+  for article in content['data']:
+    for paragraph in article['paragraphs']:
+      for asked in paragraph['qas']:
+        answers = [*dict.fromkeys(answer['text'] for answer in asked['answers'])]
+        check(
+          bool(answers),
+          f'{where}: question {asked["id"]} must have an answer',
+          'none',
+          'give a split with answers',
+        )
+        yield Example(
+          parts=[Short(paragraph['context']), f'请问，{asked["question"]}', BLANK, '。'],
+          candidates=answers[:1],
+          right=[0],
+          group=str(asked['id']),
+          answers=answers,
+          generated=True,
+        )
+
+
 PATTERNS: dict[str, ClozePattern] = {}
 """By name."""
 
@@ -286,3 +312,13 @@ register(
 _superglue('tnews', 'sentence label_desc', _tnews)
 _superglue('afqmc', 'sentence1 sentence2', _afqmc)
 _superglue('cluewsc', 'text target', _cluewsc)
+register(
+  ClozePattern(
+    name='cmrc',
+    fields=('data',),
+    read=_cmrc,
+    metrics=('character_f1', 'character_exact_match'),
+    loss='generative',
+    is_document=True,
+  )
+)

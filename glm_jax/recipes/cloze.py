@@ -34,7 +34,7 @@ from glm_jax.training.config import TrainConfig
 from glm_jax.training.losses import LossFn, applied, chunked_cross_entropy, cross_entropy
 
 _TASK = 'glm_cloze'
-_LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix')
+_LOSSES = ('cross_entropy', 'hinge', 'generative', 'mix', 'adapet')
 # Tokens of a document without which there is nothing to read.
 _LEAST = 16
 _CLASSIFIER = 'classifier'
@@ -52,18 +52,21 @@ class ClozeData(TaskData):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cloze(Pretraining):
-  """A pattern over the folder of a benchmark.
+  """A pattern over a benchmark.
 
-  Attributes, besides those of `Pretraining`, whose `corpus` names the folder:
+  Attributes, besides those of `Pretraining`, whose `corpus` names its folder, or its data
+  set in TFDS, 'tfds:super_glue/boolq':
     task: 'glm_cloze'.
     benchmark: a name in `glm_jax.evaluation.patterns.PATTERNS`.
     candidates_loss: of the candidates' log-probabilities s, of which y is right:
       'cross_entropy', -log softmax(s)[y]; 'hinge', the sum of max(0, 1 + s_j - s_y);
-      'generative', -s_y; 'mix', the first and the third. '' for the benchmark's own.
+      'generative', -s_y; 'mix', the first and the third; 'adapet', s_j summed over the
+      others, less s_y, which has no least value. '' for the benchmark's own.
     classifier: classify what is read at the blank by a head of its own instead.
     dropout: of what it reads.
-    negatives: most wrong candidates in a row, drawn by the run's seed; 0 for all, None for
-      the benchmark's own number.
+    negatives: most wrong candidates in a row, drawn anew whenever its example comes round,
+      as a function of the run's seed and the example's number; 0 for all, None for the
+      benchmark's own number. Metrics of what is held out are of all candidates.
     shots: examples that are learnt from, drawn by the run's seed; 0 for all.
   """
 
@@ -82,6 +85,14 @@ class Cloze(Pretraining):
   @property
   def pattern(self) -> Any:
     return PATTERNS[self.benchmark]
+
+  @property
+  def _source(self) -> Any:
+    """The folder, or what reads a data set."""
+    from glm_jax.data.corpora import super_glue
+
+    is_data_set = self.corpus.corpus.startswith(super_glue.PREFIX)
+    return super_glue.lines(self.corpus) if is_data_set else Path(self.corpus.corpus)
 
   def own_vocabulary(self) -> Vocabulary:
     configs.check(
@@ -118,9 +129,8 @@ class Cloze(Pretraining):
     from glm_jax.data import prepare_cloze
 
     vocabulary = vocabulary or self.own_vocabulary()
-    folder = Path(self.corpus.corpus)
     splits = {
-      split: [*clozes.examples(folder, self.pattern, name)]
+      split: [*clozes.examples(self._source, self.pattern, name)]
       for split, name in (('train', 'train'), ('validation', 'val'))
     }
     rng = np.random.default_rng(config.seed)
@@ -134,14 +144,19 @@ class Cloze(Pretraining):
       )
       order = rng.permutation(len(splits['train']))[: self.shots]
       splits['train'] = [splits['train'][i] for i in order]
-    # What is held out is the same for every seed.
-    draws = {'train': rng, 'validation': np.random.default_rng(0)}
     learnt = {
-      split: [
-        (where, self._drawn(example, where, draws[split])) for where, example in pairs
-      ]
+      split: [(where, self._ordered(example, where)) for where, example in pairs]
       for split, pairs in splits.items()
     }
+    generated = any(example.generated for _, example in splits['train'])
+    kind = self.candidates_loss or self.pattern.loss
+    configs.check(
+      not generated or (kind == 'generative' and not self.classifier),
+      f'{self.benchmark} has answers without candidates, which are learnt by the loss '
+      "'generative'",
+      'a classifier' if self.classifier else repr(kind),
+      'leave Cloze.candidates_loss and Cloze.classifier as they are',
+    )
     counts = [len(e.candidates) for pairs in learnt.values() for _, e in pairs]
     if self.classifier:
       configs.check(
@@ -150,7 +165,9 @@ class Cloze(Pretraining):
         f'{sorted({*counts})[:5]} candidates in {self.benchmark}',
         'set Cloze.classifier=False',
       )
+    negatives = self.pattern.negatives if self.negatives is None else self.negatives
     most = 1 if self.classifier else max(counts, default=1)
+    most = min(most, negatives + 1) if negatives else most
     room = (self.length + 1) // most - 1
     configs.check(
       room >= _LEAST,
@@ -162,11 +179,12 @@ class Cloze(Pretraining):
     prepared = prepare_cloze.prepare_clozes(
       self.task,
       {
-        split: [self._documents(asker, example, where) for where, example in pairs]
+        split: [self._pieces(asker, example, where) for where, example in pairs]
         for split, pairs in learnt.items()
       },
       vocabulary,
       length=self.length,
+      negatives=negatives,
       cache_dir=self.corpus.cache_dir,
       corpus=self.corpus.corpus,
       causal=config.model.causal,
@@ -181,8 +199,9 @@ class Cloze(Pretraining):
       layout,
       prepared,
       benchmark=self.benchmark,
-      candidates_loss=self.candidates_loss or self.pattern.loss,
+      candidates_loss=kind,
       classifier=self.classifier,
+      negatives=negatives,
     )
     data.judged = []
     if not self.classifier:
@@ -190,14 +209,14 @@ class Cloze(Pretraining):
       data.judged = [
         clozes.item(asker, example, where, asker.mask())
         for where, example in splits['validation'][:most]
+        if not example.generated
       ]
     return data
 
-  def _drawn(self, example: Example, where: str, rng: np.random.Generator) -> Example:
-    """The right candidate first, and as many wrong ones as there may be."""
+  def _ordered(self, example: Example, where: str) -> Example:
+    """The right candidate first, and all wrong ones."""
     if self.classifier:
       return example
-    negatives = self.pattern.negatives if self.negatives is None else self.negatives
     configs.check(
       bool(example.right),
       f'{where}: an example must have a right candidate',
@@ -205,15 +224,13 @@ class Cloze(Pretraining):
       'mend',
     )
     others = [i for i in range(len(example.candidates)) if i not in example.right]
-    if 0 < negatives < len(others):
-      others = sorted(rng.permutation(others)[:negatives].tolist())
     chosen = [example.candidates[i] for i in (example.right[0], *others)]
     return dataclasses.replace(example, candidates=chosen, right=(0,))
 
-  def _documents(
+  def _pieces(
     self, asker: Asker, example: Example, where: str
   ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pieces of a row: what is read, and each candidate behind it."""
+    """What is read, and each candidate behind it."""
     config, v = asker.config, asker.vocabulary
     ids = clozes.encode(asker, example, where)
     spans, ends, behind = ids.spans(config.causal), ids.ends, []
@@ -225,16 +242,24 @@ class Cloze(Pretraining):
     else:
       part_a = [*ids.before, v.control[asker.mask()], *ids.behind]
       context = [*asking.around(v, part_a), v.specials.sop]
-    end = [v.specials.eop] * ends
-    documents = [np.array([*context, *span, *end]) for span in spans]
-    return [(tokens, np.arange(len(tokens)) >= len(context)) for tokens in documents]
+    configs.check(
+      bool(context),
+      f'{where}: a causal model must read something before it fills a blank',
+      'none',
+      'give a pattern in which text precedes it',
+    )
+    end = [v.specials.eos if config.causal else v.specials.eop] * ends
+    spans = [np.array([*span, *end]) for span in spans]
+    read = np.array(context)
+    scored = [np.ones(len(span), bool) for span in spans]
+    return [(read, np.zeros(len(read), bool)), *zip(spans, scored, strict=True)]
 
   def leaves(self, config: TrainConfig) -> dict[str, Callable[[jax.Array], Any]]:
     if not self.classifier:
       return {}
     D, std = config.model.hidden_size, config.model.init_std
     # All examples have as many labels: `prepare` looks at them.
-    examples = clozes.examples(Path(self.corpus.corpus), self.pattern, 'train')
+    examples = clozes.examples(self._source, self.pattern, 'train')
     labels = max(
       (len(example.candidates) for _, example in itertools.islice(examples, 1)), default=2
     )
@@ -310,7 +335,7 @@ def of_scores(kind: str, scores_BN: jax.Array, there_BN: jax.Array) -> jax.Array
     >>> scores = jnp.log(jnp.array([[0.5, 0.25, 1.0]]))
     >>> there = jnp.array([[True, True, False]])
     >>> [round(float(of_scores(kind, scores, there)[0]), 4) for kind in _LOSSES]
-    [0.4055, 0.3069, 0.6931, 1.0986]
+    [0.4055, 0.3069, 0.6931, 1.0986, -0.6931]
   """
   right = scores_BN[:, 0]
   others = jnp.where(there_BN, scores_BN, -jnp.inf)
@@ -322,6 +347,9 @@ def of_scores(kind: str, scores_BN: jax.Array, there_BN: jax.Array) -> jax.Array
   if kind == 'hinge':
     margins = jnp.maximum(0, 1 + scores_BN - right[:, None])
     return jnp.where(there_BN, margins, 0)[:, 1:].sum(1)
+  if kind == 'adapet':
+    # finetune_glm.py of THUDM/GLM, --adapet: each candidate by itself, up or down.
+    return jnp.where(there_BN, scores_BN, 0)[:, 1:].sum(1) - right
   return -right + entropy * (kind == 'mix')
 
 
