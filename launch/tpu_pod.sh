@@ -4,10 +4,10 @@
 #   PROJECT=my-project ZONE=us-central2-b TPU=glm ACCELERATOR=v4-32 \
 #     IMAGE=us-central2-docker.pkg.dev/my-project/images/glm_jax:tpu \
 #     bash launch/tpu_pod.sh --gin_file=RUN.gin --gin.MODEL_DIR="'gs://BUCKET/runs/a'"
-# To fill in: those five; IMAGE is launch/Dockerfile's, pushed to Artifact Registry. OPTIONS are
-# of the queued resource (--spot; '--reserved', ''). Data and MODEL_DIR are in buckets.
-# At its end the slice is given back (KEEP=1 keeps it).
-# Run: against a gcloud that only records what it is asked. Not run: on a TPU.
+# To fill in: those five; IMAGE is launch/Dockerfile's, pushed to Artifact Registry. OPTIONS (--spot)
+# are the queued resource's. Data and MODEL_DIR are in buckets. KEEP=1 keeps the slice at the end.
+# Run: against a gcloud that records what it is asked; list, create and delete also by gcloud 528,
+# against a stand-in for its server. Not run: on a TPU.
 set -uo pipefail
 : "${PROJECT:?}" "${ZONE:?}" "${TPU:?}" "${ACCELERATOR:?}" "${IMAGE:?}"
 read -ra options <<< "${OPTIONS---spot}"
