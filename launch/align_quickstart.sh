@@ -53,11 +53,13 @@ stage reward reward "$runs/sft" pairs 400 "${pairs[@]}"
 rates=(OptimizerConfig.learning_rate=3e-4 TrainConfig.log_every=20)
 rates+=("TASK_FEATURE_LENGTHS={'tokens': 112}")
 of() { for binding in max_new_tokens=32 rollout_size=64 show_every=20 chunks=0; do echo "$1.$binding"; done; }
+# shellcheck disable=SC2046 # words of `of`: bindings without spaces
 # The reward model has not seen answers without an end: one is not to be had from them. The
 # rule is only watched.
 stage ppo ppo "$runs/sft" sft 160 "${rates[@]}" $(of PPO) BATCH_SIZE=32 PPO.epochs=2 PPO.kl=0.1 \
   PPO.sft_weight=0.2 PPO.unfinished_penalty=5.0 "PPO.reward_model='$runs/reward'" \
   "PPO.rewards={'alignment.opens_with_its_verb': 0.0}"
+# shellcheck disable=SC2046
 stage grpo grpo "$runs/sft" sft 60 "${rates[@]}" $(of GRPO) BATCH_SIZE=64 \
   "GRPO.rewards={'alignment.opens_with_its_verb': 1.0}"
 

@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes and enters .venv at the top of the
 # repository. Needs Python 3.11, 3.12 or 3.13 with pip; PYTHON=... names another one.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
