@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from glm_jax import cli, configs
-from glm_jax.checkpoints import beside, slices
+from glm_jax.checkpoints import beside, slices, verifying
 from glm_jax.interop import (
   files,
   hub,
@@ -196,7 +196,7 @@ def _read_checkpoint(src: Path) -> Model:
   # Imported late: `--help` and refusals need not wait for the libraries behind it.
   from glm_jax import checkpoints
 
-  folder = checkpoints.find(str(src))
+  folder = verifying.find(str(src))
   meta = checkpoints.read_meta(folder)
   vocabulary, stored = meta['vocabulary'], slices.StoredLeaves(folder)
   return Model(

@@ -11,7 +11,7 @@ import jax
 from flax import traverse_util
 
 from glm_jax import checkpoints, configs, sharding
-from glm_jax.checkpoints import variables
+from glm_jax.checkpoints import base, steps, variables
 from glm_jax.interop import reading, reward_models
 from glm_jax.models import config as model_config
 from glm_jax.text import loading
@@ -58,15 +58,18 @@ def find(path: str, beside: str = '') -> Stored:
       f'python -m glm_jax.convert {path} DST, and give the DST that they were trained on',
     )
     return _released(Path(path))
-  folder = checkpoints.find(path)
+  newest = steps.Newest(path)
+  folder = newest.folder
   meta = checkpoints.read_meta(folder)
   fingerprint = lambda folder: checkpoints.describe(folder)['fingerprint']
   config = model_config.from_dict(meta['model'])
   vocabulary = start.vocabulary_of(folder, meta)
   if not beside:
-    read = lambda layout: _read(folder, folder, meta.get('adapters'), config, layout)
-    value = lambda: _value(folder)
-    return Stored(config, vocabulary, read, lambda: fingerprint(folder), value)
+    read = lambda layout: newest.read(
+      lambda own: _read(own, own, meta.get('adapters'), config, layout)
+    )
+    value = lambda: _value(newest.folder)
+    return Stored(config, vocabulary, read, lambda: fingerprint(newest.folder), value)
   own, trained = _adapters_for(folder, beside)
   return Stored(
     config,
@@ -101,7 +104,7 @@ def _adapters_for(folder: Any, beside: str) -> tuple[Any, dict[str, Any]]:
   )
   there, here = meta['base'], checkpoints.describe(folder)
   configs.check(
-    there['fingerprint'] == here['fingerprint'],
+    base.is_same(there, here),
     f'adapters must be for the checkpoint that they were trained on, {there["folder"]}',
     f'{own} for {folder}, whose parameters are others',
     'give that one, or a copy of it',

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from glm_jax import checkpoints, cli, configs
-from glm_jax.checkpoints import beside, slices
+from glm_jax.checkpoints import beside, slices, verifying
 from glm_jax.models import quantized
 
 
@@ -84,7 +84,7 @@ def quantize(flags: argparse.Namespace) -> None:
   beside.check_free(dst)
 
   # What SRC is; what a run did not train is in the checkpoint that it began with.
-  folder = checkpoints.find(flags.src)
+  folder = verifying.find(flags.src)
   meta = checkpoints.read_meta(folder)
   configs.check(
     not meta.get('quantized'),

@@ -12,8 +12,8 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
-from glm_jax import checkpoints, cli, configs, distributed, sharding, startup, storage
-from glm_jax.checkpoints import Checkpoints, folder
+from glm_jax import cli, configs, distributed, sharding, startup, storage
+from glm_jax.checkpoints import Checkpoints, folder, steps
 from glm_jax.models import config as model_config
 from glm_jax.training import (
   adapters,
@@ -39,6 +39,7 @@ def train(
   config_text: str,
   telling: startup.Telling | None = None,
   profiled: tuple[int, int] | None = None,
+  restore_step: int | None = None,
 ) -> None:
   """Trains to `train_steps`, from wherever the run stands.
 
@@ -47,6 +48,7 @@ def train(
     config_text: its operative gin configuration, kept beside the checkpoints.
     telling: is told what goes on until the first step; None if nobody listens.
     profiled: the first and the last step of a profile; None for none.
+    restore_step: a checkpoint to go back to; None for the newest undamaged one.
 
   Raises:
     UserError: something in the configuration or the data that a user can mend.
@@ -60,7 +62,7 @@ def train(
 
   profile = profiling.Profile(profiled, config.model_dir, say)
   storage.check_can_save(config.model_dir)
-  saved_step = checkpoints.latest_step(config.model_dir)
+  saved_step = resume.chosen(config.model_dir, restore_step)
   profile.check(config.train_steps, saved_step)
   # The model may stand in another checkpoint.
   config, vocabulary, source = start.resolve(config)
@@ -98,7 +100,7 @@ def train(
   # Model and state: fresh, with another's parameters, or of this run. The folder is
   # written once nothing else can be refused.
   new = saved_step is None
-  saved = {} if new else checkpoints.read_meta(checkpoints.find(config.model_dir))
+  saved = {} if new else steps.read(config.model_dir, saved_step)
   stop = Stopping(config, saved.get('stopping'))
   if words := resume.nothing_left(config, saved_step, stop):
     return say(words)
@@ -114,15 +116,22 @@ def train(
   frozen = start.frozen(
     config, built, layout, data.vocabulary.fingerprint, base, current if new else None
   )
+  # Where the run goes on, as far back as a checkpoint is undamaged.
+  going = resume.restored(
+    config.model_dir, saved_step, built.state, data.stream, say, restore_step
+  )
+  if not new:
+    current = state.complete(going.state, built.state)
+    saved_step, saved = going.step, going.meta
+    stop = Stopping(config, saved.get('stopping'))
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
     folder.write(config.model_dir, identity, settings, config_text, data.decided)
   manager = Checkpoints(config.model_dir, config.checkpoint)
-  stream = data.stream(saved_step or 0)
+  stream = going.stream
   stream.variables = lambda state: built.variables(state['params'], frozen)
   if not new:
-    current = state.complete(manager.restore(saved_step, built.state, stream), built.state)
     say(f'resumed {config.model_dir} at step {saved_step}')
   first = int(current['step'])
   say(program.in_words(built, config, layout))
@@ -259,7 +268,7 @@ def main(argv: Sequence[str]) -> None:
     )
     telling('starting the devices')
     startup.find_devices()
-    train(config, text, telling, profiled)
+    train(config, text, telling, profiled, flags.restore_step)
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -276,6 +285,13 @@ def _flags() -> argparse.ArgumentParser:
     default='',
     metavar='START:STOP',
     help='trace these steps for TensorBoard and Perfetto; the first one compiles',
+  )
+  flags.add_argument(
+    '--restore_step',
+    type=int,
+    metavar='N',
+    help='go back to the checkpoint of step N; newer ones are set aside, not removed '
+    '(by default, the newest undamaged one is taken)',
   )
   return flags
 

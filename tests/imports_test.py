@@ -96,7 +96,8 @@ def test_no_folder_imports_another_in_a_circle(depth):
   """Through imports inside of functions neither; a sorter raises for a circle."""
   cut = lambda room: '/'.join(room.split('/')[:depth])
   graph = {}
-  for path in MODULES:
+  # The `__main__` of a room is a command, which stands on top.
+  for path in (path for path in MODULES if path.name != '__main__.py'):
     imported = {cut(_room(m)) for name in _imports(path) if (m := _module(name))}
     # The package's own __init__, which imports nothing, is behind every import.
     graph.setdefault(cut(_room(path)), set()).update(imported - {'__init__'})

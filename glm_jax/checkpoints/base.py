@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from glm_jax import configs, storage
+from glm_jax.checkpoints import digests
+from glm_jax.checkpoints.description import read_meta
 
 # Of the beginning and of the end of each file.
 _SAMPLE = 2**16
 
 
 def describe(folder: epath.Path) -> dict[str, str]:
-  """A checkpoint as run.json and the checkpoints of a run name it."""
-  return {'folder': str(storage.absolute(folder)), 'fingerprint': fingerprint(folder)}
+  """A checkpoint as run.json and the checkpoints of a run name it.
+
+  Its digest is that of its parameters' digests, which are compared when they are read; one
+  from before has none.
+  """
+  result = {'folder': str(storage.absolute(folder)), 'fingerprint': fingerprint(folder)}
+  if sums := read_meta(folder).digests('params'):
+    result['digest'] = digests.together(sums)
+  return result
+
+
+def is_same(there: Mapping[str, str], here: Mapping[str, str]) -> bool:
+  """Whether two of `describe` are of the same parameters, wherever they are."""
+  # What was described before there were digests has none.
+  names = {'fingerprint', 'digest'} & {*there} & {*here}
+  return all(there[name] == here[name] for name in names)
 
 
 def fingerprint(folder: epath.Path) -> str:
@@ -26,7 +42,7 @@ def fingerprint(folder: epath.Path) -> str:
     folder: a checkpoint.
   """
   digest, params = hashlib.sha256(), folder / 'params'
-  for path in sorted(_files(params)):
+  for path in sorted(files(params)):
     size = path.stat().length
     digest.update(f'{path.relative_to(params)} {size}\n'.encode())
     with path.open('rb') as file:
@@ -36,10 +52,11 @@ def fingerprint(folder: epath.Path) -> str:
   return digest.hexdigest()[:16]
 
 
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
+def files(folder: epath.Path) -> Iterator[epath.Path]:
+  """All files below a folder."""
   for path in folder.iterdir():
     if path.is_dir():
-      yield from _files(path)
+      yield from files(path)
     else:
       yield path
 
@@ -60,7 +77,7 @@ def of(folder: epath.Path, meta: dict[str, Any]) -> epath.Path | None:
   found = epath.Path(base['folder'])
   exists = (found / 'params').is_dir()
   configs.check(
-    exists and fingerprint(found) == base['fingerprint'],
+    exists and is_same(base, describe(found)),
     f'{folder} holds what was trained alone, and the checkpoint it began with must be as '
     'it was',
     f'{found}, which {"has changed" if exists else "is gone"}',

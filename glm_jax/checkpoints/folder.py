@@ -74,15 +74,23 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
     return []
   try:
     stored = json.loads(content)
-  except ValueError as error:
+    if not all(isinstance(stored[name], dict) for name in ('identity', 'settings')):
+      raise ValueError('another kind of content')
+  # A list has no names, an object may lack these, and nesting may be deep.
+  except (ValueError, TypeError, KeyError, RecursionError) as error:
     raise UserError(
-      f'{model_dir}/{FILE} must be readable JSON, got {error}; restore it or choose '
+      f'{model_dir}/{FILE} must be readable JSON, got {error!r:.200}; restore it or choose '
       'another MODEL_DIR.'
     ) from error
   # As it was written: JSON knows no tuples, and a list does not equal one.
   run, settings = json.loads(json.dumps([run, settings]))
   # Before there were recipes, every run was of this one.
   before = {'recipe': 'Pretraining', **stored['identity']}
+  for name in ('base', 'reference'):
+    # Before there were digests, a fingerprint said what a run rests on.
+    here, there = run.get(name), before.get(name)
+    if isinstance(there, dict) and here and 'digest' not in there and 'digest' in here:
+      before[name] = {**there, 'digest': here['digest']}
   differences = _differences(before, run)
   configs.check(
     not differences,
@@ -110,10 +118,10 @@ def decided(model_dir: str) -> dict[str, Any]:
   content = storage.Folder(model_dir).read(FILE)
   try:
     stored = json.loads(content or '')
-  except ValueError:
+  except (ValueError, RecursionError):
     return {}  # a new folder; of a damaged file, `check_same` speaks
   # Before that was decided, rows were cut from a stream unless the user said otherwise.
-  return stored.get('decided', {'packed': False})
+  return stored.get('decided', {'packed': False}) if isinstance(stored, dict) else {}
 
 
 def write(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -18,30 +19,23 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs, storage
-from glm_jax.checkpoints import base, merging
-from glm_jax.checkpoints.place import ITEM, RestorePlace, SavePlace
+from glm_jax.checkpoints import base, damage, description, digests, merging
+from glm_jax.checkpoints.damage import Damaged, unreadable
+from glm_jax.checkpoints.description import read_meta
+from glm_jax.checkpoints.place import ITEM, PlaceHandler, RestorePlace, SavePlace
+from glm_jax.checkpoints.steps import FOLDER
 from glm_jax.configs import ResourceError, UserError, at_least, one_of
 from glm_jax.models import quantized
 
-FORMAT = 1
-FOLDER = 'checkpoints'
 _ITEMS = ('params', 'optimizer', 'meta', 'stream', ITEM)
-# Files of other programs' checkpoints, one for each kind of them.
-_RELEASED = (
-  'config.json',
-  'model.safetensors',
-  'model.safetensors.index.json',
-  'pytorch_model.bin',
-  'pytorch_model.bin.index.json',
-  'latest_checkpointed_iteration.txt',
-  'mp_rank_00_model_states.pt',
-)
 # Large enough that a file system is not flooded with files, small enough that a device
 # reads little more than its part.
 _CHUNK_BYTES = 2**26
@@ -124,13 +118,18 @@ class Checkpoints:
       ResourceError: an earlier save failed, such as on a full disk.
     """
     place, kept = _memory(stream)
+    optimizer = _optimizer_dict(state)
+    items = {'params': state['params'], 'optimizer': optimizer}
+    items |= {} if kept is None else {'stream': kept}
+    # Of the arrays as they are now: the next step takes their memory.
+    sums, _ = _digests_of(items)
     with _storage_errors():
       self._manager.save(
         int(state['step']),
         args=ocp.args.Composite(
           params=_save_args(state['params']),
-          optimizer=_save_args(_optimizer_dict(state)),
-          meta=ocp.args.JsonSave({'format': FORMAT, **meta}),
+          optimizer=_save_args(optimizer),
+          meta=ocp.args.JsonSave(description.sealed({**meta, 'metrics': metrics}, sums)),
           **({} if place is None else {ITEM: SavePlace(place)}),
           **({} if kept is None else {'stream': _save_args(kept)}),
         ),
@@ -142,34 +141,8 @@ class Checkpoints:
   def restore(
     self, step: int, abstract: dict[str, Any], stream: Any = None
   ) -> dict[str, Any]:
-    """The state of a step, on the shardings of `abstract`; `stream` is as it was then.
-
-    What a checkpoint lacks beside `params`, `step` and `opt_state` is not in it.
-    """
-    # `params` lies apart, so that inference and `init_from` read nothing else.
-    optimizer = _optimizer_dict(abstract)
-    place, kept = _memory(stream)
-    folder = self.folder / str(step)
-    with _unreadable(folder):
-      # A run that began before updates were guarded has no history of them.
-      lacking = {*optimizer} - _names(folder / 'optimizer')
-      optimizer = {name: tree for name, tree in optimizer.items() if name not in lacking}
-      items = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(abstract['params']),
-          optimizer=ocp.args.StandardRestore(optimizer),
-          **({} if place is None else {ITEM: RestorePlace(place)}),
-          **({} if kept is None else {'stream': ocp.args.StandardRestore(kept)}),
-        ),
-      )
-    if kept is not None:
-      stream.kept = items['stream']
-    opt_state = serialization.from_state_dict(
-      abstract['opt_state'], items['optimizer']['opt_state']
-    )
-    rest = {name: tree for name, tree in items['optimizer'].items() if name in abstract}
-    return {'params': items['params'], **rest, 'opt_state': opt_state}
+    """See `restore`."""
+    return restore(self.folder / str(step), abstract, stream)
 
   def close(self) -> None:
     """Waits until everything is on disk."""
@@ -178,58 +151,84 @@ class Checkpoints:
       self._manager.close()
 
 
-def latest_step(model_dir: str) -> int | None:
-  """The newest complete checkpoint of a run; None if there is none.
+def restore(
+  folder: epath.Path, abstract: dict[str, Any], stream: Any = None
+) -> dict[str, Any]:
+  """The state of a checkpoint, compared with what was saved.
 
-  A folder without its items (a stray one, or what a killed process left) is no
-  checkpoint, whatever its name.
-  """
-  steps = _complete_steps(epath.Path(model_dir) / FOLDER)
-  return max(steps, default=None)
+  Without a manager, whose restoring has barriers that a process which fails does not reach.
+  What a checkpoint lacks beside `params`, `step` and `opt_state` is not in the state.
 
-
-def find(path: str) -> epath.Path:
-  """The checkpoint folder meant by a path: itself, or the newest of a run's.
-
-  Raises:
-    UserError: there is none.
-  """
-  path = epath.Path(path)
-  # A MODEL_DIR, its folder of checkpoints, or else one checkpoint.
-  for folder in (path / FOLDER, path):
-    steps = _complete_steps(folder)
-    if steps:
-      return folder / str(max(steps))
-  if _complete(path):
-    return path
-  remedy = (
-    'give the folder of a checkpoint, or the MODEL_DIR of a run that has saved one; '
-    'released weights are converted first (python -m glm_jax.convert)'
-  )
-  # The commonest slip: weights as they were published are converted once, and then read.
-  if any((path / name).exists() for name in _RELEASED):
-    remedy = f'this is a released model: python -m glm_jax.convert {path} DST, and give DST'
-  raise UserError(
-    'a checkpoint must be a folder with params and meta, or a MODEL_DIR that holds some, '
-    f'got {path}; {remedy}.'
-  )
-
-
-def read_meta(folder: epath.Path) -> dict[str, Any]:
-  """The description that a checkpoint carries.
+  Args:
+    folder: the checkpoint.
+    abstract: shapes, dtypes and shardings.
+    stream: of the run; it is as it was then.
 
   Raises:
-    UserError: unreadable, or of another format version.
+    Damaged: on all processes alike.
+    UserError: the stream cannot go on from there.
   """
-  with _unreadable(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    meta = reader.restore(storage.absolute(folder) / 'meta')
-  configs.check(
-    meta.get('format') == FORMAT,
-    f'checkpoints of format {FORMAT} are read',
-    f'format {meta.get("format")!r} in {folder}',
-    'use the version that wrote it',
+  # `params` lies apart, so that inference and `init_from` read nothing else.
+  optimizer = _optimizer_dict(abstract)
+  wanted = {'params': abstract['params'], 'optimizer': optimizer}
+  place, kept = _memory(stream)
+  wanted |= {} if kept is None else {'stream': kept}
+  items, failed = {}, None
+  try:
+    meta = read_meta(folder)
+    with unreadable(folder, 'optimizer'):
+      held = _names(folder / 'optimizer') | {'step', 'opt_state'}
+    # A run that began before updates were guarded has no history of them.
+    wanted['optimizer'] = {name: tree for name, tree in optimizer.items() if name in held}
+    for item, tree in wanted.items():
+      with unreadable(folder, item):
+        items[item] = ocp.StandardCheckpointHandler().restore(
+          storage.absolute(folder) / item, args=ocp.args.StandardRestore(tree)
+        )
+    if place is not None:
+      with unreadable(folder, ITEM):
+        PlaceHandler().restore(storage.absolute(folder) / ITEM, RestorePlace(place))
+  except Damaged as error:
+    failed = error
+  if jax.process_count() > 1:
+    others = multihost_utils.process_allgather(jnp.int32(failed is not None))
+    if others.any() and failed is None:
+      failed = Damaged(folder, 'another process cannot read it')
+  if failed is not None:
+    raise failed
+  sums, infinite = _digests_of(items)
+  for item, own in sums.items():
+    _compare(folder, meta, item, own)
+  if wrong := [path for path in infinite if not path.startswith('stream/')]:
+    raise Damaged(folder, f'{wrong[0]} has numbers that are not finite')
+  if kept is not None:
+    stream.kept = items['stream']
+  opt_state = serialization.from_state_dict(
+    abstract['opt_state'], items['optimizer']['opt_state']
   )
-  return meta
+  return {'params': items['params'], **items['optimizer'], 'opt_state': opt_state}
+
+
+def _digests_of(items: dict[str, Any]) -> tuple[dict[str, digests.Digests], list[str]]:
+  """Digests of each item, by one program, and paths of what is not finite."""
+  sums, infinite = digests.of_arrays(items)
+  return {
+    item: {
+      path.removeprefix(f'{item}/'): digest
+      for path, digest in sums.items()
+      if path.startswith(f'{item}/')
+    }
+    for item in items
+  }, infinite
+
+
+def _compare(folder: epath.Path, meta: Any, item: str, sums: digests.Digests) -> None:
+  """Raises Damaged for arrays that are not as they were saved."""
+  saved = meta.digests(item)
+  if saved is None:
+    return damage.tell(damage.not_compared(folder))
+  if words := digests.difference(saved, sums):
+    raise Damaged(folder, f'{item}: {words}')
 
 
 def read_params(
@@ -269,55 +268,72 @@ def read_params(
   whole, held = base.of(folder, meta), stored_leaves(folder)
   elsewhere = {k: v for k, v in flat.items() if whole and k not in held}
   own = {k: v for k, v in flat.items() if k not in elsewhere}
-  found = _read(folder, own, held, as_stored, some or whole is not None) if own else {}
+  found = {}
+  if own:
+    found = _read(folder, meta, own, held, as_stored, some or whole is not None)
   if elsewhere:
     rest = traverse_util.unflatten_dict(elsewhere)
     rest = read_params(whole, rest, as_stored=as_stored, some=True)
     found |= traverse_util.flatten_dict(rest)
   if merge and meta.get('adapters'):
-    read = lambda wanted: _read(folder, wanted, held, True, True)
+    read = lambda wanted: _read(folder, meta, wanted, held, True, True)
     found = merging.merge(found, meta['adapters'], folder, held, read)
   return traverse_util.unflatten_dict(found)
 
 
 def stored_leaves(folder: epath.Path) -> dict[tuple[str, ...], Any]:
   """Shape and dtype of each array that a checkpoint holds itself, by path."""
-  with _unreadable(folder), ocp.StandardCheckpointer() as reader:
+  with unreadable(folder, 'params'), ocp.StandardCheckpointer() as reader:
     tree = reader.metadata(storage.absolute(folder) / 'params').item_metadata.tree
   return traverse_util.flatten_dict(tree)
 
 
 def _read(
-  folder: epath.Path, flat: Any, held: Any, as_stored: bool, some: bool
+  folder: epath.Path, meta: Any, flat: Any, held: Any, as_stored: bool, some: bool
 ) -> dict[Any, Any]:
   """Parameters that a checkpoint holds itself, by path."""
   if some:
     held = {k: v for k, v in held.items() if k in flat}
   abstract, stored = traverse_util.unflatten_dict(flat), traverse_util.unflatten_dict(held)
   shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract)
-  with _unreadable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    stored_shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
-    # Orbax would give arrays of the stored shapes without a word, whatever was asked for.
-    if stored_shapes != shapes:
-      raise UserError(
-        f'the parameters in {folder} must have the shapes of the model, but differ in '
-        f'{_first_difference(stored_shapes, shapes)}; use the model configuration it was '
-        'trained with.'
-      )
-    if as_stored:
-      abstract = jax.tree.map(
-        lambda a, b: jax.ShapeDtypeStruct(a.shape, b.dtype, sharding=a.sharding),
-        abstract,
-        stored,
-      )
-    arrays = lambda a: ocp.ArrayRestoreArgs(
-      sharding=a.sharding, global_shape=a.shape, dtype=a.dtype
+  stored_shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
+  # Orbax would give arrays of the stored shapes without a word, whatever was asked for.
+  if stored_shapes != shapes:
+    raise UserError(
+      f'the parameters in {folder} must have the shapes of the model, but differ in '
+      f'{_first_difference(stored_shapes, shapes)}; use the model configuration it was '
+      'trained with.'
     )
-    wanted = ocp.args.PyTreeRestore(
-      abstract, restore_args=jax.tree.map(arrays, abstract), partial_restore=some
-    )
+  # Compared in the dtypes that they were saved in, and cast after that.
+  as_saved = jax.tree.map(
+    lambda a, b: jax.ShapeDtypeStruct(a.shape, b.dtype, sharding=a.sharding),
+    abstract,
+    stored,
+  )
+  arrays = lambda a: ocp.ArrayRestoreArgs(
+    sharding=a.sharding, global_shape=a.shape, dtype=a.dtype
+  )
+  wanted = ocp.args.PyTreeRestore(
+    as_saved, restore_args=jax.tree.map(arrays, as_saved), partial_restore=some
+  )
+  with (
+    unreadable(folder, 'params'),
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
+  ):
     found = reader.restore(storage.absolute(folder) / 'params', args=wanted)
-  return traverse_util.flatten_dict(found)
+  _compare(folder, meta, 'params', digests.of_arrays(found)[0])
+  result = traverse_util.flatten_dict(found)
+  if not as_stored:
+    del found  # one after the other, so that not all are there twice
+    for path, leaf in flat.items():
+      if result[path].dtype != leaf.dtype:
+        result[path] = _cast(leaf.dtype, leaf.sharding)(result[path])
+  return result
+
+
+@functools.cache
+def _cast(dtype: Any, sharding: Any) -> Any:
+  return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)
 
 
 def _memory(stream: Any) -> tuple[Any, Any]:
@@ -342,26 +358,6 @@ def _names(item: epath.Path) -> set[str]:
     return {*reader.metadata(storage.absolute(item)).item_metadata.tree}
 
 
-def _complete_steps(folder: epath.Path) -> list[int]:
-  if not folder.is_dir():
-    return []
-  return [
-    int(path.name) for path in folder.iterdir() if path.name.isdigit() and _complete(path)
-  ]
-
-
-def _complete(path: epath.Path) -> bool:
-  # Orbax's files: `_METADATA` of arrays and `metadata` of JSON. A run saves a step under a
-  # temporary name, a conversion writes `meta` last: a folder with both is whole. A bucket
-  # renames nothing, and Orbax's last file there says so.
-  if storage.is_remote(path) and not (path / 'commit_success.txt').exists():
-    return False
-  return all(
-    (path / item / '_METADATA').exists() or (path / item / 'metadata').exists()
-    for item in ('params', 'meta')
-  )
-
-
 def _first_difference(stored_shapes: Any, shapes: Any) -> str:
   # A shape is a leaf, though JAX would walk into a tuple.
   stored = {
@@ -378,21 +374,6 @@ def _first_difference(stored_shapes: Any, shapes: Any) -> str:
       return f'{name}: {stored.get(name)} there, {shape} here'
   # All of the model's parameters agree: the checkpoint has others besides.
   return f'names: {sorted(stored)[:3]} ... there'
-
-
-@contextlib.contextmanager
-def _unreadable(folder: epath.Path) -> Iterator[None]:
-  """Names the checkpoint; Orbax raises many kinds of errors for a damaged one."""
-  try:
-    yield
-  except Exception as error:
-    # A refusal that names the checkpoint says more than this one would.
-    if isinstance(error, UserError) and str(folder) in str(error):
-      raise
-    raise UserError(
-      f'a checkpoint must be complete and undamaged, got {folder} '
-      f'({type(error).__name__}); use another one.'
-    ) from error
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ slices alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from glm_jax import configs
-from glm_jax.checkpoints import base, merging
-from glm_jax.checkpoints.manager import FORMAT, read_meta
+from glm_jax import configs, storage
+from glm_jax.checkpoints import base, description, digests, merging
+from glm_jax.checkpoints.damage import unreadable
 from glm_jax.models import low_rank, quantized
 
 LeafPath = tuple[str, ...]
@@ -90,8 +91,8 @@ class StoredLeaves:
     self.adapted = False
     while folder is not None:
       params = Path(folder).absolute() / 'params'
-      meta = read_meta(epath.Path(folder))
-      with ocp.StandardCheckpointer() as reader:
+      meta = description.read_meta(epath.Path(folder))
+      with unreadable(folder, 'params'), ocp.StandardCheckpointer() as reader:
         held = flat(reader.metadata(params).item_metadata.tree)
       if adapters := meta.get('adapters'):
         merging.check(adapters, folder)
@@ -107,7 +108,7 @@ class StoredLeaves:
             if path[-1] == 'weight' and merging.factors_of(path)[0] in names
           ]
       folder = base.of(epath.Path(folder), meta)
-    self._context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
+    self._context = context()
     self._open: dict[tuple[LeafPath, Path], Any] = {}
 
   def read(self, path: LeafPath, layer: int | None) -> np.ndarray:
@@ -123,19 +124,37 @@ class StoredLeaves:
       yield scaling, a, b
 
   def _read(self, path: LeafPath, params: Path, layer: int | None) -> np.ndarray:
-    if (path, params) not in self._open:
-      # Two layouts of Orbax's: a folder for each leaf, as `write` below makes them, or
-      # OCDBT, a database in which the same files are keys, as a run saves it.
-      name = '.'.join(path)
-      if (params / name).is_dir():
-        store = {'driver': 'file', 'path': f'{params / name}/'}
-      else:
-        store = {'driver': 'ocdbt', 'base': f'file://{params}/', 'path': f'{name}/'}
-      # A chunk that is missing is damage, not zeros.
-      spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
-      self._open[path, params] = ts.open(spec, context=self._context).result()
-    array = self._open[path, params]
-    return np.asarray((array if layer is None else array[layer]).read().result())
+    with unreadable(params.parent, '.'.join(path)):
+      if (path, params) not in self._open:
+        self._open[path, params] = open_leaf(params, path, self._context)
+      array = self._open[path, params]
+      return np.asarray((array if layer is None else array[layer]).read().result())
+
+
+def context() -> Any:
+  """For `open_leaf`: what several leaves share."""
+  return ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
+
+
+def open_leaf(item: Any, path: LeafPath, shared: Any) -> Any:
+  """An array of a checkpoint as TensorStore's.
+
+  Args:
+    item: a folder of arrays, such as `params`.
+    path: of the array in it.
+    shared: see `context`.
+  """
+  # Two layouts of Orbax's: a folder for each leaf, as `write` below makes them, or
+  # OCDBT, a database in which the same files are keys, as a run saves it.
+  name, item = '.'.join(path), storage.absolute(epath.Path(item))
+  root = f'{item}/' if storage.is_remote(item) else f'file://{item}/'
+  if (item / name).is_dir():
+    store = f'{root}{name}/'
+  else:
+    store = {'driver': 'ocdbt', 'base': root, 'path': f'{name}/'}
+  # A chunk that is missing is damage, not zeros.
+  spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}
+  return ts.open(spec, context=shared).result()
 
 
 class Merged:
@@ -208,8 +227,8 @@ def write(
     journal.touch()
   # 2. The arrays. TensorStore writes `.zarray` when it opens them, and chunks as they come.
   # The journal has a line for each layer that is on the disk, and for the leaves outside
-  # the layers ('rest').
-  done = set(journal.read_text(encoding='utf-8').split())
+  # the layers ('rest'), with sums that add up to the digests of the leaves.
+  done = dict(_lines(journal.read_text(encoding='utf-8')))
   stores = {k: _store(params / '.'.join(k), k, spec) for k, spec in specs.items()}
   stacked = [path for path in specs if path[0] == 'layers']
   # Adapters, which are small, are written whole.
@@ -220,12 +239,18 @@ def write(
   with journal.open('a', encoding='utf-8') as finished:
     for name, layer, paths in todo:
       writing: list[tuple[Any, np.ndarray]] = []
+      sums = {}
       for path in paths:
         spec = specs[path]
         if name not in done:
           store = stores[path] if layer is None else stores[path][layer]
           array = read(path, layer)
           writing.append((store.write(array), array))
+          part = digests.OfParts(spec.dtype, spec.shape)
+          part.add(
+            array if layer is None else array[None], () if layer is None else (layer,)
+          )
+          sums['/'.join(path)] = part.sums
           # The oldest first: it has had the most time.
           while sum(array.nbytes for _, array in writing) > _WRITING_BYTES:
             writing.pop(0)[0].result()
@@ -235,14 +260,33 @@ def write(
       for future, _ in writing:
         future.result()
       if name not in done:
-        finished.write(f'{name}\n')
+        finished.write(json.dumps([name, sums]) + '\n')
         finished.flush()
+        done[name] = sums
   # 3. The description comes last: a folder is a checkpoint once it has `params` and `meta`.
   shutil.rmtree(folder / 'meta', ignore_errors=True)
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
-    content = json.loads(json.dumps({'format': FORMAT, **meta}))
+    content = description.sealed(meta, {'params': _added_up(specs, done.values())})
     writer.save((folder / 'meta').absolute(), args=ocp.args.JsonSave(content))
   journal.unlink()
+
+
+def _lines(journal: str) -> Iterator[tuple[str, dict[str, list[int]]]]:
+  for line in journal.splitlines():
+    # The last one may be half of one.
+    with contextlib.suppress(ValueError):
+      name, sums = json.loads(line)
+      yield name, sums
+
+
+def _added_up(
+  specs: Mapping[LeafPath, LeafSpec], parts: Iterable[Mapping[str, list[int]]]
+) -> digests.Digests:
+  wholes = {'/'.join(k): digests.OfParts(v.dtype, v.shape) for k, v in specs.items()}
+  for sums in parts:
+    for path, part in sums.items():
+      wholes[path].add_sums(part)
+  return {path: str(whole) for path, whole in wholes.items()}
 
 
 def _store(folder: Path, path: LeafPath, spec: LeafSpec) -> Any:

@@ -18,7 +18,8 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glm_jax import configs
-from glm_jax.checkpoints.manager import read_meta, read_params
+from glm_jax.checkpoints.description import read_meta
+from glm_jax.checkpoints.manager import read_params
 from glm_jax.models import quantized as integers
 from glm_jax.sharding.mesh import as_tuple
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax import checkpoints, configs
-from glm_jax.checkpoints import beside, slices
+from glm_jax.checkpoints import beside, slices, verifying
 from glm_jax.interop import peft, prefixes, reward_models
 from glm_jax.interop.formats import FORMATS
 from glm_jax.models import config as model_config
@@ -87,7 +87,7 @@ def take_out(src: Path, dst: Path, format: str | None) -> str:
   Raises:
     UserError: there are no low-rank factors, or others besides.
   """
-  folder = checkpoints.find(str(src))
+  folder = verifying.find(str(src), alone=True)
   meta = checkpoints.read_meta(folder)
   content, source = meta.get('adapters') or {}, meta.get('source') or {}
   model = model_config.from_dict(meta['model'])

@@ -16,8 +16,11 @@ _SUMMARY = 'summary.json'
 
 def is_reported(model_dir: str, step: int) -> bool:
   """Whether a run has had its report at that step, and not only at an earlier one."""
-  summary = json.loads(storage.Folder(model_dir).read(_SUMMARY) or '{}')
-  return summary.get('steps') == step
+  try:
+    summary = json.loads(storage.Folder(model_dir).read(_SUMMARY) or '{}')
+  except (ValueError, RecursionError):
+    return False  # a damaged one is written anew
+  return isinstance(summary, dict) and summary.get('steps') == step
 
 
 def report(
