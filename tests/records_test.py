@@ -310,6 +310,22 @@ def test_the_best_is_of_its_metric_and_of_those_that_have_one(tmp_path):
   assert kept == [2, 4, 6]
 
 
+@pytest.mark.parametrize('mode,sign', [('min', 1), ('max', -1)])
+def test_the_best_stays_when_the_run_is_started_again(mode, sign, tmp_path):
+  """By another process, which has not seen its validation."""
+  config = CheckpointConfig(keep=1, keep_best=1, best_mode=mode)
+  current = {'params': {'w': jnp.ones(2)}, 'opt_state': {'m': jnp.zeros(2)}}
+  for scores in ({1: 3.0, 2: 1.0, 3: 5.0}, {4: 1.0, 5: None}, {6: math.nan, 7: 2.0}):
+    written = Checkpoints(str(tmp_path), config)
+    for number, loss in scores.items():
+      values = {} if loss is None else {'loss': sign * loss}
+      written.save({**current, 'step': jnp.int32(number)}, {}, values)
+    written.close()
+    kept = sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
+    # Of two that are equal, the one on which the other did not improve.
+    assert kept == [2, number]
+
+
 @pytest.mark.parametrize(
   'name,value',
   [('loss', math.nan), ('gradient_norm', math.nan), ('gradient_norm', math.inf)],

@@ -15,7 +15,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from glm_jax import configs, storage
-from glm_jax.checkpoints import base, damage, description, digests, merging
+from glm_jax.checkpoints import base, damage, description, digests, merging, steps
 from glm_jax.checkpoints.damage import Damaged, unreadable
 from glm_jax.checkpoints.description import read_meta
 from glm_jax.checkpoints.place import ITEM, PlaceHandler, RestorePlace, SavePlace
@@ -64,6 +64,34 @@ class CheckpointConfig:
     configs.check_fields(self)
 
 
+class _Best(checkpoint_managers.PreservationPolicy):
+  """Keeps the steps whose validation was best, whichever process had it.
+
+  Orbax's own policy knows the metrics of what its process has saved: in a run that was
+  started again, it would remove the best checkpoint of all before.
+  """
+
+  def __init__(self, config: CheckpointConfig, folder: epath.Path):
+    self._config, self._scores = config, dict[int, float]()
+    for step in steps.complete(folder):
+      with contextlib.suppress(Damaged):
+        self.see(step, read_meta(folder / str(step)).get('metrics') or {})
+
+  def see(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Takes note of a step; without the metric, such as between validations, of nothing."""
+    self._scores.pop(step, None)  # of an earlier try at it
+    value = metrics.get(self._config.best_metric, math.nan)
+    if math.isfinite(value):
+      self._scores[step] = value if self._config.best_mode == 'min' else -value
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Of each checkpoint that there is."""
+    # Of equal ones the earlier, on which the others did not improve.
+    there = [(self._scores[c.step], c.step) for c in checkpoints if c.step in self._scores]
+    best = {step for _, step in sorted(there)[: self._config.keep_best]}
+    return [c.step in best for c in checkpoints]
+
+
 class Checkpoints:
   """The checkpoints of one run, written asynchronously."""
 
@@ -74,20 +102,8 @@ class Checkpoints:
       config: what to keep.
     """
     self.folder = epath.Path(model_dir) / FOLDER
-    policies = [checkpoint_managers.LatestN(config.keep)]
-    # BestN keeps the end of its sorted list: of descending losses, the lowest. Checkpoints
-    # between validations have no metrics and are not kept for it.
-    least = config.best_mode == 'min'
-    worst = math.inf if least else -math.inf
-    if config.keep_best:
-      policies.append(
-        checkpoint_managers.BestN(
-          get_metric_fn=lambda metrics: metrics.get(config.best_metric, worst),
-          reverse=least,
-          n=config.keep_best,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
+    self._best = _Best(config, self.folder)
+    policies = [checkpoint_managers.LatestN(config.keep), self._best]
     self._manager = ocp.CheckpointManager(
       storage.absolute(self.folder),
       item_names=_ITEMS,
@@ -117,6 +133,7 @@ class Checkpoints:
     Raises:
       ResourceError: an earlier save failed, such as on a full disk.
     """
+    self._best.see(int(state['step']), metrics)
     place, kept = _memory(stream)
     optimizer = _optimizer_dict(state)
     items = {'params': state['params'], 'optimizer': optimizer}
@@ -133,7 +150,6 @@ class Checkpoints:
           **({} if place is None else {ITEM: SavePlace(place)}),
           **({} if kept is None else {'stream': _save_args(kept)}),
         ),
-        metrics=metrics or None,
         # The run decides which steps are saved, not Orbax's own interval.
         force=True,
       )
