@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from glm_jax import slips, startup
+from glm_jax import leaving, slips, startup
 from glm_jax.bindings import load_config
 from glm_jax.configs import LOCAL, ResourceError, UserError, check, check_value, one_line
 
@@ -60,6 +60,9 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     return _stop(one_line(error), EXIT_DATA)
   except FloatingPointError as error:
     return _stop(str(error), EXIT_NUMERICS)
+  except leaving.Again as error:
+    print(error, file=sys.stderr, flush=True)
+    return leaving.EXIT_AGAIN
   except BrokenPipeError:
     return _EXIT_PIPE  # whoever read the output, such as head, has enough
   except OSError as error:

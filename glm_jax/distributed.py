@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -88,6 +90,23 @@ def barrier(name: str) -> None:
   """Waits for all processes."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag: bool, mesh: jax.sharding.Mesh) -> jax.Array:
+  """Whether it is true in one of the processes: a bool [] that nobody has waited for.
+
+  Args:
+    flag: of this process.
+    mesh: of all devices.
+  """
+  axes = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+  flags = jax.make_array_from_callback((mesh.size,), axes, lambda _: np.array([flag]))
+  return _any(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(flags)
+
+
+@functools.cache
+def _any(everywhere: jax.sharding.NamedSharding) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(jnp.any, out_shardings=everywhere)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from glm_jax.training import (
   program,
   report,
   resume,
+  signals,
   start,
 )
 from glm_jax.training.config import TrainConfig
@@ -37,6 +38,7 @@ def train(
   config_text: str,
   telling: startup.Telling | None = None,
   profiled: tuple[int, int] | None = None,
+  stops: signals.Signals | None = None,
 ) -> None:
   """Trains to `train_steps`, from wherever the run stands.
 
@@ -45,8 +47,10 @@ def train(
     config_text: its operative gin configuration, kept beside the checkpoints.
     telling: is told what goes on until the first step; None if nobody listens.
     profiled: the first and the last step of a profile; None for none.
+    stops: hears what is to stop the run; None if nobody sends it.
 
   Raises:
+    leaving.Again: a signal has stopped the run, and what it has learnt is saved.
     UserError: something in the configuration or the data that a user can mend.
     FloatingPointError: the loss or the gradient's norm is no longer finite; nothing is
       saved from that step on.
@@ -55,6 +59,7 @@ def train(
   say = print if distributed.is_leader() else lambda *_, **__: None
   telling = telling or startup.Telling('')
   telling.quiet = not distributed.is_leader()
+  stops = stops or signals.Signals()
 
   profile = profiling.Profile(profiled, config.model_dir, say)
   storage.check_can_save(config.model_dir)
@@ -136,8 +141,8 @@ def train(
     **({'quantized': quantized} if quantized else {}),
     **({'adapters': identity['adapters']} if config.adapters else {}),
   }
-  writer = Writer(config.model_dir, distributed.is_leader())
-  with sharding.active(layout), profile:
+  writer = contextlib.closing(Writer(config.model_dir, distributed.is_leader()))
+  with writer as writer, sharding.active(layout), profile:
     measure = evaluation.Validation(
       data.validation, built.eval_step, layout, data.validated_rows, recipe.told
     )
@@ -179,6 +184,7 @@ def train(
         with keeping(number - 1):
           work = meter.wait_for(stream, current, results.running)
         meter.count(work.tokens, work.flops)
+        stops.ask(layout.mesh)
         # Returns at once. The state before is donated: `current` is the only one.
         current, step_metrics = built.train_step(current, frozen, work.batch)
       results.add(number, step_metrics)
@@ -190,6 +196,8 @@ def train(
       # reported whose loss has not been looked at.
       waits = saves or validates or logs or profile.is_bound(number)
       results.wait(0 if waits else 1)
+      stops.holding = True
+      leaves = stops.agreed(number)
       if logs:
         values = {**results.take(), **meter.taken()}
         telling.stop()
@@ -209,20 +217,22 @@ def train(
           say(line)
       # An older validation says nothing of this checkpoint.
       scores = validate(number) if validates else {}
-      if saves or stop.over:
+      if saves or stop.over or leaves:
+        results.wait(0)
         save(number, scores)
         saved_step = number
       if stop.over:
         say(f'stopped early at step {number}: {stop.in_words()}')
+      if stop.over or leaves:
         break
       meter.restart()
     manager.close()
+    stops.release(int(current['step']))
 
     # Reports; again if the run was complete but killed before it had reported.
     telling.stop()
     ended, whole = int(current['step']), built.variables(current['params'], frozen)
     report.report(config, data, whole, say, step=ended, so_far=meter.so_far)
-  writer.close()
   distributed.barrier('done')
   say(f'done: {ended} steps in {config.model_dir} ({time.perf_counter() - began:.0f} s)')
 
@@ -234,7 +244,10 @@ def main(argv: Sequence[str]) -> None:
   startup.use_cpu_devices(flags.cpu_devices)
   # Who leads is known by all once they have met.
   quiet = flags.multiprocess or bool(flags.process_index)
-  with startup.Telling('reading the configuration', quiet=quiet) as telling:
+  with (
+    signals.Signals(flags.grace_seconds) as stops,
+    startup.Telling('reading the configuration', quiet=quiet) as telling,
+  ):
     config, text = cli.configuration(flags)
     telling('waiting for the other processes')
     distributed.initialize(
@@ -245,9 +258,10 @@ def main(argv: Sequence[str]) -> None:
         process_index=flags.process_index,
       )
     )
+    stops.listen()
     telling('starting the devices')
     startup.find_devices()
-    train(config, text, telling, profiled)
+    train(config, text, telling, profiled, stops)
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -259,6 +273,14 @@ def _flags() -> argparse.ArgumentParser:
   )
   cli.add_gin_flags(flags)
   cli.add_process_flags(flags)
+  flags.add_argument(
+    '--grace_seconds',
+    type=float,
+    default=signals.GRACE_SECONDS,
+    metavar='SECONDS',
+    help='after SIGTERM, SIGINT or SIGHUP, the run saves and leaves with code 42 in at '
+    'most so many (%(default)g); a second signal ends it at once',
+  )
   flags.add_argument(
     '--profile',
     default='',
