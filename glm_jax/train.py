@@ -10,9 +10,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from glm_jax import checkpoints, cli, configs, distributed, sharding, startup, storage
+from glm_jax import (
+  checkpoints,
+  cli,
+  configs,
+  distributed,
+  ownership,
+  sharding,
+  startup,
+  storage,
+)
 from glm_jax.checkpoints import Checkpoints, folder
 from glm_jax.models import config as model_config
 from glm_jax.training import (
@@ -55,14 +64,28 @@ def train(
     FloatingPointError: the loss or the gradient's norm is no longer finite; nothing is
       saved from that step on.
   """
-  began = time.perf_counter()
   say = print if distributed.is_leader() else lambda *_, **__: None
   telling = telling or startup.Telling('')
   telling.quiet = not distributed.is_leader()
-  stops = stops or signals.Signals()
+  with ownership.Owner(config.model_dir, say) as owner:
+    _train(config, config_text, telling, profiled, stops or signals.Signals(), say, owner)
 
+
+def _train(
+  config: TrainConfig,
+  config_text: str,
+  telling: startup.Telling,
+  profiled: tuple[int, int] | None,
+  stops: signals.Signals,
+  say: Callable[..., None],
+  owner: ownership.Owner,
+) -> None:
+  """The story; see `train`."""
+  began = time.perf_counter()
   profile = profiling.Profile(profiled, config.model_dir, say)
   storage.check_can_save(config.model_dir)
+  if distributed.is_leader():
+    owner.look()  # long before it is taken: nobody waits for data to be refused
   saved_step = checkpoints.latest_step(config.model_dir)
   profile.check(config.train_steps, saved_step)
   # The model may stand in another checkpoint.
@@ -120,6 +143,8 @@ def train(
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
+    owner.take()
+    resume.check_unchanged(config, saved_step)
     folder.write(config.model_dir, identity, settings, config_text, data.decided)
   manager = Checkpoints(config.model_dir, config.checkpoint)
   stream = data.stream(saved_step or 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from glm_jax import checkpoints
+from glm_jax import checkpoints, leaving
 from glm_jax.checkpoints import folder
 from glm_jax.models import config as model_config
 from glm_jax.training import adapters, report
@@ -36,6 +36,21 @@ def nothing_left(config: TrainConfig, saved_step: int | None, stop: Stopping) ->
       'go on'
     )
   return ''
+
+
+def check_unchanged(config: TrainConfig, saved_step: int | None) -> None:
+  """Raises leaving.Again if somebody has trained on until the folder was this process's.
+
+  Args:
+    config: of the run.
+    saved_step: that its folder was at before.
+  """
+  now = checkpoints.latest_step(config.model_dir)
+  if now != saved_step:
+    raise leaving.Again(
+      f'{config.model_dir} has come from step {saved_step} to {now} while this process '
+      'started; the same command goes on'
+    )
 
 
 def identity(config: TrainConfig, data: Any, base: dict[str, str] | None) -> dict[str, Any]:
