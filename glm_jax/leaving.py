@@ -11,10 +11,14 @@ from typing import NoReturn
 
 EXIT_AGAIN = 42
 """The run was stopped or has lost a process: the same command goes on."""
+GRACE_SECONDS = 120.0
+"""In which a run that is told to stop must have saved."""
 # What is still to be done may wait for a bucket or for a process that is gone.
 _SECONDS = 10.0
 
 _duties: list[Callable[[str, int], None]] = []
+# Of several threads that end the process, the first one has the word.
+_first = threading.Lock()
 
 
 class Again(Exception):
@@ -57,6 +61,7 @@ def now(message: str, code: int) -> NoReturn:
       with contextlib.suppress(Exception):
         action(message, code)
 
+  _first.acquire()
   thread = threading.Thread(target=end, daemon=True)
   thread.start()
   thread.join(_SECONDS)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm_jax import configs, leaving, storage
+from glm_jax import configs, leaving, startup, storage
 
 FILE = 'owner.json'
 HEARTBEAT_SECONDS = 5.0
@@ -54,7 +54,8 @@ class Owner:
     Raises:
       UserError: it belongs to a run that is alive.
     """
-    content, version = self._folder.read_version(FILE)
+    with startup.silenced_stderr():  # TensorStore says how it is let into a bucket
+      content, version = self._folder.read_version(FILE)
     if content is None or version == self._free:
       self._free = version
       return

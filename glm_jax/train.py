@@ -17,7 +17,9 @@ from glm_jax import (
   cli,
   configs,
   distributed,
+  joining,
   ownership,
+  peers,
   sharding,
   startup,
   storage,
@@ -103,7 +105,9 @@ def _train(
   with startup.silenced_stderr(), distributed.leader_first():
     data = recipe.prepare(config, vocabulary, layout)
   distributed.check_equal(
-    'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
+    'vocabulary and rows',
+    {'vocabulary': data.vocabulary.fingerprint, 'rows': data.fingerprint},
+    'use one CorpusConfig.cache_dir, or files that are the same everywhere',
   )
   recipe.check_data(config, data)
   adapters.check_data(config.adapters, data.decided)
@@ -119,6 +123,11 @@ def _train(
   # The folder: a new one, or this run's. What is not trained stays in its base.
   pinned = base and base.describe()
   identity, settings = resume.identity(config, data, pinned), start.settings(config)
+  distributed.check_equal(
+    'run',
+    {**identity, 'step': saved_step},
+    'let all see the same MODEL_DIR and the same files',
+  )
   changes = folder.check_same(config.model_dir, identity, settings)
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
@@ -252,6 +261,7 @@ def _train(
         break
       meter.restart()
     manager.close()
+    distributed.barrier('saved')  # whoever leaves now leaves nobody behind in a save
     stops.release(int(current['step']))
 
     # Reports; again if the run was complete but killed before it had reported.
@@ -275,18 +285,14 @@ def main(argv: Sequence[str]) -> None:
   ):
     config, text = cli.configuration(flags)
     telling('waiting for the other processes')
-    distributed.initialize(
-      distributed.Processes(
-        multiprocess=flags.multiprocess,
-        coordinator_address=flags.coordinator_address,
-        process_count=flags.process_count,
-        process_index=flags.process_index,
-      )
-    )
+    about = {'configuration': text, **joining.code(flags.imports)}
+    distributed.initialize(distributed.Processes.of(flags), about)
     stops.listen()
-    telling('starting the devices')
-    startup.find_devices()
-    train(config, text, telling, profiled, stops)
+    with peers.together(cli.explain):
+      telling('starting the devices')
+      startup.find_devices()
+      distributed.check_devices()
+      train(config, text, telling, profiled, stops)
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -298,14 +304,6 @@ def _flags() -> argparse.ArgumentParser:
   )
   cli.add_gin_flags(flags)
   cli.add_process_flags(flags)
-  flags.add_argument(
-    '--grace_seconds',
-    type=float,
-    default=signals.GRACE_SECONDS,
-    metavar='SECONDS',
-    help='after SIGTERM, SIGINT or SIGHUP, the run saves and leaves with code 42 in at '
-    'most so many (%(default)g); a second signal ends it at once',
-  )
   flags.add_argument(
     '--profile',
     default='',

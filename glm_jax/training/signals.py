@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 
 from glm_jax import distributed, leaving
 
-GRACE_SECONDS = 120.0
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # timeout(1) and some schedulers tell a process and then its group, in which it is.
 _ECHO_SECONDS = 0.25
@@ -36,7 +35,7 @@ class Signals:
     received: name of the first signal; '' until then.
   """
 
-  def __init__(self, grace_seconds: float = GRACE_SECONDS):
+  def __init__(self, grace_seconds: float = leaving.GRACE_SECONDS):
     """
     Args:
       grace_seconds: in which a run that is to stop must have saved; else it ends without,
