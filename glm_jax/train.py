@@ -41,7 +41,7 @@ from glm_jax.training import (
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.meter import Meter, progress_line
 from glm_jax.training.stopping import Stopping
-from glm_jax.training.writer import Writer
+from glm_jax.training.writer import Writer, note_step
 
 
 def train(
@@ -210,6 +210,7 @@ def _train(
       telling('validating what the run begins with')
       validate(0)
     telling('compiling the first step, which waits for its batch')
+    note_step(first)
     meter = Meter(first, config.train_steps, saved.get('so_far', None if new else {}))
     results = metrics.Results(config.model_dir, recipe.told)
     # A run that has stopped early, and was killed before its report, is only reported.
@@ -230,6 +231,7 @@ def _train(
       # reported whose loss has not been looked at.
       waits = saves or validates or logs or profile.is_bound(number)
       results.wait(0 if waits else 1)
+      note_step(number)
       stops.holding = True
       leaves = stops.agreed(number)
       if logs:
