@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from glm_jax import startup
+
 EXIT_AGAIN = 42
 """The run was stopped or has lost a process: the same command goes on."""
 GRACE_SECONDS = 120.0
@@ -56,7 +58,7 @@ def now(message: str, code: int) -> NoReturn:
       with contextlib.suppress(Exception):
         stream.flush()
     if message:
-      print(message, file=sys.stderr, flush=True)
+      os.write(startup.stderr(), f'{message}\n'.encode())
     for action in reversed(_duties):
       with contextlib.suppress(Exception):
         action(message, code)

@@ -29,9 +29,11 @@ _FOLDER = 'glm_jax/ended/'
 _POLL_SECONDS = 1.0
 # For the others to hear of it, before process 0 takes the coordinator with it.
 _TOLD_SECONDS = 5.0
-# What JAX says when it cannot reach a process any more.
-_LOST = ('Gloo', 'NCCL', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'heartbeat')
-_LOST += ('onnection reset', 'onnection closed', 'ocket closed', 'oordination')
+# Of whom an error speaks, whatever its type, that says that a collective has broken.
+_COLLECTIVES = ('Gloo', 'NCCL')
+# What JAX says, besides, when it cannot reach a process any more.
+_LOST = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'heartbeat', 'oordination')
+_LOST += ('onnection reset', 'onnection closed', 'ocket closed')
 
 
 @contextlib.contextmanager
@@ -154,9 +156,8 @@ def _of_a_peer(error: BaseException | None) -> BaseException | None:
   seen: list[Any] = []
   while error is not None and error not in seen:
     text = str(error)
-    if isinstance(error, jax.errors.JaxRuntimeError) and any(
-      word in text for word in _LOST
-    ):
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    if any(word in text for word in (*_COLLECTIVES, *(_LOST if of_jax else ()))):
       return error
     seen.append(error)
     error = error.__cause__ or error.__context__

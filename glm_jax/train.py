@@ -12,6 +12,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
 from glm_jax import (
   checkpoints,
   cli,
@@ -101,8 +103,11 @@ def _train(
 
   # Data. The leader goes first, so that the others find its caches.
   telling('preparing data: TensorFlow, the text, its vocabulary')
-  # TensorFlow writes to stderr as it is imported, and only data needs it.
-  with startup.silenced_stderr(), distributed.leader_first():
+  # TensorFlow writes to stderr as it is imported, and only data needs it. But what JAX says
+  # of a process that is lost meanwhile, it says there, too.
+  alone = jax.process_count() == 1
+  hidden = startup.silenced_stderr() if alone else contextlib.nullcontext()
+  with hidden, distributed.leader_first():
     data = recipe.prepare(config, vocabulary, layout)
   distributed.check_equal(
     'vocabulary and rows',

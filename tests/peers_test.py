@@ -61,17 +61,20 @@ def test_the_cause_in_one_is_said_by_the_other_with_its_code(two, monkeypatch):
   assert left == [("error: process 1 has ended the run: 'x'", 65)]
 
 
-@pytest.mark.parametrize('words', peers._LOST)
+@pytest.mark.parametrize('words', [*peers._COLLECTIVES, *peers._LOST])
 def test_what_a_collective_says_of_a_lost_process_is_no_defect(two, words, capsys):
   _, (zero, one) = two
-  error = jax.errors.JaxRuntimeError(f'INTERNAL: {words} and so on\nmore')
+  of_jax = words not in peers._COLLECTIVES
+  error = (jax.errors.JaxRuntimeError if of_jax else ValueError)(
+    f'INTERNAL: {words} and so on\nmore'
+  )
   message, code = zero.cause(error, _explain)
   assert code == leaving.EXIT_AGAIN and 'another process was lost (INTERNAL: ' in message
   # Also behind an error that says something else of it.
   try:
     try:
       raise error
-    except jax.errors.JaxRuntimeError as cause:
+    except type(error) as cause:
       raise KeyError('a damaged file') from cause
   except KeyError as wrapped:
     assert zero.cause(wrapped, _explain) == (message, code)
@@ -85,7 +88,7 @@ def test_what_a_collective_says_of_a_lost_process_is_no_defect(two, words, capsy
 def test_a_defect_keeps_its_traceback_and_is_told(two, capsys):
   _, (zero, _) = two
   for error in (
-    ZeroDivisionError('by 0'),
+    ValueError('UNAVAILABLE'),
     jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED'),
   ):
     message, code = zero.cause(error, _explain)
