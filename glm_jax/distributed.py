@@ -87,6 +87,7 @@ def initialize(processes: Processes, about: Mapping[str, str]) -> None:
   address, count, index = explicit
   _check_address('--coordinator_address', address)
   bind = processes.coordinator_bind_address
+  bind = bind or os.environ.get('JAX_COORDINATOR_BIND_ADDRESS')
   if bind is not None:
     _check_address('--coordinator_bind_address', bind)
   configs.check(
