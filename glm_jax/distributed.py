@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from glm_jax import configs, joining, leaving
@@ -25,6 +27,11 @@ from glm_jax import configs, joining, leaving
 _START_SECONDS = 60
 # After which a process that says nothing is gone, and JAX ends the others.
 _HEARTBEAT_SECONDS = 30
+# A week: nobody is waited for who is gone.
+_WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
+
+# How often each barrier was met: their names are used up.
+_barriers: collections.Counter[str] = collections.Counter()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,9 +205,14 @@ def is_leader() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Waits for all processes."""
+  """Waits for all processes, however long; who is lost ends the wait (`glm_jax.peers`)."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    _barriers[name] += 1
+    # By the coordinator, as Orbax does, and not by a collective: the first one between
+    # CPUs waits 30 s for the others, and process 0 may prepare data for longer.
+    jax_distributed.global_state.client.wait_at_barrier(
+      f'glm_jax/{name}/{_barriers[name]}', _WAIT_MILLISECONDS
+    )
 
 
 def any_process(flag: bool, mesh: jax.sharding.Mesh) -> jax.Array:
@@ -253,6 +265,7 @@ def check_equal(name: str, value: Mapping[str, Any], remedy: str) -> None:
 
 def _gather(text: str) -> list[str]:
   """A text of each process, in their order."""
+  barrier('gather')
   # Processes exchange arrays, of one size.
   content = np.frombuffer(text.encode('utf-8'), np.uint8)
   sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content)))).ravel()
