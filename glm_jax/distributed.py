@@ -116,7 +116,6 @@ def initialize(processes: Processes, about: Mapping[str, str]) -> None:
       coordinator_bind_address=bind,
       initialization_timeout=_START_SECONDS,
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-      shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except jax.errors.JaxRuntimeError as error:
     raise leaving.Again(

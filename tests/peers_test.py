@@ -163,35 +163,6 @@ def test_a_worker_that_is_killed_ends_the_other_in_a_sentence(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_while_nobody_waits_ends_the_other(text, tmp_path):
-  """In the data: JAX misses its heartbeats, and says so."""
-  slow = tmp_path / 'slow_data.py'
-  slow.write_text(
-    'import time\nfrom glm_jax import distributed\n'
-    "def slowly(): print('reading', flush=True); time.sleep(300)\n"
-    'first = distributed.leader_first\n'
-    'import contextlib\n'
-    '@contextlib.contextmanager\n'
-    'def leader_first():\n'
-    '  with first():\n'
-    '    if distributed.is_leader(): slowly()\n'
-    '    yield\n'
-    'distributed.leader_first = leader_first\n'
-  )
-  run = tmp_path / 'run'
-  both = [
-    runs.begin(text, run, *ENDLESS, flags=['--import=slow_data', *flags], imports=tmp_path)
-    for flags in _flags()
-  ]
-  _until(both[0], 'reading')
-  both[1].kill()
-  [(code, said), _], seconds = _ended(both)
-  assert code in (leaving.EXIT_AGAIN, -signal.SIGABRT) and seconds < 60, (seconds, said)
-  assert 'lost' in said or 'heartbeat' in said
-  print(f'missed heartbeats: {seconds:.1f} s, code {code}')
-
-
-@pytest.mark.slow
 def test_when_process_0_is_killed_the_other_is_not_left(text, tmp_path):
   both = _begin(text, tmp_path / 'run', *ENDLESS)
   _until(both[0], '\nstep     3/')
