@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from glm_jax import slips, startup
+from glm_jax import leaving, slips, startup
 from glm_jax.bindings import load_config
 from glm_jax.configs import LOCAL, ResourceError, UserError, check, check_value, one_line
 
@@ -56,27 +56,39 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
   """
   try:
     run(argv)
-  except UserError as error:
-    return _stop(one_line(error), EXIT_DATA)
-  except FloatingPointError as error:
-    return _stop(str(error), EXIT_NUMERICS)
   except BrokenPipeError:
     return _EXIT_PIPE  # whoever read the output, such as head, has enough
-  except OSError as error:
-    if not isinstance(error, ResourceError) and error.errno not in _OF_THE_DISK:
+  except (Exception, KeyboardInterrupt) as error:
+    explained = explain(error)
+    if explained is None:
       raise
-    return _stop(one_line(error), EXIT_IO)
-  except Exception as error:
-    if not _is_of_a_bucket(error):
-      raise
-    return _stop(one_line(error)[:_LONGEST], EXIT_IO)
-  except KeyboardInterrupt:
-    # 128 + SIGINT, as a shell reports it.
-    return _stop('interrupted', 130)
+    message, code = explained
+    # Nothing is wrong with a run that is to be started again.
+    words = 'error: ' * (code != leaving.EXIT_AGAIN)
+    print(f'{words}{message}', file=sys.stderr, flush=True)
+    return code
   return 0
 
 
-def _is_of_a_bucket(error: Exception) -> bool:
+def explain(error: BaseException) -> tuple[str, int] | None:
+  """What is said of an error that a user can mend, and the exit code; None for a defect."""
+  match error:
+    case UserError():
+      return one_line(error), EXIT_DATA
+    case FloatingPointError():
+      return str(error), EXIT_NUMERICS
+    case leaving.Again():
+      return str(error), leaving.EXIT_AGAIN
+    case KeyboardInterrupt():
+      return 'interrupted', 130  # 128 + SIGINT, as a shell reports it
+    case OSError() if isinstance(error, ResourceError) or error.errno in _OF_THE_DISK:
+      return one_line(error), EXIT_IO
+    case _ if _is_of_a_bucket(error):
+      return one_line(error)[:_LONGEST], EXIT_IO
+  return None
+
+
+def _is_of_a_bucket(error: BaseException) -> bool:
   """Whether TensorFlow could not read or write gs://: no permission, bucket or network."""
   # It has errors of its own, and is not imported to ask.
   return type(error).__module__.startswith('tensorflow.') and 'gs://' in str(error)
@@ -153,6 +165,27 @@ def add_process_flags(flags: argparse.ArgumentParser) -> None:
   )
   group.add_argument('--process_count', type=int, metavar='N')
   group.add_argument('--process_index', type=int, metavar='I')
+  group.add_argument(
+    '--coordinator_bind_address',
+    metavar='HOST:PORT',
+    help="where process 0 listens, if not at --coordinator_address; '[::]:PORT' is "
+    'everywhere',
+  )
+  group.add_argument(
+    '--join_seconds',
+    type=float,
+    default=300.0,
+    metavar='SECONDS',
+    help='wait so long for the other processes at the start (%(default)g)',
+  )
+  group.add_argument(
+    '--grace_seconds',
+    type=float,
+    default=leaving.GRACE_SECONDS,
+    metavar='SECONDS',
+    help='after SIGTERM, SIGINT or SIGHUP, the run saves and leaves with code 42 in at '
+    'most so many (%(default)g); a second signal ends it at once',
+  )
   add_cpu_devices_flag(group)
 
 
@@ -311,8 +344,3 @@ def configuration(
     roots=(TrainConfig, *more),
     placeholders=placeholders,
   )
-
-
-def _stop(message: str, code: int) -> int:
-  print(f'error: {message}', file=sys.stderr, flush=True)
-  return code

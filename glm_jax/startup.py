@@ -68,18 +68,29 @@ def _packages(trace: TracebackType | None) -> set[str]:
   return {frame.f_globals.get('__name__', '').split('.')[0] for frame in frames}
 
 
+# Copies of file descriptor 2 while it is hidden, the oldest first.
+_hidden: list[int] = []
+
+
+def stderr() -> int:
+  """The descriptor of what a user reads, whether it is hidden for the moment or not."""
+  return [*_hidden, 2][0]
+
+
 @contextlib.contextmanager
 def silenced_stderr() -> Iterator[None]:
   """Hides file descriptor 2, where libraries write before their logging is set up."""
   sys.stderr.flush()
   # The descriptor, not sys.stderr: C++ libraries write to it directly.
   saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  _hidden.append(saved)
   try:
     os.dup2(null, 2)
     yield
   finally:
     sys.stderr.flush()
     os.dup2(saved, 2)
+    _hidden.remove(saved)
     os.close(saved)
     os.close(null)
 

@@ -78,7 +78,7 @@ class Folder:
     """Of files and folders in it, sorted; [] for a folder that is not there."""
     if self._here is not None:
       return sorted(os.listdir(self._here)) if self._here.is_dir() else []
-    with _of_bucket(self.path):
+    with _refusals(self.path):
       keys = self._store.list().result()
     return sorted({key.decode().split('/')[0] for key in keys} - {''})
 
@@ -91,7 +91,7 @@ class Folder:
     if self._here is not None:
       path = self._here / name
       return path.read_bytes() if path.is_file() else None
-    with _of_bucket(self.path):
+    with _refusals(self.path):
       found = self._store.read(name).result()
     return None if found.state == 'missing' else found.value
 
@@ -99,7 +99,7 @@ class Folder:
     """The contents of files that are there, asked for at once."""
     if self._here is not None:
       return [(self._here / name).read_bytes() for name in names]
-    with _of_bucket(self.path):
+    with _refusals(self.path):
       asked = [self._store.read(name) for name in names]
       return [answer.result().value for answer in asked]
 
@@ -110,7 +110,7 @@ class Folder:
       OSError: no permission, no room, or a file in the way.
     """
     if self._here is None:
-      with _of_bucket(self.path):
+      with _refusals(self.path):
         self._store.write(name, content).result()
       return
     path = self._here / name
@@ -120,10 +120,39 @@ class Folder:
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
+  def read_version(self, name: str) -> tuple[bytes | None, bytes]:
+    """The content of a file, None if there is none, and which version of it that is."""
+    with _refusals(self.path):
+      found = self._store.read(name).result()
+    # Of a missing file, too: TensorStore's own word for 'none' is a version, b'' is not.
+    return None if found.state == 'missing' else found.value, found.stamp.generation
+
+  def replace(self, name: str, content: bytes | None, version: bytes) -> bytes | None:
+    """Writes a file, if it is as it was: of several who try, one succeeds.
+
+    Args:
+      name: of the file.
+      content: all of it; None removes it.
+      version: that `read_version` or `replace` gave.
+
+    Returns:
+      The version that it now is; None if somebody else has written it meanwhile.
+
+    Raises:
+      OSError: no permission, no room, or no network.
+    """
+    with _refusals(self.path):
+      written = self._store.write(name, content, if_equal=version).result()
+    return written.generation or None
+
   @functools.cached_property
   def _store(self) -> Any:
     import tensorstore as ts
 
+    if self._here is not None:
+      spec = {'driver': 'file', 'path': f'{self._here.absolute()}/'}
+      with _refusals(self.path):
+        return ts.KvStore.open(spec).result()
     bucket, _, name = self.path.removeprefix(_SCHEME).partition('/')
     configs.check(
       bool(bucket and name.strip('/')),
@@ -133,13 +162,13 @@ class Folder:
     )
     spec = {'driver': 'gcs', 'bucket': bucket, 'path': name.rstrip('/') + '/'}
     context = ts.Context({'gcs_request_retries': {'max_retries': _ATTEMPTS}})
-    with _of_bucket(self.path):
+    with _refusals(self.path):
       return ts.KvStore.open(spec, context=context).result()
 
 
 @contextlib.contextmanager
-def _of_bucket(path: str) -> Iterator[None]:
-  """What a bucket refuses, as an error of the system."""
+def _refusals(path: str) -> Iterator[None]:
+  """What a store refuses, as an error of the system."""
   try:
     yield
   # TensorStore raises errors of Python's own types, with the answer of the server in them.

@@ -10,9 +10,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from glm_jax import cli, configs, distributed, sharding, startup, storage
+import jax
+
+from glm_jax import (
+  cli,
+  configs,
+  distributed,
+  joining,
+  ownership,
+  peers,
+  sharding,
+  startup,
+  storage,
+)
 from glm_jax.checkpoints import Checkpoints, folder, steps
 from glm_jax.models import config as model_config
 from glm_jax.training import (
@@ -25,13 +37,14 @@ from glm_jax.training import (
   program,
   report,
   resume,
+  signals,
   start,
   state,
 )
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.meter import Meter, progress_line
 from glm_jax.training.stopping import Stopping
-from glm_jax.training.writer import Writer
+from glm_jax.training.writer import Writer, note_step
 
 
 def train(
@@ -40,6 +53,7 @@ def train(
   telling: startup.Telling | None = None,
   profiled: tuple[int, int] | None = None,
   restore_step: int | None = None,
+  stops: signals.Signals | None = None,
 ) -> None:
   """Trains to `train_steps`, from wherever the run stands.
 
@@ -49,19 +63,38 @@ def train(
     telling: is told what goes on until the first step; None if nobody listens.
     profiled: the first and the last step of a profile; None for none.
     restore_step: a checkpoint to go back to; None for the newest undamaged one.
+    stops: hears what is to stop the run; None if nobody sends it.
 
   Raises:
+    leaving.Again: a signal has stopped the run, and what it has learnt is saved.
     UserError: something in the configuration or the data that a user can mend.
     FloatingPointError: the loss or the gradient's norm is no longer finite; nothing is
       saved from that step on.
   """
-  began = time.perf_counter()
   say = print if distributed.is_leader() else lambda *_, **__: None
   telling = telling or startup.Telling('')
   telling.quiet = not distributed.is_leader()
+  with ownership.Owner(config.model_dir, say) as owner:
+    stops = stops or signals.Signals()
+    _train(config, config_text, telling, profiled, restore_step, stops, say, owner)
 
+
+def _train(
+  config: TrainConfig,
+  config_text: str,
+  telling: startup.Telling,
+  profiled: tuple[int, int] | None,
+  restore_step: int | None,
+  stops: signals.Signals,
+  say: Callable[..., None],
+  owner: ownership.Owner,
+) -> None:
+  """The story; see `train`."""
+  began = time.perf_counter()
   profile = profiling.Profile(profiled, config.model_dir, say)
   storage.check_can_save(config.model_dir)
+  if distributed.is_leader():
+    owner.look()  # long before it is taken: nobody waits for data to be refused
   saved_step = resume.chosen(config.model_dir, restore_step)
   profile.check(config.train_steps, saved_step)
   # The model may stand in another checkpoint.
@@ -75,11 +108,16 @@ def train(
 
   # Data. The leader goes first, so that the others find its caches.
   telling('preparing data: TensorFlow, the text, its vocabulary')
-  # TensorFlow writes to stderr as it is imported, and only data needs it.
-  with startup.silenced_stderr(), distributed.leader_first():
+  # TensorFlow writes to stderr as it is imported, and only data needs it. But what JAX says
+  # of a process that is lost meanwhile, it says there, too.
+  alone = jax.process_count() == 1
+  hidden = startup.silenced_stderr() if alone else contextlib.nullcontext()
+  with hidden, distributed.leader_first():
     data = recipe.prepare(config, vocabulary, layout)
   distributed.check_equal(
-    'vocabulary and rows', f'{data.vocabulary.fingerprint} {data.fingerprint}'
+    'vocabulary and rows',
+    {'vocabulary': data.vocabulary.fingerprint, 'rows': data.fingerprint},
+    'use one CorpusConfig.cache_dir, or files that are the same everywhere',
   )
   recipe.check_data(config, data)
   adapters.check_data(config.adapters, data.decided)
@@ -95,6 +133,11 @@ def train(
   # The folder: a new one, or this run's. What is not trained stays in its base.
   pinned = base and base.describe()
   identity, settings = resume.identity(config, data, pinned), start.settings(config)
+  distributed.check_equal(
+    'run',
+    {**identity, 'step': saved_step},
+    'let all see the same MODEL_DIR and the same files',
+  )
   changes = folder.check_same(config.model_dir, identity, settings)
 
   # Model and state: fresh, with another's parameters, or of this run. The folder is
@@ -116,7 +159,11 @@ def train(
   frozen = start.frozen(
     config, built, layout, data.vocabulary.fingerprint, base, current if new else None
   )
-  # Where the run goes on, as far back as a checkpoint is undamaged.
+  # Where the run goes on, as far back as a checkpoint is undamaged: what is not is set
+  # aside, by the owner of the folder alone.
+  if not new and distributed.is_leader():
+    owner.take()
+    resume.check_unchanged(config, saved_step, restore_step)
   going = resume.restored(
     config.model_dir, saved_step, built.state, data.stream, say, restore_step
   )
@@ -127,6 +174,9 @@ def train(
   # A process that refuses must do so before the leader claims the folder.
   distributed.barrier('checked')
   if distributed.is_leader():
+    if new:
+      owner.take()
+      resume.check_unchanged(config, saved_step, restore_step)
     folder.write(config.model_dir, identity, settings, config_text, data.decided)
   manager = Checkpoints(config.model_dir, config.checkpoint)
   stream = going.stream
@@ -147,8 +197,8 @@ def train(
     **({'quantized': quantized} if quantized else {}),
     **({'adapters': identity['adapters']} if config.adapters else {}),
   }
-  writer = Writer(config.model_dir, distributed.is_leader())
-  with sharding.active(layout), profile:
+  writer = contextlib.closing(Writer(config.model_dir, distributed.is_leader()))
+  with writer as writer, sharding.active(layout), profile:
     measure = evaluation.Validation(
       data.validation, built.eval_step, layout, data.validated_rows, recipe.told
     )
@@ -182,6 +232,7 @@ def train(
       telling('validating what the run begins with')
       validate(0)
     telling('compiling the first step, which waits for its batch')
+    note_step(first)
     meter = Meter(first, config.train_steps, saved.get('so_far', None if new else {}))
     watch = guard.Watch(config.guard, config.batch_size, say, config.model_dir)
     results = metrics.Results(config.model_dir, recipe.told, watch.see)
@@ -190,6 +241,7 @@ def train(
       with profile.step(number):
         with keeping(number - 1):
           work = meter.wait_for(stream, current, results.running)
+        stops.ask(layout.mesh)
         # Either returns at once. The state before is donated: `current` is the only one.
         if config.skips(number):
           current, step_metrics = state.skip(current), {}
@@ -211,6 +263,9 @@ def train(
           save(number, {})
         manager.close()
         raise
+      note_step(number)
+      stops.holding = True
+      leaves = stops.agreed(number)
       if logs:
         values = {**results.take(), **meter.taken(), **watch.taken()}
         telling.stop()
@@ -230,20 +285,23 @@ def train(
           say(line)
       # An older validation says nothing of this checkpoint.
       scores = validate(number) if validates else {}
-      if saves or stop.over:
+      if saves or stop.over or leaves:
+        results.wait(0)
         save(number, scores)
         saved_step = number
       if stop.over:
         say(f'stopped early at step {number}: {stop.in_words()}')
+      if stop.over or leaves:
         break
       meter.restart()
     manager.close()
+    distributed.barrier('saved')  # whoever leaves now leaves nobody behind in a save
+    stops.release(int(current['step']))
 
     # Reports; again if the run was complete but killed before it had reported.
     telling.stop()
     ended, whole = int(current['step']), built.variables(current['params'], frozen)
     report.report(config, data, whole, say, step=ended, so_far=meter.so_far)
-  writer.close()
   distributed.barrier('done')
   say(f'done: {ended} steps in {config.model_dir} ({time.perf_counter() - began:.0f} s)')
 
@@ -255,20 +313,20 @@ def main(argv: Sequence[str]) -> None:
   startup.use_cpu_devices(flags.cpu_devices)
   # Who leads is known by all once they have met.
   quiet = flags.multiprocess or bool(flags.process_index)
-  with startup.Telling('reading the configuration', quiet=quiet) as telling:
+  with (
+    signals.Signals(flags.grace_seconds) as stops,
+    startup.Telling('reading the configuration', quiet=quiet) as telling,
+  ):
     config, text = cli.configuration(flags)
     telling('waiting for the other processes')
-    distributed.initialize(
-      distributed.Processes(
-        multiprocess=flags.multiprocess,
-        coordinator_address=flags.coordinator_address,
-        process_count=flags.process_count,
-        process_index=flags.process_index,
-      )
-    )
-    telling('starting the devices')
-    startup.find_devices()
-    train(config, text, telling, profiled, flags.restore_step)
+    about = {'configuration': text, **joining.code(flags.imports)}
+    distributed.initialize(distributed.Processes.of(flags), about)
+    stops.listen()
+    with peers.together(cli.explain):
+      telling('starting the devices')
+      startup.find_devices()
+      distributed.check_devices()
+      train(config, text, telling, profiled, flags.restore_step, stops)
 
 
 def _flags() -> argparse.ArgumentParser:

@@ -142,6 +142,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if name not in objects:
       return 404, b'{}', {}
     if method == 'DELETE':
+      if query.get('ifGenerationMatch', self._generation(name)) != self._generation(name):
+        return 412, b'', {}
       del objects[name]
       return 204, b'', {}
     return 200, _json(self._about(name)), {}

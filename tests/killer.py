@@ -1,6 +1,7 @@
 """Kills its process at a point with a name: a command takes it by --import.
 
-As a power cut does: nothing is closed, nothing is flushed, nobody is told.
+As a power cut does: nothing is closed, nothing is flushed, nobody is told. With SIGNAL in
+the environment it is told by that instead.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from glm_jax.training import evaluation, writer
 EVENTS = {
   'before the parameters of step 2': ('os.mkdir', r'/checkpoints/2[^/]*/params'),
   'before step 6 is committed': ('os.rename', r'/checkpoints/6$'),
+  'before step 10 is committed': ('os.rename', r'/checkpoints/10$'),
   'while step 2 is removed': ('os.rmdir', r'/checkpoints/2$'),
 }
 BETWEEN = 'between steps 3 and 4'
@@ -27,7 +29,7 @@ POINT = os.environ.get('KILLED')  # None for the test, which reads the names
 
 
 def _kill(*_):
-  os.kill(os.getpid(), signal.SIGKILL)
+  os.kill(os.getpid(), signal.Signals[os.environ.get('SIGNAL', 'SIGKILL')])
 
 
 def _heard(event, arguments):
@@ -43,10 +45,12 @@ def _written(writer, step, kind, values, write=writer.Writer.write):
 
 
 def _validated(self, params, original=evaluation.Validation.__call__):
-  one = itertools.islice(next(iter(self._sets.values()))(), 1)
+  whole, one = self._sets, itertools.islice(next(iter(self._sets.values()))(), 1)
   self._sets = {'first batch': lambda: one}
   original(self, params)
   _kill()
+  self._sets = whole  # it has only been told
+  return original(self, params)
 
 
 def _judged(self, questions, answers, original=rollouts.Rollouts.judged):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from glm_jax import configs, storage
+from glm_jax import configs, ownership, storage
 from glm_jax.configs import UserError
 
 FILE = 'run.json'
@@ -63,8 +63,10 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
   folder = storage.Folder(model_dir)
   content = folder.read(FILE)
   if content is None:
-    # A process killed in its first moment leaves the beginning of this file.
-    others = [name for name in folder.names() if not name.startswith(f'.{FILE}.')]
+    # A process killed in its first moment leaves the beginning of this file, or no more
+    # than its name as the owner's.
+    own = (f'.{FILE}.', ownership.FILE)
+    others = [name for name in folder.names() if not name.startswith(own)]
     configs.check(
       not others,
       'MODEL_DIR must be a new or empty folder, or that of a run',

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from glm_jax import checkpoints, distributed
+from glm_jax import checkpoints, distributed, leaving
 from glm_jax.checkpoints import folder, manager, steps
 from glm_jax.checkpoints.damage import Damaged
 from glm_jax.configs import UserError
@@ -140,6 +140,24 @@ def nothing_left(config: TrainConfig, saved_step: int | None, stop: Stopping) ->
       'go on'
     )
   return ''
+
+
+def check_unchanged(
+  config: TrainConfig, saved_step: int | None, wanted: int | None
+) -> None:
+  """Raises leaving.Again if somebody has trained on until the folder was this process's.
+
+  Args:
+    config: of the run.
+    saved_step: that its folder was at before.
+    wanted: see `chosen`.
+  """
+  now = steps.chosen(config.model_dir, wanted)
+  if now != saved_step:
+    raise leaving.Again(
+      f'{config.model_dir} has come from step {saved_step} to {now} while this process '
+      'started; the same command goes on'
+    )
 
 
 def identity(config: TrainConfig, data: Any, base: dict[str, str] | None) -> dict[str, Any]:

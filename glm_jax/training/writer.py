@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from glm_jax import storage
+
+PROGRESS = 'GLM_JAX_PROGRESS'
+"""In the environment, whoever watches a process names a file for its latest step."""
+
+
+def note_step(step: int) -> None:
+  """Writes a step down for whoever watches this process (`PROGRESS`), if somebody does."""
+  if path := os.environ.get(PROGRESS):
+    Path(path).write_text(f'{step}\n')
 
 
 class Writer:
