@@ -132,6 +132,17 @@ class Telling:
         print(f'{time.perf_counter() - self._began:.0f} s: {self._doing}', flush=True)
 
 
+def process_began() -> float:
+  """When this process did, in seconds since the epoch: before Python imported anything."""
+  try:
+    # Behind the name, which may hold spaces; proc_pid_stat(5), field 22.
+    ticks = int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
+    uptime = float(Path('/proc/uptime').read_text().split()[0])
+  except (OSError, ValueError, IndexError):  # no Linux
+    return time.time()
+  return time.time() - max(0.0, uptime - ticks / os.sysconf('SC_CLK_TCK'))
+
+
 def use_cpu_devices(count: int) -> None:
   """Splits the CPU into virtual devices; must precede the first use of JAX."""
   configs.check(

@@ -30,6 +30,7 @@ from glm_jax.models import config as model_config
 from glm_jax.training import (
   adapters,
   evaluation,
+  goodput,
   guard,
   metrics,
   optimizer,
@@ -91,6 +92,8 @@ def _train(
 ) -> None:
   """The story; see `train`."""
   began = time.perf_counter()
+  kept = storage.Folder(config.model_dir) if distributed.is_leader() else None
+  clock = goodput.Clock(kept, began=startup.process_began())
   profile = profiling.Profile(profiled, config.model_dir, say)
   storage.check_can_save(config.model_dir)
   if distributed.is_leader():
@@ -164,9 +167,10 @@ def _train(
   if not new and distributed.is_leader():
     owner.take()
     resume.check_unchanged(config, saved_step, restore_step)
-  going = resume.restored(
-    config.model_dir, saved_step, built.state, data.stream, say, restore_step
-  )
+  with clock.doing('start' if new else 'restore'):
+    going = resume.restored(
+      config.model_dir, saved_step, built.state, data.stream, say, restore_step
+    )
   if not new:
     current = state.complete(going.state, built.state)
     saved_step, saved = going.step, going.meta
@@ -205,7 +209,9 @@ def _train(
 
     def save(number: int, scores: dict[str, float]) -> None:
       progress = {'step': number, 'so_far': meter.so_far, 'stopping': stop.state}
-      manager.save(current, {**meta, **progress}, scores, stream)
+      with clock.doing('save'):
+        manager.save(current, {**meta, **progress}, scores, stream)
+      clock.write(number)
 
     @contextlib.contextmanager
     def keeping(number: int) -> Iterator[None]:
@@ -221,7 +227,7 @@ def _train(
 
     def validate(number: int) -> dict[str, float]:
       whole = built.variables(current['params'], frozen)
-      with keeping(number):
+      with keeping(number), clock.doing('evaluate'):
         values = measure(whole) | recipe.validate(config, data, whole)
       writer.write(number, 'validation', values)
       say(evaluation.line(values, bool(data.validation)), flush=True)
@@ -233,7 +239,10 @@ def _train(
       validate(0)
     telling('compiling the first step, which waits for its batch')
     note_step(first)
-    meter = Meter(first, config.train_steps, saved.get('so_far', None if new else {}))
+    clock.begins(first)
+    clock.to('compile')
+    so_far = saved.get('so_far', None if new else {})
+    meter = Meter(first, config.train_steps, so_far, clock.waited)
     watch = guard.Watch(config.guard, config.batch_size, say, config.model_dir)
     results = metrics.Results(config.model_dir, recipe.told, watch.see)
     # A run that has stopped early, and was killed before its report, is only reported.
@@ -271,9 +280,11 @@ def _train(
         telling.stop()
         if number == first + 1:  # its time is that of the compiler
           say(f'first step after {time.perf_counter() - began:.0f} s')
+          clock.to(goodput.STEPS)
           meter.report(number)
         else:
           values |= {'learning_rate': float(rate(number - 1)), **meter.report(number)}
+          values['goodput'] = clock.write(number).get(goodput.STEPS, 0.0)
         say(progress_line(number, config.train_steps, values), flush=True)
         writer.write(number, 'train', values)
       # Validation, saving and writing a profile do not count as training time.
@@ -294,14 +305,16 @@ def _train(
       if stop.over or leaves:
         break
       meter.restart()
+    clock.to('save')
     manager.close()
     distributed.barrier('saved')  # whoever leaves now leaves nobody behind in a save
     stops.release(int(current['step']))
 
     # Reports; again if the run was complete but killed before it had reported.
     telling.stop()
+    clock.to('evaluate')
     ended, whole = int(current['step']), built.variables(current['params'], frozen)
-    report.report(config, data, whole, say, step=ended, so_far=meter.so_far)
+    report.report(config, data, whole, say, step=ended, so_far=meter.so_far, clock=clock)
   distributed.barrier('done')
   say(f'done: {ended} steps in {config.model_dir} ({time.perf_counter() - began:.0f} s)')
 

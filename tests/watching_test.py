@@ -60,7 +60,7 @@ def _meta(run):
 
 def _records(run, kind):
   """Without what the clock says, and the rate, which a start's first record has not."""
-  timed = {'tokens_per_second', 'seconds_left', 'input_stall', 'learning_rate'}
+  timed = {'tokens_per_second', 'seconds_left', 'input_stall', 'learning_rate', 'goodput'}
   records = writer.read(str(run), kind)
   return [{k: v for k, v in record.items() if k not in timed} for record in records]
 

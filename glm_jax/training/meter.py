@@ -18,16 +18,21 @@ class Meter:
   """Speed since the last report, and sums over the whole run."""
 
   def __init__(
-    self, step: int, total_steps: int, so_far: Mapping[str, float] | None = None
+    self,
+    step: int,
+    total_steps: int,
+    so_far: Mapping[str, float] | None = None,
+    waited: Callable[[float], None] = lambda seconds: None,
   ):
     """
     Args:
       step: the first step.
       total_steps: of the run.
       so_far: `so_far` at that step; None for a new run, {} where nobody counted.
+      waited: is told of seconds that devices waited for data.
     """
     self._so_far = {'tokens': 0, 'flops': 0.0} if so_far is None else dict(so_far)
-    self._step, self._total = step, total_steps
+    self._step, self._total, self._tell = step, total_steps, waited
     self._seconds, self._tokens, self._flops, self._waited = 0.0, 0.0, 0.0, 0.0
     self._since = time.perf_counter()
 
@@ -73,7 +78,9 @@ class Meter:
     item = stream(state)
     # Devices that are still at work did not wait, however long the host did.
     if all(leaf.is_ready() for leaf in jax.tree.leaves(running)):
-      self._waited += time.perf_counter() - began
+      waited = time.perf_counter() - began
+      self._waited += waited
+      self._tell(waited)
     return item
 
   def report(self, step: int) -> dict[str, float]:

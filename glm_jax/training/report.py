@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from glm_jax import distributed, storage
-from glm_jax.training import recipe, writer
+from glm_jax.training import goodput, recipe, writer
 from glm_jax.training.config import TrainConfig
+from glm_jax.training.goodput import Clock
 
 _SUMMARY = 'summary.json'
 
@@ -31,6 +32,7 @@ def report(
   *,
   step: int,
   so_far: Mapping[str, float],
+  clock: Clock,
 ) -> None:
   """Prints the recipe's report and writes summary.json and loss.png.
 
@@ -41,6 +43,7 @@ def report(
     say: prints, on the leader.
     step: that the run has ended at, which may be an early one.
     so_far: see `Meter.so_far`.
+    clock: of the run's time, which ends here.
   """
   config = dataclasses.replace(config, train_steps=step)
   leads = distributed.is_leader()
@@ -50,7 +53,10 @@ def report(
   if not leads:
     return
   picture = writer.plot_losses(config.model_dir, reported.pop('lines', {}))
-  summary = {'steps': step, **so_far, 'validation': validated, **reported}
+  shares = clock.write(step)
+  spent = {'goodput': shares, 'restarts': clock.restarts}
+  summary = {'steps': step, **so_far, **spent, 'validation': validated, **reported}
   text = json.dumps(summary, indent=2, ensure_ascii=False) + '\n'
   storage.Folder(config.model_dir).write(_SUMMARY, text.encode('utf-8'))
   say(f'\nloss curve in {picture}')
+  say(goodput.line(shares, clock.restarts))

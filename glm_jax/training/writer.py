@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from glm_jax import storage
 
@@ -40,7 +41,7 @@ class Writer:
       from tensorboard.summary import Writer as Board
 
       if not storage.is_remote(model_dir):
-        self._file = (Path(model_dir) / 'metrics.jsonl').open('a', encoding='utf-8')
+        self._file = _open(Path(model_dir) / 'metrics.jsonl')
       self._board = Board(f'{model_dir}/tensorboard')
 
   def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
@@ -57,12 +58,26 @@ class Writer:
       self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(f'{kind}/{name}', value, step)
+    self._board.flush()  # a kill would take what waits here with it
 
   def close(self) -> None:
     if self._file is not None:
       self._file.close()
     if self._board is not None:
       self._board.close()
+
+
+def _open(path: Path) -> IO[str]:
+  """A file of lines to append to."""
+  file = path.open('a', encoding='utf-8')
+  if path.stat().st_size:
+    with path.open('rb') as before:
+      before.seek(-1, io.SEEK_END)
+      torn = before.read() != b'\n'
+    # Of a process killed in the middle of a line: the next one would be lost with it.
+    if torn:
+      file.write('\n')
+  return file
 
 
 def read(model_dir: str, kind: str) -> list[dict[str, float]]:
