@@ -34,6 +34,7 @@ from glm_jax.batch import Batch
 from glm_jax.checkpoints import slices
 from glm_jax.models import quantized
 from glm_jax.recipes import CONFIGURABLES
+from glm_jax.training import start
 from glm_jax.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / 'quality'
@@ -84,6 +85,7 @@ def held_out(run: Path) -> tuple[str, list[Batch]]:
   config, _ = bindings.load_config(
     TrainConfig, CONFIGURABLES, [str(run / 'config.gin')], '', ()
   )
+  config, *_ = start.resolve(config)  # of a fine-tuned one, the model stands in its base
   layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
   data = config.recipe.prepare(config, glm_jax.load(run).vocabulary, layout)
   name, batches = next(iter(data.validation.items()))

@@ -221,7 +221,7 @@ def _newest(run: Path) -> int:
   return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def _digest(run: Path) -> str:
+def digest(run: Path) -> str:
   """A hash of the parameters and the optimizer of the last checkpoint."""
   import jax
   import orbax.checkpoint as ocp
@@ -313,7 +313,7 @@ def measure(folder: Path) -> list[str]:
     finally:
       print(here.output(number))
   assert job['JobState'] == 'COMPLETED', job
-  digests = [_digest(folder / name) for name in ('straight', 'disturbed')]
+  digests = [digest(folder / name) for name in ('straight', 'disturbed')]
   equal = 'the same bits as' if digests[0] == digests[1] else '**other bits** than'
   lines.append('')
   lines.append(

@@ -213,6 +213,15 @@ def _train(
         manager.save(current, {**meta, **progress}, scores, stream)
       clock.write(number)
 
+    def look(number: int, leave: int) -> None:
+      try:
+        results.wait(leave)
+      except guard.TooManyLeftOut as error:
+        if error.sound:
+          save(number, {})
+        manager.close()
+        raise
+
     @contextlib.contextmanager
     def keeping(number: int) -> Iterator[None]:
       # Such as of a reward: what was learnt until then is kept.
@@ -265,13 +274,7 @@ def _train(
       # One step is left running, unless its state is about to be used: nothing is saved or
       # reported whose loss has not been looked at.
       waits = saves or validates or logs or profile.is_bound(number)
-      try:
-        results.wait(0 if waits else 1)
-      except guard.TooManyLeftOut as error:
-        if error.sound:
-          save(number, {})
-        manager.close()
-        raise
+      look(number, 0 if waits else 1)
       note_step(number)
       stops.holding = True
       leaves = stops.agreed(number)
@@ -283,7 +286,9 @@ def _train(
           clock.to(goodput.STEPS)
           meter.report(number)
         else:
-          values |= {'learning_rate': float(rate(number - 1)), **meter.report(number)}
+          # The optimizer counts the updates that it has made.
+          current_rate = float(rate(number - 1 - watch.skipped))
+          values |= {'learning_rate': current_rate, **meter.report(number)}
           values['goodput'] = clock.write(number).get(goodput.STEPS, 0.0)
         say(progress_line(number, config.train_steps, values), flush=True)
         writer.write(number, 'train', values)
@@ -297,7 +302,7 @@ def _train(
       # An older validation says nothing of this checkpoint.
       scores = validate(number) if validates else {}
       if saves or stop.over or leaves:
-        results.wait(0)
+        look(number, 0)
         save(number, scores)
         saved_step = number
       if stop.over:

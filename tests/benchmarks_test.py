@@ -169,3 +169,47 @@ def test_a_step_of_grpo_is_timed_and_learns(tmp_path):
   # Of each rollout all answers, as long as they are to be.
   kept = np.asarray(own._stream.kept['loss_weights'])
   assert kept.sum(1).tolist() == [4.0] * 4
+
+
+def test_what_killed_runs_and_little_data_cost_is_told_in_tables():
+  """Of results as they are kept: shares that sum to all, gains in points."""
+  from benchmarks import finetuning, kill
+
+  about = dict(device='here', date='', jax='')
+  shares = {'steps': 0.5, 'start': 0.25, 'lost': 0.25}
+  result = {
+    **about,
+    'kills': {'save, both': 2, 'save, process 0': 1, 'step, process 1': 2},
+    'steps': 40,
+    'equal': True,
+    'goodput': shares,
+    'goodput_alone': {'steps': 1.0},
+    'restarts': 5,
+  }
+  text = '\n'.join(kill.table(result))
+  assert (
+    '5 times SIGKILL to one or both (save 3, step 2), 5 restarts: the same bits' in text
+  )
+  assert '| steps done again behind a checkpoint | 25.0% | 0.0% |' in text
+  assert '| all | 100.0% | 100.0% |' in text
+  assert '**other bits**' in '\n'.join(kill.table({**result, 'equal': False}))
+
+  told = lambda top1: {'top1': top1, 'loss': 1.0}
+  base = {'pretrained': [told(0.3), told(0.32)], 'untrained': [told(0.2), told(0.2)]}
+  both = {'text': told(0.1), 'answers': told(0.2)}
+  result = {**about, 'seeds': 2, 'sizes': {'1000': base}, 'zero_shot': told(0.21)}
+  text = '\n'.join(finetuning.table({**result, 'forgetting': {'before': both}}))
+  assert '| 1,000 | 31.0% ±1.4% | 1.00 | 20.0% ±0.0% | 1.00 | +11.0 |' in text
+  assert '| none | 21.0% | 1.00 | | | |' in text and '| before | 1.00 | 1.00 |' in text
+
+
+@pytest.mark.parametrize(
+  'text,steps', [('[0] step   20/40 x\n', [20]), ('[1] steps\n', [])]
+)
+def test_steps_of_a_log_are_found_behind_a_place(text, steps, tmp_path):
+  from benchmarks import kill
+
+  run = kill.Run.__new__(kill.Run)
+  run._log = tmp_path / 'log'
+  run._log.write_text('[0] step   10/40  loss\n' + text)
+  assert run.steps(run._log.read_text().index('\n') + 1) == steps

@@ -16,10 +16,10 @@ from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.models import ChatGLM2Config
 from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.train import train
-from glm_jax.training import guard, program, state, step
+from glm_jax.training import guard, program, state, step, writer
 from glm_jax.training.config import EvaluationConfig, TrainConfig
 from glm_jax.training.guard import GuardConfig
-from glm_jax.training.optimizer import OptimizerConfig
+from glm_jax.training.optimizer import OptimizerConfig, schedule
 
 CONFIG = GuardConfig()
 NAN, INF = math.nan, math.inf
@@ -277,13 +277,27 @@ def test_a_run_goes_on_behind_a_bad_batch_and_says_so(runs, capsys):
   assert of_step[5]['skipped_so_far'] == 1 and 'skipped_so_far' not in of_step[3]
 
 
+def _rates(first, end):
+  rate = schedule(
+    OptimizerConfig(learning_rate=0.01, warmup_steps=1, decay_steps=STEPS), STEPS
+  )
+  return [float(rate(update)) for update in range(first, end)]
+
+
 @pytest.mark.slow
-def test_a_step_left_out_is_one_that_is_skipped(runs, capsys):
+def test_a_step_left_out_is_one_that_is_skipped(runs, tmp_path):
   """The data of others stay where they were; the moments, too."""
   bad = _saved(runs('bad', poisoned=[4, 5]), STEPS)
   skipped = _saved(runs('skipped', skip_steps=((4, 5),)), STEPS)
   for name in ('params', 'opt_state'):
     assert _same(bad[name], skipped[name])
+  assert bad[guard.NAME]['skipped'] == skipped[guard.NAME]['skipped'] == 2
+  rates = [
+    [r['learning_rate'] for r in writer.read(str(tmp_path / name), 'train')[5:]]
+    for name in ('bad', 'skipped')
+  ]
+  # The schedule goes on where the updates are.
+  assert rates[0] == rates[1] == [pytest.approx(rate, abs=1e-6) for rate in _rates(3, 6)]
   straight = _saved(runs('straight'), STEPS)
   assert not _same(straight['params'], skipped['params'])
 

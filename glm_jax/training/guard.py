@@ -51,7 +51,8 @@ class GuardConfig:
 
 History = dict[str, jax.Array]
 """Scalars: `mean` and `variance` (float32) of logarithms of norms; of how many updates
-(`seen`, int32, the window's at most); updates left out `in_a_row` and in all, `skipped`."""
+(`seen`, int32, the window's at most); updates left out `in_a_row`; and all steps of the run
+without an update, `skipped`."""
 
 
 def fresh() -> History:
@@ -161,7 +162,7 @@ class Watch:
   """Tells of updates that were left out.
 
   Attributes:
-    skipped: updates of the whole run that were.
+    skipped: steps of the whole run without an update, `TrainConfig.skip_steps` included.
   """
 
   def __init__(

@@ -118,7 +118,11 @@ def complete(restored: State, abstract: State) -> State:
 @functools.partial(jax.jit, donate_argnums=0)
 def skip(state: State) -> State:
   """The state behind a step that is not trained on."""
-  return {**state, 'step': state['step'] + 1}
+  skipped = {**state, 'step': state['step'] + 1}
+  if guard.NAME in state:
+    history = state[guard.NAME]
+    skipped[guard.NAME] = {**history, 'skipped': history['skipped'] + 1}
+  return skipped
 
 
 def with_params(state: State, params: Any) -> State:
