@@ -175,8 +175,10 @@ def test_every_file_in_every_way(way, kind, saved, copy, capsys):
   names = _classes(saved[0] / 'checkpoints' / '2')
   cases = [(name, kind, where) for name in names for where in ('newest', 'both')]
   assert len(cases) > 30
-  # Nothing may be left that all damage goes past: of most files, nothing is equal.
-  assert _check(WAYS[way], saved, copy, capsys, cases) < len(cases) * 0.8
+  # Nothing may be left that all damage goes past. Of two steps, most files of the format
+  # are the same, and who reads parameters alone is not concerned by the optimizer's.
+  most = 0.8 if kind == 'swapped' else 0.7
+  assert _check(WAYS[way], saved, copy, capsys, cases) <= len(cases) * most
 
 
 def _flips(folder, arrays, count, seed):

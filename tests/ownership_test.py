@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -277,14 +278,18 @@ def test_what_another_run_has_trained_meanwhile_is_not_written_over(
   done = in_process('train', *runs.arguments(text, run, 'TRAIN_STEPS=2'))
   assert done.returncode == 0, done.stderr
   before = snapshot(run)
+  other = tmp_path / 'other'
+  shutil.copytree(run, other)
+  done = in_process('train', *runs.arguments(text, other, 'TRAIN_STEPS=4'))
+  assert done.returncode == 0, done.stderr
   take = ownership.Owner.take
 
   def late(owner):
-    (run / 'checkpoints' / '2').rename(run / 'checkpoints' / '3')
+    shutil.copytree(other / 'checkpoints' / '4', run / 'checkpoints' / '4')
     take(owner)
 
   monkeypatch.setattr(ownership.Owner, 'take', late)
   done = in_process('train', *runs.arguments(text, run, 'TRAIN_STEPS=6'))
-  assert done.returncode == leaving.EXIT_AGAIN and 'from step 2 to 3' in done.stderr
-  (run / 'checkpoints' / '3').rename(run / 'checkpoints' / '2')
+  assert done.returncode == leaving.EXIT_AGAIN and 'from step 2 to 4' in done.stderr
+  shutil.rmtree(run / 'checkpoints' / '4')
   assert snapshot(run) == before

@@ -1,253 +1,432 @@
-"""One of two processes that fails, is killed, differs or does not come, ends both."""
+"""PyTorch's files, and transformers on what is exported."""
 
-import signal
-import threading
-import time
+import csv
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
 
-import jax
+import chat_test
+import numpy as np
 import pytest
-import runs
-from commands import command
-from two_processes_test import _flags
+from commands import ROOT, command, in_process
+from foreign import arrays_of, config_json, imported, write_safetensors
+from safetensors.numpy import load_file
 
-from glm_jax import leaving, peers
+from glm_jax import convert, models
+from glm_jax.batch import Visibility
+from glm_jax.checkpoints import slices
+from glm_jax.inference.filling import Filler
+from glm_jax.interop import tokenizer_files
+from glm_jax.text import vocabulary as vocabularies
+from glm_jax.text.chat import template_for
+from glm_jax.text.released import ChatGLM3Vocabulary, GLM4Vocabulary
 
-ENDLESS = ('MeshConfig.fsdp=2', 'CheckpointConfig.every=4', 'TRAIN_STEPS=100000')
+pytestmark = pytest.mark.slow
 
-
-class _Client:
-  """A coordinator's store of two processes, or one that is gone."""
-
-  def __init__(self):
-    self.told, self.gone = {}, False
-
-  def key_value_set(self, key, value, allow_overwrite=False):
-    self.told[key] = value
-
-  def key_value_dir_get(self, folder):
-    if self.gone:
-      raise jax.errors.JaxRuntimeError('UNAVAILABLE: Socket closed')
-    return [*self.told.items()]
+SIZES = dict(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_size=16)
+SIZES |= dict(mlp_size=48, vocab_size=768, max_positions=64)
 
 
-@pytest.fixture
-def two(monkeypatch):
-  """Both processes of a run, in this one: [(Peers, what `leaving.now` was given)]."""
-  client, made = _Client(), []
-  for index in range(2):
-    state = peers.jax_distributed.State()
-    state.client, state.process_id, state.num_processes = client, index, 2
-    monkeypatch.setattr(peers.jax_distributed, 'global_state', state)
-    made.append(peers.Peers())
-  monkeypatch.setattr(peers, '_POLL_SECONDS', 0.02)
-  monkeypatch.setattr(peers, '_TOLD_SECONDS', 0.5)
-  return client, made
+def _convert(*arguments):
+  convert.main([str(argument) for argument in arguments])
 
 
-def _explain(error):
-  return (str(error), 65) if isinstance(error, KeyError) else None
+def _torch_tensors(tensors):
+  import torch
+
+  return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()}
 
 
-def test_the_cause_in_one_is_said_by_the_other_with_its_code(two, monkeypatch):
-  _, (zero, one) = two
-  left = []
-  monkeypatch.setattr(leaving, 'now', lambda *why: (left.append(why), zero.ended.set()))
-  message, code = one.cause(KeyError('x'), _explain)
-  assert code == 65 and message == "error: 'x'"
-  watch = threading.Thread(target=zero.watch)
-  watch.start()
-  one.tell(message, code)
-  watch.join()
-  assert left == [("error: process 1 has ended the run: 'x'", 65)]
+def _state_dict(folder):
+  import torch
+
+  found = {}
+  for path in sorted(folder.rglob('*.pt')):
+    found[path.name] = torch.load(path, weights_only=True)['module']
+  return found
 
 
-@pytest.mark.parametrize('words', [*peers._COLLECTIVES, *peers._LOST])
-def test_what_a_collective_says_of_a_lost_process_is_no_defect(two, words, capsys):
-  _, (zero, one) = two
-  of_jax = words not in peers._COLLECTIVES
-  error = (jax.errors.JaxRuntimeError if of_jax else ValueError)(
-    f'INTERNAL: {words} and so on\nmore'
+def _transformers(folder, program='transformers_peer.py', **request):
+  """What transformers makes of an export, see the program."""
+  done = subprocess.run(
+    [sys.executable, ROOT / 'tests' / program, folder],
+    input=json.dumps(request),
+    capture_output=True,
+    text=True,
+    timeout=600,
   )
-  message, code = zero.cause(error, _explain)
-  assert code == leaving.EXIT_AGAIN and 'another process was lost (INTERNAL: ' in message
-  # Also behind an error that says something else of it.
-  try:
-    try:
-      raise error
-    except type(error) as cause:
-      raise KeyError('a damaged file') from cause
-  except KeyError as wrapped:
-    assert zero.cause(wrapped, _explain) == (message, code)
-  # And if it has told why it left, that is the cause.
-  one.tell('error: no corpus', 65)
-  told = zero.cause(error, _explain)
-  assert told == ('error: process 1 has ended the run: no corpus', 65)
-  assert capsys.readouterr().err == ''
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
 
 
-def test_a_defect_keeps_its_traceback_and_is_told(two, capsys):
-  _, (zero, _) = two
-  for error in (
-    ValueError('UNAVAILABLE'),
-    jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED'),
+@pytest.mark.parametrize(
+  'name,format', [('chatglm2', 'glm'), ('hf_glm', 'glm'), ('glm4_0414', 'glm4')]
+)
+def test_transformers_computes_the_same_logits(name, format, tmp_path):
+  arrays, tensors = arrays_of(name)
+  write_safetensors(tmp_path / 'source', tensors, config_json(name, arrays))
+  _convert(tmp_path / 'source', tmp_path / 'checkpoint')
+  _convert(tmp_path / 'checkpoint', tmp_path / 'glm', f'--to={format}')
+  made = _transformers(tmp_path / 'glm', ids=arrays['in/ids'].tolist())
+  assert made['class'] == f'{format.capitalize()}ForCausalLM'
+  theirs = np.array(made['logits'], np.float32)
+  # Its norms behind attention and MLP enlarge differences of the last bits.
+  atol = 1e-5 if format == 'glm4' else 1e-6
+  np.testing.assert_allclose(theirs, arrays['out/logits'], atol=atol)
+  config = json.loads((tmp_path / 'glm' / 'config.json').read_text())
+  found, params = imported(load_file(tmp_path / 'glm' / 'model.safetensors'), config)
+  t = np.broadcast_to(np.arange(theirs.shape[1]), theirs.shape[:2])
+  ours, _ = models.build(found.config).apply(
+    {'params': params}, arrays['in/ids'], t, 0 * t, Visibility(0 * t, t + 1)
+  )
+  np.testing.assert_allclose(theirs, ours, atol=atol)
+
+
+@pytest.fixture(scope='session')
+def exported(tmp_path_factory):
+  """A chat model with a vocabulary of its own, exported for transformers."""
+  folder = tmp_path_factory.mktemp('exported')
+  text = ['the quick brown fox jumps over the lazy dog. ' * 4, '语言模型在学习文字。' * 8]
+  vocabulary = ChatGLM3Vocabulary(vocabularies.train_sentencepiece(text, 512, bpe=True))
+  arrays, tensors = arrays_of('chatglm2')
+  rng = np.random.default_rng(0)
+  rows = vocabulary.size  # none that only one of two programs would generate
+  for name in ('embedding.word_embeddings', 'output_layer'):
+    width = tensors[f'transformer.{name}.weight'].shape[1]
+    tensors[f'transformer.{name}.weight'] = rng.normal(0, 0.5, (rows, width)).astype('f4')
+  config = {**config_json('chatglm2', arrays), 'padded_vocab_size': rows, 'seq_length': 256}
+  write_safetensors(folder / 'source', tensors, config)
+  (folder / 'source' / 'tokenizer.model').write_bytes(vocabulary.model)
+  (folder / 'source' / 'tokenization_chatglm.py').write_text("roles = ['<|user|>']")
+  _convert(folder / 'source', folder / 'checkpoint')
+  _convert(folder / 'checkpoint', folder / 'glm', '--to=glm')
+  found, params = imported(tensors, config)
+  return folder, vocabulary, found.config, params
+
+
+def test_transformers_generates_the_same_greedy_tokens(exported):
+  folder, vocabulary, config, params = exported
+  filler = Filler(config, {'params': params}, vocabulary)
+  prompts = [filler.encode(text) for text in ('the quick brown', '语言模型', 'fox')]
+  made = _transformers(folder / 'glm', prompts=prompts, new=24)
+  assert made['stops'] == list(vocabulary.stops) and len(made['stops']) == 3
+  for prompt, theirs in zip(prompts, made['generated'], strict=True):
+    [[ours]] = filler.fill([prompt], max_new_tokens=24)
+    if theirs[-1] in vocabulary.stops:
+      theirs = theirs[:-1]
+    assert ours == theirs and len(ours) > 3
+
+
+def test_the_exported_tokenizer_is_ours(exported):
+  folder, vocabulary, *_ = exported
+  texts = ['the quick brown fox', '语言 模型，\n学习\t文字', '  a  naïve “quote” 😀', '']
+  made = _transformers(folder / 'glm', texts=texts)
+  ids = [vocabulary.encode(text) for text in texts]
+  assert made['tokens'] == [[*vocabulary.prefix, *row] for row in ids]
+  assert made['decoded'] == [vocabulary.decode(row) for row in ids]
+  assert made['padding'] == ['left', 0, vocabulary.stops[0]]
+
+
+@pytest.mark.parametrize(
+  'family,name',
+  [
+    ('chatglm3', 'chatglm3'),
+    ('chatglm3', 'chatglm3 spaced'),
+    ('chatglm2', 'chatglm2 spaced'),
+    ('glm4', 'glm4 tiktoken'),
+    ('glm4-0414', 'glm4'),
+  ],
+)
+def test_transformers_reads_conversations_as_we_do(family, name, tmp_path):
+  template = template_for(chat_test.MAKERS[name](), family)
+  chat_test.export(tmp_path, template.vocabulary, family)
+  config = {'model_type': 'glm4' if family == 'glm4-0414' else 'glm'}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  rng, chats, ids = random.Random(4), [], []
+  glm4 = family.startswith('glm4')
+  words = chat_test.WORDS + ([] if glm4 else chat_test.MARKERS)
+  for number in range(40):
+    messages = chat_test.conversation(rng, template, words)
+    tools = chat_test.TOOLS[glm4:] if number % 2 and family != 'chatglm2' else ()
+    told = template.with_tools(messages, tools)
+    plain = [{k: v for k, v in vars(m).items() if v} for m in messages]
+    chats.append([plain, tools or None, True])
+    ids.append(template.encode(told, opening=True))
+  assert _transformers(tmp_path, chats=chats) == ids
+
+
+# As the tokenization_chatglm.py published with ChatGLM3-6B: the pieces of a sentencepiece
+# model, control pieces behind them, and properties that nobody can set.
+CODE = """
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+NAMES = ['[MASK]', '[gMASK]', '[sMASK]', 'sop', 'eop']
+NAMES += ['<|system|>', '<|user|>', '<|assistant|>', '<|observation|>']
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+  vocab_files_names = {'vocab_file': 'tokenizer.model'}
+
+  def __init__(self, vocab_file, padding_side='left', **kwargs):
+    self.model = sentencepiece.SentencePieceProcessor(vocab_file)
+    self.control = {name: len(self.model) + i for i, name in enumerate(NAMES)}
+    super().__init__(padding_side=padding_side, **kwargs)
+
+  @property
+  def eos_token(self):
+    return '</s>'
+
+  @property
+  def vocab_size(self):
+    return len(self.model) + len(self.control)
+
+  def get_vocab(self):
+    return {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
+
+  def _tokenize(self, text, **kwargs):
+    return self.model.encode(text, out_type=str)
+
+  def _convert_token_to_id(self, token):
+    return self.control.get(token, self.model.piece_to_id(token))
+
+  def _convert_id_to_token(self, index):
+    names = {token: name for name, token in self.control.items()}
+    return names.get(index) or self.model.id_to_piece(index)
+
+  def build_inputs_with_special_tokens(self, ids, pair=None):
+    return [self.control['[gMASK]'], self.control['sop'], *ids]
+"""
+
+
+def test_the_code_of_the_original_reads_the_exported_tokenizer(exported):
+  """Copied beside an export in the layout that it was made for, as the command advises."""
+  folder, vocabulary, *_ = exported
+  _convert(folder / 'checkpoint', folder / 'chatglm2', '--to=chatglm2')
+  (folder / 'chatglm2' / 'tokenization_chatglm.py').write_text(CODE)
+  names = ['<|user|>', 'sop', '[gMASK]', '</s>']
+  texts = ['the quick brown fox', '语言模型']
+  made = _transformers(folder / 'chatglm2', texts=texts, names=names)
+  assert made['class'] == 'ChatGLMTokenizer'
+  assert made['names'] == [vocabulary.control[name] for name in names]
+  ids = [[*vocabulary.prefix, *vocabulary.encode(text)] for text in texts]
+  assert made['tokens'] == ids
+
+
+def test_transformers_reads_a_vocabulary_that_was_tiktokens(tmp_path):
+  golden = json.loads((ROOT / 'tests/golden/tiktoken.json').read_text())
+  vocabulary = GLM4Vocabulary.from_ranks(golden['model'].encode(), {})
+  tokenizer_files.write(tmp_path, vocabulary, models.ChatGLM2Config(**SIZES))
+  names = ['<|user|>', '<sop>', '[gMASK]', '<|endoftext|>']
+  # Without those that spell control pieces, which transformers reads as such.
+  texts = [text for text in golden['texts'] if '<|' not in text]
+  made = _transformers(tmp_path, texts=texts, names=names)
+  assert made['names'] == [vocabulary.control[name] for name in names]
+  ids = [[*vocabulary.prefix, *golden['texts'][text]] for text in texts]
+  assert made['tokens'] == ids
+
+
+@pytest.mark.parametrize('kind', ['single', 'sharded', 'legacy'])
+def test_bin_files_are_read_as_safetensors_are(kind, tmp_path):
+  import torch
+
+  arrays, tensors = arrays_of('chatglm')
+  tensors = {k: v.astype(np.float16) for k, v in tensors.items()}
+  write_safetensors(tmp_path / 'safe', tensors, config_json('chatglm', arrays))
+  folder = tmp_path / 'bin'
+  folder.mkdir()
+  (folder / 'config.json').write_text((tmp_path / 'safe/config.json').read_text())
+  if kind == 'sharded':
+    where, names = {}, sorted(tensors)
+    for number in range(2):
+      file = f'pytorch_model-{number + 1:05}-of-00002.bin'
+      part = {name: tensors[name] for name in names[number::2]}
+      torch.save(_torch_tensors(part), folder / file)
+      where |= dict.fromkeys(part, file)
+    (folder / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': where}))
+  else:
+    torch.save(
+      _torch_tensors(tensors),
+      folder / 'pytorch_model.bin',
+      _use_new_zipfile_serialization=kind != 'legacy',
+    )
+  for name in ('safe', 'bin'):
+    _convert(tmp_path / name, tmp_path / f'{name}-checkpoint')
+  a, b = (slices.StoredLeaves(tmp_path / f'{name}-checkpoint') for name in ('safe', 'bin'))
+  assert a.specs == b.specs
+  for path in a.specs:
+    np.testing.assert_array_equal(a.read(path, None), b.read(path, None))
+
+
+@pytest.mark.parametrize('name,parts', [('glm', 1), ('glm', 2), ('glm_130b', 2)])
+def test_mp_rank_files_come_back_byte_for_byte(name, parts, tmp_path):
+  import torch
+
+  _, tensors = arrays_of(name)
+  source = tmp_path / 'source' / '1000'
+  source.mkdir(parents=True)
+  torch.save({'module': _torch_tensors(tensors)}, source / 'mp_rank_00_model_states.pt')
+  (tmp_path / 'source' / 'latest_checkpointed_iteration.txt').write_text('1000')
+  _convert(tmp_path / 'source', tmp_path / 'one', '--set=num_heads=4')
+  _convert(tmp_path / 'one', tmp_path / 'cut', f'--parts={parts}')
+  assert len(_state_dict(tmp_path / 'cut')) == parts
+  _convert(tmp_path / 'cut', tmp_path / 'again', '--set=num_heads=4')
+  _convert(tmp_path / 'again', tmp_path / 'whole', '--parts=1')
+  [found] = _state_dict(tmp_path / 'whole').values()
+  assert set(found) == set(tensors)
+  for key, tensor in tensors.items():
+    assert found[key].numpy().tobytes() == tensor.tobytes(), key
+
+
+class Evil:
+  """Makes a file if it is ever unpickled."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.system, (f'touch {self.path}',)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
+  import torch
+
+  folder, trace = tmp_path / 'source', tmp_path / 'executed'
+  folder.mkdir()
+  arrays, tensors = arrays_of('chatglm')
+  (folder / 'config.json').write_text(json.dumps(config_json('chatglm', arrays)))
+  file = folder / 'pytorch_model.bin'
+  for save in (
+    lambda: torch.save({**_torch_tensors(tensors), 'x': Evil(trace)}, file),
+    lambda: file.write_bytes(pickle.dumps({'x': Evil(trace)})),
   ):
-    message, code = zero.cause(error, _explain)
-    assert code == 1 and message == f'error: {type(error).__name__}: {error}'
-    assert f'{type(error).__name__}: {error}' in capsys.readouterr().err
+    save()
+    with pytest.raises(ValueError, match=r'pytorch_model\.bin must'):
+      _convert(folder, tmp_path / 'checkpoint')
+    assert not trace.exists() and not (tmp_path / 'checkpoint').exists()
+  torch.save(_torch_tensors(tensors), file)
+  file.write_bytes(file.read_bytes()[:-2000])
+  with pytest.raises(ValueError, match=r'pytorch_model\.bin must be a complete'):
+    _convert(folder, tmp_path / 'checkpoint')
+  torch.save({**_torch_tensors(tensors), 'epoch': 3}, file)
+  with pytest.raises(ValueError, match=r"must hold tensors by name, got \['epoch'\]"):
+    _convert(folder, tmp_path / 'checkpoint')
 
 
-def test_process_0_waits_until_it_was_heard_and_the_others_do_not(two):
-  _, (zero, one) = two
-  began = time.monotonic()
-  one.tell('gone', 1)
-  assert time.monotonic() - began < 0.4
-  zero.tell('gone', 1)
-  assert time.monotonic() - began < 1.8
-  two[0].told.clear()
-  began = time.monotonic()
-  zero.tell('gone', 1)
-  assert time.monotonic() - began > 0.4
+def _run(module, *arguments):
+  # Outside of training, a process's start would take longer than its work.
+  run = command if module == 'train' else in_process
+  done = run(module, *arguments)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
 
 
-def test_a_coordinator_that_is_gone_is_a_lost_process(two, monkeypatch):
-  client, (_, one) = two
-  left = []
-  monkeypatch.setattr(leaving, 'now', lambda *why: (left.append(why), one.ended.set()))
-  client.gone = True
-  one.watch()
-  [(message, code)] = left
-  assert code == leaving.EXIT_AGAIN and 'another process was lost (UNAVAILABLE' in message
-
-
-def test_of_several_causes_the_first_failure_is_said():
-  told = {0: ('another process was lost (x)', 42), 2: ('error: b', 65), 1: ('a', 42)}
-  assert peers._said(told) == ('error: process 2 has ended the run: b', 65)
-  again = {1: ('process 2 has ended the run: stopped', 42)}
-  assert peers._said(again) == ('process 2 has ended the run: stopped', 42)
-
-
-def _until(process, words):
-  said = ''
-  while words not in said:
-    said += (line := process.stdout.readline())
-    assert line, said
-  return said
-
-
-def _begin(text, run, *bindings, each=((), ()), **more):
-  """Two processes; `each` has bindings of their own."""
-  return [
-    runs.begin(text, run, *bindings, *own, flags=flags, **more)
-    for flags, own in zip(_flags(), each, strict=True)
-  ]
-
-
-def _ended(both, seconds=100):
-  """[(code, what was said)] and how long it took."""
-  began = time.perf_counter()
-  outputs = [process.communicate(timeout=seconds)[0] for process in both]
-  codes = [process.returncode for process in both]
-  return list(zip(codes, outputs, strict=True)), time.perf_counter() - began
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_other_in_a_sentence(text, tmp_path):
-  both = _begin(text, tmp_path / 'run', *ENDLESS)
-  _until(both[0], '\nstep     3/')
-  both[1].kill()
-  [(code, said), (killed, _)], seconds = _ended(both)
-  assert (code, killed) == (leaving.EXIT_AGAIN, -signal.SIGKILL), said
-  assert 'another process was lost (' in said and 'Traceback' not in said
-  assert seconds < 60
-  print(f'death of a worker to the exit of the other: {seconds:.1f} s')
-
-
-@pytest.mark.slow
-def test_when_process_0_is_killed_the_other_is_not_left(text, tmp_path):
-  both = _begin(text, tmp_path / 'run', *ENDLESS)
-  _until(both[0], '\nstep     3/')
-  both[0].kill()
-  [_, (code, said)], seconds = _ended(both)
-  assert code in (leaving.EXIT_AGAIN, -signal.SIGABRT) and seconds < 60, said
-
-
-@pytest.mark.slow
-def test_a_failure_in_one_is_said_by_both_with_its_code(text, tmp_path):
-  """Of a process that cannot write, whose part of a save the other would wait for."""
-  (tmp_path / 'fails.py').write_text(
-    'import os\nfrom glm_jax.configs import ResourceError\n'
-    'from glm_jax.training import metrics\nwait = metrics.Results.wait\n'
-    'def waits(results, leave):\n'
-    "  if os.environ.get('FAILS') and results._step == 3:\n"
-    "    raise ResourceError('no room on the second disk')\n"
-    '  return wait(results, leave)\n'
-    'metrics.Results.wait = waits\n'
+def test_from_scratch_to_transformers_and_on_with_text_of_ones_own(tmp_path):
+  """The README's way, with fewer steps: train, export, generate, continue, export."""
+  text = 'The quick brown fox number {} jumps over the lazy dog. 语言模型在学习文字。\n'
+  (tmp_path / 'text').mkdir()
+  for number in range(60):
+    content = ''.join(text.format(number * 7 + line) for line in range(20))
+    (tmp_path / 'text' / f'{number:02}.txt').write_text(content, encoding='utf-8')
+  common = (
+    f"--gin.CorpusConfig.cache_dir='{tmp_path}/cache'",
+    '--gin.EvaluationConfig.examples=32',
+    '--gin.OptimizerConfig.warmup_steps=5',
+    '--gin.BATCH_SIZE=8',
   )
-  both = [
-    runs.begin(
-      text,
-      tmp_path / 'run',
-      *ENDLESS,
-      flags=['--import=fails', *flags],
-      imports=tmp_path,
-      **({'FAILS': '1'} if index else {}),
-    )
-    for index, flags in enumerate(_flags())
-  ]
-  _until(both[0], '\nstep     1/')
-  ended, seconds = _ended(both)
-  assert [code for code, _ in ended] == [74, 74], ended
-  assert all(
-    'error: ' in said and 'no room on the second disk' in said for _, said in ended
+  _run(
+    'train',
+    '--gin_file=gin_configs/chatglm2_tiny.gin',
+    f"--gin.CorpusConfig.corpus='{tmp_path}/text/*.txt'",
+    f"--gin.MODEL_DIR='{tmp_path}/run'",
+    '--gin.TRAIN_STEPS=25',
+    *common,
   )
-  assert 'process 1 has ended the run' in ended[0][1] and seconds < 60
-  assert all('Traceback' not in said for _, said in ended)
+  _run('convert', tmp_path / 'run', tmp_path / 'exported')
+  prompt = 'The quick brown'
+  made = _transformers(tmp_path / 'exported', texts=[prompt], new=16)
+  [theirs] = made['continued']
+  generate = ('generate', f'--prompt={prompt}', '--max_new_tokens=16')
+  ours = _run(*generate, f'--checkpoint={tmp_path}/run').rstrip('\n')
+  assert ours == theirs.rstrip('\n') and len(ours) > len(prompt)
+
+  # Training goes on from the export, at the loss where it was.
+  _run('convert', tmp_path / 'exported', tmp_path / 'imported')
+  _run(
+    'train',
+    '--gin_file=gin_configs/runs/continue.gin',
+    f"--gin.INIT_FROM='{tmp_path}/imported'",
+    f"--gin.MODEL_DIR='{tmp_path}/more'",
+    f"--gin.CORPUS='{tmp_path}/text/*.txt'",
+    "--gin.TASK_FEATURE_LENGTHS={'tokens':128}",
+    "--gin.ComputeConfig.dtype='float32'",
+    '--gin.OptimizerConfig.learning_rate=1e-3',
+    '--gin.TRAIN_STEPS=40',
+    *common,
+  )
+  first, validated = {}, {}
+  for run in ('run', 'more'):
+    lines = (tmp_path / run / 'metrics.jsonl').read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    first[run] = found[0]['loss']
+    [validated[run]] = [line['loss'] for line in found if line['kind'] == 'validation']
+  assert first['run'] > 6 and first['more'] == pytest.approx(validated['run'], abs=0.4)
+  assert validated['more'] < validated['run'] - 0.05
+  _run('convert', tmp_path / 'more', tmp_path / 'again', '--dtype=bfloat16')
+  config = json.loads((tmp_path / 'again' / 'config.json').read_text())
+  assert config['model_type'] == 'glm' and config['torch_dtype'] == 'bfloat16'
 
 
-@pytest.mark.slow
-def test_another_seed_is_refused_by_both_and_nothing_is_written(text, tmp_path):
-  each = (['TrainConfig.seed=0'], ['TrainConfig.seed=1'])
-  ended, seconds = _ended(_begin(text, tmp_path / 'run', *ENDLESS, each=each))
-  for code, said in ended:
-    assert code == 65 and 'TrainConfig.seed: 0 in process 0, 1 in process 1' in said
-    assert 'Traceback' not in said
-  assert seconds < 60 and not (tmp_path / 'run').exists()
-
-
-@pytest.mark.slow
-def test_who_is_missing_is_named_and_a_port_in_use_is_a_sentence(text, tmp_path):
-  import socket
-
-  arguments = runs.arguments(text, tmp_path / 'run', *ENDLESS)
-  done = command('train', *_flags()[0], '--join_seconds=2', *arguments)
-  assert done.returncode == leaving.EXIT_AGAIN, done.stderr
-  assert 'of 2 processes, 1 did not come to localhost:' in done.stderr
-  with socket.create_server(('localhost', 0)) as taken:
-    address = f'--coordinator_address=localhost:{taken.getsockname()[1]}'
-    flags = [address, '--process_count=2', '--process_index=0']
-    done = command('train', *flags, *arguments)
-  assert done.returncode == 65 and 'port that is free, got' in done.stderr
-  assert 'Traceback' not in done.stderr
-
-
-@pytest.mark.slow
-def test_processes_of_slurm_find_each_other(text, tmp_path):
-  """As srun starts them on one node."""
-  place = {'SLURM_JOB_ID': '4123', 'SLURM_STEP_NODELIST': 'localhost'}
-  place |= {'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1'}
-  bindings = ('MeshConfig.fsdp=2', 'TRAIN_STEPS=2')
-  both = [
-    runs.begin(
-      text,
-      tmp_path / 'run',
-      *bindings,
-      flags=['--multiprocess'],
-      **place,
-      SLURM_PROCID=str(index),
-      SLURM_LOCALID=str(index),
+def test_an_evaluation_is_that_of_pytorch_on_the_export(exported, tmp_path):
+  """Perplexity in overlapping windows, last words, and letters behind questions."""
+  folder, *_ = exported
+  text = 'the quick brown fox jumps over the lazy dog. 语言模型在学习文字。'
+  texts, passages = (
+    [text * 4, text],
+    ['the quick brown fox', 'the lazy dog jumps over the fox'],
+  )
+  rows = [('the fox', 'a', 'the dog', 'b', 'fox', 'C'), ('dog', 'over', 'x', 'y', 'z', 'A')]
+  lines = [json.dumps({'text': text}) for text in texts]
+  (tmp_path / 'texts.jsonl').write_text('\n'.join(lines))
+  (tmp_path / 'passages.txt').write_text('\n'.join(passages))
+  (tmp_path / 'mmlu' / 'test').mkdir(parents=True)
+  with (tmp_path / 'mmlu/test/law_test.csv').open('w', newline='') as file:
+    csv.writer(file).writerows(rows)
+  opening = 'The following are multiple choice questions (with answers) about law.\n\n'
+  questions = []
+  for question, *choices, _ in rows:
+    listed = ''.join(f'\n{k}. {v}' for k, v in zip('ABCD', choices, strict=True))
+    questions.append((f'{opening}{question}{listed}\nAnswer:', [f' {k}' for k in 'ABCD']))
+  request = dict(texts=texts, passages=passages, choices=questions, length=48, stride=16)
+  theirs = _transformers(folder / 'glm', 'evaluation_peer.py', **request)
+  found = {}
+  for task, path in (
+    ('perplexity', 'texts.jsonl'),
+    ('lambada', 'passages.txt'),
+    ('mmlu', 'mmlu'),
+  ):
+    windows = ('--length=48', '--stride=16') if task == 'perplexity' else ()
+    done = in_process(
+      *(
+        'evaluate',
+        f'--checkpoint={folder}/checkpoint',
+        f'--task={task}',
+        f'--input={path}',
+      ),
+      *(*windows, f'--output={task}.jsonl'),
+      cwd=tmp_path,
     )
-    for index in range(2)
-  ]
-  ended, _ = _ended(both, 300)
-  assert [code for code, _ in ended] == [0, 0], ended
-  assert 'done: 2 steps' in ended[0][1] and 'step' not in ended[1][1]
+    assert done.returncode == 0, done.stderr
+    records = (tmp_path / f'{task}.jsonl').read_text().splitlines()
+    found[task] = [*map(json.loads, records)]
+  [line] = json.loads((tmp_path / 'perplexity.json').read_text())['table']
+  assert line['tokens'] == theirs['tokens']
+  expected = np.exp(theirs['nll'] / theirs['tokens'])
+  assert line['token_perplexity'] == pytest.approx(expected, rel=1e-5)
+  words = [[record['log_prob'], record['right']] for record in found['lambada']]
+  np.testing.assert_allclose(words, theirs['words'], atol=1e-4)
+  letters = [record['log_probs'] for record in found['mmlu']]
+  np.testing.assert_allclose(letters, theirs['letters'], atol=1e-4)
