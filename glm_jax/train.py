@@ -92,12 +92,12 @@ def _train(
 ) -> None:
   """The story; see `train`."""
   began = time.perf_counter()
-  kept = storage.Folder(config.model_dir) if distributed.is_leader() else None
-  clock = goodput.Clock(kept, began=startup.process_began())
   profile = profiling.Profile(profiled, config.model_dir, say)
   storage.check_can_save(config.model_dir)
   if distributed.is_leader():
     owner.look()  # long before it is taken: nobody waits for data to be refused
+  kept = storage.Folder(config.model_dir) if distributed.is_leader() else None
+  clock = goodput.Clock(kept, began=startup.process_began())
   saved_step = resume.chosen(config.model_dir, restore_step)
   profile.check(config.train_steps, saved_step)
   # The model may stand in another checkpoint.

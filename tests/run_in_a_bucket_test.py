@@ -75,6 +75,9 @@ class _Board:
   def add_scalar(self, *_):
     """Keeps nothing."""
 
+  def flush(self):
+    """Has nothing to write."""
+
   def close(self):
     """Has nothing to close."""
 
