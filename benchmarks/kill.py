@@ -124,6 +124,8 @@ def kill(run: Run, point: str, victims: Sequence[int], rng: random.Random) -> bo
   if not _until(run, lambda: bool(run.pids())):
     return False
   pids, since = run.pids(), run.said()
+  if point == 'restored' and not [*(run.path / 'checkpoints').glob('[0-9]*')]:
+    point = 'any'  # nothing is there yet to go on from
   writes = lambda: any('tmp' in p.name for p in (run.path / 'checkpoints').glob('*'))
   reached: dict[str, Callable[[], bool]] = {
     'start': lambda: True,
