@@ -18,8 +18,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,14 +59,6 @@ FINETUNING = (
 SHARES = (0.25, 0.5)
 
 
-def trained(run: Path, *arguments: str) -> Path:
-  """A finished run; killed, the same call goes on."""
-  if not (run / 'summary.json').exists():
-    command = [sys.executable, '-m', 'glm_jax.train', *arguments]
-    subprocess.run([*command, f"--gin.MODEL_DIR='{run}'"], check=True, cwd=readme.ROOT)
-  return run
-
-
 def best(run: Path) -> Path:
   """The checkpoint that its validations found best."""
   meta = checkpoints.read_meta(checkpoints.find(str(run)))
@@ -102,21 +92,19 @@ def finetuned(folder: Path, base: str, size: int, seed: int, share: float = 0.0)
   some = pairs / f'train_{size}_{seed}.jsonl'
   some.write_text(''.join(random.Random(seed).sample(lines, size)), encoding='utf-8')
   text = [f'--gin.Finetuning.text_share={share}', "--gin.Finetuning.text='documentation'"]
-  return trained(
-    folder / name,
-    *FINETUNING,
-    *(text if share else ()),
+  own = (
     f"--gin.INIT_FROM='{folder / BASES[base]}'",
     f"--gin.CORPUS='{some}'",
     f"--gin.CorpusConfig.validation='{pairs / 'validation.jsonl'}'",
     f'--gin.TrainConfig.seed={seed}',
   )
+  return quality.trained(name, folder, [*FINETUNING, *(text if share else ()), *own])
 
 
 def measure(folder: Path, sizes: Sequence[int], seeds: int) -> dict[str, Any]:
   """What the table is made of, as JSON: token accuracies and losses, by size and seed."""
   bases = {'pretrained': quality.RUNS['chatglm2_tiny'], 'untrained': UNTRAINED}
-  runs = {base: trained(folder / BASES[base], *bases[base]) for base in BASES}
+  runs = {base: quality.trained(BASES[base], folder, bases[base]) for base in BASES}
   vocabularies = {glm_jax.load(run).vocabulary.fingerprint for run in runs.values()}
   configs.check(
     len(vocabularies) == 1,

@@ -96,15 +96,16 @@ class Run:
 
   def says(self, words: str, since: int) -> bool:
     """Whether its log has some words behind a place."""
-    with self._log.open('rb') as log:
-      log.seek(since)
-      return words.encode() in log.read()
+    return words.encode() in self._behind(since)
 
   def steps(self, since: int) -> list[int]:
     """Those that its log tells of behind a place."""
+    return [int(n) for n in re.findall(rb'\] step +(\d+)/', self._behind(since))]
+
+  def _behind(self, since: int) -> bytes:
     with self._log.open('rb') as log:
       log.seek(since)
-      return [int(number) for number in re.findall(rb'\] step +(\d+)/', log.read())]
+      return log.read()
 
   def pids(self) -> list[int]:
     """Of both processes of the attempt that is alive; [] until there are two."""

@@ -71,11 +71,18 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 PROMPT, NEW = 'Return the length of the list that is given, or', 64
 
 
-def trained(name: str, runs: Path) -> Path:
-  """The run of that name, finished; killed, the same call goes on."""
+def trained(name: str, runs: Path, arguments: Sequence[str] | None = None) -> Path:
+  """The run of that name, finished; killed, the same call goes on.
+
+  Args:
+    name: of the run, in `RUNS` if it is not finished and no arguments are given.
+    runs: where it is, or will be.
+    arguments: of `train`.
+  """
   run = runs / name
   if not (run / 'summary.json').exists():
-    command = [sys.executable, '-m', 'glm_jax.train', *RUNS[name]]
+    arguments = RUNS[name] if arguments is None else arguments
+    command = [sys.executable, '-m', 'glm_jax.train', *arguments]
     subprocess.run([*command, f"--gin.MODEL_DIR='{run}'"], check=True, cwd=readme.ROOT)
   return run
 

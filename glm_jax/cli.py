@@ -63,9 +63,7 @@ def exit_code(run: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     if explained is None:
       raise
     message, code = explained
-    # Nothing is wrong with a run that is to be started again.
-    words = 'error: ' * (code != leaving.EXIT_AGAIN)
-    print(f'{words}{message}', file=sys.stderr, flush=True)
+    print(leaving.in_words(message, code), file=sys.stderr, flush=True)
     return code
   return 0
 

@@ -27,6 +27,16 @@ class Again(Exception):
   """Why a run ends before its time, though nothing is wrong: the same command goes on."""
 
 
+def in_words(message: str, code: int) -> str:
+  """As it is printed: nothing is wrong with a run that is to be started again.
+
+  Example:
+    >>> in_words('stopped', EXIT_AGAIN), in_words('no such file', 65)
+    ('stopped', 'error: no such file')
+  """
+  return message if code == EXIT_AGAIN else f'error: {message}'
+
+
 @contextlib.contextmanager
 def duty(action: Callable[[str, int], None]) -> Iterator[None]:
   """A context in which whoever leaves (`now`) does something before.

@@ -177,8 +177,7 @@ def _link(path: str) -> str:
 def _began(number: int) -> str:
   """When a process began, in the kernel's ticks; '' for none, or where nobody says it."""
   with contextlib.suppress(OSError):
-    # Behind the name, which may hold spaces and brackets; proc_pid_stat(5), field 3.
-    fields = Path(f'/proc/{number}/stat').read_text().rpartition(')')[2].split()
+    fields = startup.process_fields(number)
     # Of a zombie, nothing is left but its number.
     return '' if fields[0] in 'ZX' else fields[19]
   return ''

@@ -119,7 +119,8 @@ class Peers:
     if explained is None:
       traceback.print_exception(error)
       explained = f'{type(error).__name__}: {_first_line(error)}', 1
-    return _printed(*explained)
+    message, code = explained
+    return leaving.in_words(message, code), code
 
   def _told(self) -> dict[int, tuple[str, int]]:
     """What the others have left, by index."""
@@ -137,11 +138,7 @@ def _said(told: dict[int, tuple[str, int]]) -> tuple[str, int]:
   message = message.removeprefix('error: ')
   if not message.startswith('process '):
     message = f'process {index} has ended the run: {message}'
-  return _printed(message, code)
-
-
-def _printed(message: str, code: int) -> tuple[str, int]:
-  return (message if code == leaving.EXIT_AGAIN else f'error: {message}'), code
+  return leaving.in_words(message, code), code
 
 
 def _lost(error: BaseException) -> str:

@@ -132,11 +132,20 @@ class Telling:
         print(f'{time.perf_counter() - self._began:.0f} s: {self._doing}', flush=True)
 
 
+def process_fields(number: int | str) -> list[str]:
+  """What Linux says of a process behind its name: proc_pid_stat(5), from field 3 on.
+
+  Raises:
+    OSError: there is none, or this is no Linux.
+  """
+  # The name may hold spaces and brackets.
+  return Path(f'/proc/{number}/stat').read_text().rpartition(')')[2].split()
+
+
 def process_began() -> float:
   """When this process did, in seconds since the epoch: before Python imported anything."""
   try:
-    # Behind the name, which may hold spaces; proc_pid_stat(5), field 22.
-    ticks = int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
+    ticks = int(process_fields('self')[19])
     uptime = float(Path('/proc/uptime').read_text().split()[0])
   except (OSError, ValueError, IndexError):  # no Linux
     return time.time()

@@ -162,11 +162,13 @@ def _train(
   frozen = start.frozen(
     config, built, layout, data.vocabulary.fingerprint, base, current if new else None
   )
-  # Where the run goes on, as far back as a checkpoint is undamaged: what is not is set
-  # aside, by the owner of the folder alone.
-  if not new and distributed.is_leader():
+  # A process that refuses must do so before the leader claims the folder.
+  distributed.barrier('checked')
+  if distributed.is_leader():
     owner.take()
     resume.check_unchanged(config, saved_step, restore_step)
+  # Where the run goes on, as far back as a checkpoint is undamaged: what is not is set
+  # aside, by the owner of the folder alone.
   with clock.doing('start' if new else 'restore'):
     going = resume.restored(
       config.model_dir, saved_step, built.state, data.stream, say, restore_step
@@ -175,12 +177,7 @@ def _train(
     current = state.complete(going.state, built.state)
     saved_step, saved = going.step, going.meta
     stop = Stopping(config, saved.get('stopping'))
-  # A process that refuses must do so before the leader claims the folder.
-  distributed.barrier('checked')
   if distributed.is_leader():
-    if new:
-      owner.take()
-      resume.check_unchanged(config, saved_step, restore_step)
     folder.write(config.model_dir, identity, settings, config_text, data.decided)
   manager = Checkpoints(config.model_dir, config.checkpoint)
   stream = going.stream

@@ -156,6 +156,15 @@ def start(module, *arguments, **more):
   )
 
 
+def until(process, words):
+  """Reads what a running command says until it has said that."""
+  said = ''
+  while words not in said:
+    said += (line := process.stdout.readline())
+    assert line, said
+  return said
+
+
 def gin(*bindings):
   """Flags of bindings."""
   return [f'--gin.{binding}' for binding in bindings]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from runs import write_words
 
 from glm_jax import configs, sharding
 from glm_jax.checkpoints import CheckpointConfig
@@ -185,10 +186,7 @@ STEPS = 8
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
   folder = tmp_path_factory.mktemp('guarded')
-  rng = np.random.default_rng(0)
-  for number in range(20):
-    words = [bytes(rng.integers(97, 123, rng.integers(2, 7))).decode() for _ in range(30)]
-    (folder / f'{number:02}.txt').write_text(' '.join(words) + '. ')
+  write_words(folder, 20)
   return folder
 
 

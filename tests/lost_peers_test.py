@@ -7,7 +7,7 @@ import time
 import jax
 import pytest
 import runs
-from commands import command
+from commands import command, until
 from two_processes_test import _flags
 
 from glm_jax import leaving, peers
@@ -126,14 +126,6 @@ def test_of_several_causes_the_first_failure_is_said():
   assert peers._said(again) == ('process 2 has ended the run: stopped', 42)
 
 
-def _until(process, words):
-  said = ''
-  while words not in said:
-    said += (line := process.stdout.readline())
-    assert line, said
-  return said
-
-
 def _begin(text, run, *bindings, each=((), ()), **more):
   """Two processes; `each` has bindings of their own."""
   return [
@@ -153,7 +145,7 @@ def _ended(both, seconds=100):
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_other_in_a_sentence(text, tmp_path):
   both = _begin(text, tmp_path / 'run', *ENDLESS)
-  _until(both[0], '\nstep     3/')
+  until(both[0], '\nstep     3/')
   both[1].kill()
   [(code, said), (killed, _)], seconds = _ended(both)
   assert (code, killed) == (leaving.EXIT_AGAIN, -signal.SIGKILL), said
@@ -165,7 +157,7 @@ def test_a_worker_that_is_killed_ends_the_other_in_a_sentence(text, tmp_path):
 @pytest.mark.slow
 def test_when_process_0_is_killed_the_other_is_not_left(text, tmp_path):
   both = _begin(text, tmp_path / 'run', *ENDLESS)
-  _until(both[0], '\nstep     3/')
+  until(both[0], '\nstep     3/')
   both[0].kill()
   [_, (code, said)], seconds = _ended(both)
   assert code in (leaving.EXIT_AGAIN, -signal.SIGABRT) and seconds < 60, said
@@ -194,7 +186,7 @@ def test_a_failure_in_one_is_said_by_both_with_its_code(text, tmp_path):
     )
     for index, flags in enumerate(_flags())
   ]
-  _until(both[0], '\nstep     1/')
+  until(both[0], '\nstep     1/')
   ended, seconds = _ended(both)
   assert [code for code, _ in ended] == [74, 74], ended
   assert all(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import write_words
 
 from glm_jax import checkpoints, models, sharding
 from glm_jax.checkpoints import CheckpointConfig, Checkpoints
@@ -119,10 +120,7 @@ def _train(config):
 @pytest.fixture(scope='session')
 def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('records')
-  rng = np.random.default_rng(0)
-  for number in range(30):
-    words = [bytes(rng.integers(97, 123, rng.integers(2, 7))).decode() for _ in range(30)]
-    (folder / f'{number:02}.txt').write_text(' '.join(words) + '. ')
+  write_words(folder, 30)
   config = _config(folder)
   watched, said = _train(config)
   return config, folder, watched, said
@@ -187,6 +185,7 @@ def test_the_recorded_rate_is_the_one_that_moved_the_weights(run):
 
 def test_steps_read_the_stream_in_order_and_work_is_counted(run):
   config, _, watched, _ = run
+  _data(config)  # registers its task, whose name other runs of this process have, too
   stream = pipeline.batches('glm_causal', LENGTHS, batch_size=8, seed=5)
   for number, (before, batch, _) in enumerate(watched.steps):
     wanted = next(stream)

@@ -31,6 +31,14 @@ SMALL = [
 ]
 
 
+def write_words(folder, count):
+  """Documents of random words, the same each time."""
+  rng = np.random.default_rng(0)
+  for number in range(count):
+    words = [bytes(rng.integers(97, 123, rng.integers(2, 7))).decode() for _ in range(30)]
+    (folder / f'{number:02}.txt').write_text(' '.join(words) + '. ')
+
+
 def arguments(text, run, *bindings):
   """Of a run in `run` over the files in `text`; with dropout and validation."""
   places = [

@@ -13,7 +13,7 @@ import killer
 import numpy as np
 import pytest
 import runs
-from commands import ROOT, environment, snapshot
+from commands import ROOT, environment, snapshot, until
 from two_processes_test import _flags
 
 from glm_jax import checkpoints, leaving
@@ -41,7 +41,7 @@ with signals.Signals({grace}) as stops:
 """
 
 
-def _run(until, numbers, start='pass', save='pass', grace=30.0, between=0.6):
+def _run(words, numbers, start='pass', save='pass', grace=30.0, between=0.6):
   """(exit code, what was said, seconds) of a process that is sent signals."""
   code = textwrap.dedent(_SCRIPT).format(grace=grace, start=start, save=save)
   process = subprocess.Popen(
@@ -52,10 +52,7 @@ def _run(until, numbers, start='pass', save='pass', grace=30.0, between=0.6):
     stderr=subprocess.STDOUT,
     text=True,
   )
-  said = ''
-  while until not in said:
-    said += (line := process.stdout.readline())
-    assert line, said
+  said = until(process, words)
   began = time.perf_counter()
   for place, number in enumerate(numbers):
     time.sleep(between if place else 0)
@@ -111,15 +108,6 @@ def test_one_that_is_ignored_stays_ignored():
     signal.signal(signal.SIGHUP, before)
 
 
-def _until(process, words):
-  """Reads what a run says until it has said that."""
-  said = ''
-  while words not in said:
-    said += (line := process.stdout.readline())
-    assert line, said
-  return said
-
-
 def _equal(run, straight):
   found, wanted = runs.params(run), runs.params(straight)
   assert jax.tree.structure(found) == jax.tree.structure(wanted)
@@ -131,7 +119,7 @@ def test_a_run_that_is_stopped_saves_and_goes_on_to_the_same_bits(text, straight
   """Between the steps that it would save at; in a validation and in a save; twice."""
   run, every = tmp_path / 'run', 'CheckpointConfig.every=100'
   process = runs.begin(text, run, every)
-  _until(process, '\nstep     3/')
+  until(process, '\nstep     3/')
   began = time.perf_counter()
   process.send_signal(signal.SIGTERM)
   said = process.communicate(timeout=300)[0]
@@ -166,7 +154,7 @@ def test_two_processes_stop_at_one_step_whoever_is_told(text, tmp_path, told):
   run = tmp_path / 'run'
   bindings = ('MeshConfig.fsdp=2', 'CheckpointConfig.every=1000', 'TRAIN_STEPS=500')
   both = [runs.begin(text, run, *bindings, flags=flags) for flags in _flags()]
-  _until(both[0], '\nstep     3/')
+  until(both[0], '\nstep     3/')
   began = time.perf_counter()
   for index in told:
     both[index].send_signal(signal.SIGTERM)

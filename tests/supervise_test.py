@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from commands import ROOT, start
+from commands import ROOT, start, until
 
 from glm_jax import checkpoints, supervise
 from glm_jax.configs import UserError
@@ -223,10 +223,7 @@ def test_two_processes_one_killed_end_as_two_that_were_not(text, tmp_path):
 def test_a_supervised_run_that_is_stopped_leaves_with_42(text, tmp_path):
   arguments = runs.arguments(text, tmp_path / 'run', 'TRAIN_STEPS=100000')
   process = start('supervise', '--', 'train', *arguments, PYTHONUNBUFFERED='1')
-  said = ''
-  while '\nstep     3/' not in said:
-    said += (line := process.stdout.readline())
-    assert line, said
+  until(process, '\nstep     3/')
   process.send_signal(signal.SIGTERM)
   said = process.communicate(timeout=100)[0]
   step = checkpoints.latest_step(str(tmp_path / 'run'))
