@@ -187,9 +187,7 @@ class LanguageModel:
       f'{len(texts)} too short for {objective!r}',
       'give longer ones',
     )
-    # All tokens compete here, as in training.
-    every = np.ones(c.vocab_size, bool)
-    log_probs, _ = self._forward.targets(rows, every, v.stops)
+    log_probs, _ = self._forward.compared(rows)
     return Loss(-(log_probs * rows.loss_weights).sum(1), counts)
 
   def score(self, prompt: str, candidates: Sequence[str]) -> Scores:

@@ -197,7 +197,9 @@ def test_rows_and_columns_lie_where_their_parameters_do():
   assert attention['q']['bias'].shape == (2, 4, 16)
 
 
-@pytest.mark.parametrize('fields', [dict(algorithm='adafactor'), _SMALL])
+@pytest.mark.parametrize(
+  'fields', [dict(algorithm='adafactor'), dict(algorithm='muon'), _SMALL]
+)
 def test_a_part_that_is_trained_alone_has_moments_of_its_own(config, fields):
   """Those of parameters from a checkpoint, which know no logical axes, as those planned."""
   layout = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
@@ -231,7 +233,11 @@ def _trained(config, batch, fields, mesh, current=None, steps=2):
 
 @pytest.mark.parametrize(
   'fields',
-  [dict(algorithm='adafactor'), pytest.param(_SMALL, marks=pytest.mark.slow)],
+  [
+    dict(algorithm='adafactor'),
+    dict(algorithm='muon'),
+    pytest.param(_SMALL, marks=pytest.mark.slow),
+  ],
 )
 def test_a_state_goes_on_to_the_bit_and_on_another_mesh(config, batch, tmp_path, fields):
   one, many = MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)

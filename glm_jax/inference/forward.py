@@ -97,6 +97,18 @@ class Forward:
     targets, ends = zip(*parts, strict=True)
     return np.concatenate(targets), np.concatenate(ends)
 
+  def compared(self, rows: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Of each target, among all tokens: log-probability, and how many have a higher one.
+
+    Args:
+      rows: a batch.
+
+    Returns:
+      [B, T] float32, [B, T] int32.
+    """
+    log_probs, ranks = zip(*self._in_parts(_compared, rows), strict=True)
+    return np.concatenate(log_probs), np.concatenate(ranks)
+
   def values(self, rows: Batch, value_D: np.ndarray) -> np.ndarray:
     """[B, T] float32: what each token is worth to a reward model."""
     return np.concatenate([*self._in_parts(_values, rows, value_D=value_D)])
@@ -169,10 +181,24 @@ def _targets(
   logits_BTV = jnp.where(allowed_V, logits_BTV, -jnp.inf)
   log_probs_BTV = jax.nn.log_softmax(logits_BTV)
   ends_BT = jax.nn.logsumexp(log_probs_BTV[..., jnp.array(stops)], axis=-1)
+  return _whole(_of_targets(log_probs_BTV, batch.targets)), _whole(ends_BT)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compared(
+  config: Any, compute: Any, variables: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+  """See `Forward.compared`."""
+  logits_BTV = _logits(config, compute, variables, batch)
+  chosen_BT = _of_targets(logits_BTV, batch.targets)
+  ranks_BT = (logits_BTV > chosen_BT[..., None]).sum(-1)
+  return _whole(chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)), _whole(ranks_BT)
+
+
+def _of_targets(x_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
   # A sum with one term: to take one entry of a sharded axis, XLA would gather the axis.
-  is_target = jnp.arange(logits_BTV.shape[-1]) == batch.targets[..., None]
-  targets_BT = jnp.where(is_target, log_probs_BTV, 0).sum(-1)
-  return _whole(targets_BT), _whole(ends_BT)
+  is_target = jnp.arange(x_BTV.shape[-1]) == targets_BT[..., None]
+  return jnp.where(is_target, x_BTV, 0).sum(-1)
 
 
 def _whole(x: jax.Array) -> jax.Array:

@@ -278,10 +278,12 @@ class Pretraining(recipe.Recipe):
     validated: Mapping[str, float],
     say: Callable[..., None],
   ) -> dict[str, Any]:
-    """A table beside baselines; blanks filled, or text continued, by the model."""
+    """Tables beside baselines; blanks filled, or text continued, by the model."""
     baselines = samples.beside_baselines(config, data, validated, say)
-    filled = []
+    filled, guessed = [], {}
     if data.prepared.corpora and config.evaluation.fill:
+      if 'blank' in data.validation:
+        guessed = samples.guess(config, data, variables, say)
       name = next(iter(self.mixture.corpora.values()), self.corpus.corpus)
       source = dataclasses.replace(self.corpus, corpus=name)
       filled = samples.fill(config, data, source, variables, say)
@@ -291,7 +293,12 @@ class Pretraining(recipe.Recipe):
       for k, v in scores.items()
       if name in ('blank', 'causal')
     }
-    return {'baselines': baselines, 'filled': filled, 'lines': lines}
+    return {
+      'baselines': baselines,
+      'guesses': guessed,
+      'filled': filled,
+      'lines': lines,
+    }
 
 
 CONFIGURABLES = (

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from glm_jax import distributed, sharding
+from glm_jax.batch import Batch
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.inference.filling import Filler
+from glm_jax.inference.forward import Forward
+from glm_jax.recipes import guesses
 from glm_jax.recipes.reading import TaskData
 from glm_jax.training.config import TrainConfig
 
@@ -50,7 +53,19 @@ def beside_baselines(
 
 
 def _baselines(config: TrainConfig, data: TaskData, name: str) -> dict[str, float]:
-  from glm_jax.data import baselines, pipeline
+  from glm_jax.data import baselines
+
+  return baselines.fit_and_score(
+    _seen(config, data, name), data.whole_validation(name), data.vocabulary.size
+  )
+
+
+def _seen(config: TrainConfig, data: TaskData, name: str) -> Iterator[Batch]:
+  """Batches of an objective to count in, no more than were trained on.
+
+  All rows of each, whatever this process's share.
+  """
+  from glm_jax.data import pipeline
 
   train = pipeline.batches(
     f'glm_{name}' if data.prepared.indexed else data.task,
@@ -59,12 +74,35 @@ def _baselines(config: TrainConfig, data: TaskData, name: str) -> dict[str, floa
     seed=config.seed,
   )
   most_batches = max(1, _BASELINE_POSITIONS // (config.batch_size * config.recipe.length))
-  # All rows of each batch, whatever this process's share.
-  return baselines.fit_and_score(
-    itertools.islice(train, min(config.train_steps, most_batches)),
-    data.whole_validation(name),
-    data.vocabulary.size,
+  return itertools.islice(train, min(config.train_steps, most_batches))
+
+
+def guess(
+  config: TrainConfig,
+  data: TaskData,
+  variables: Mapping[str, Any],
+  say: Callable[..., None],
+) -> dict[str, Any]:
+  """Prints how well held-out blanks are guessed; see `guesses.guesses`.
+
+  All processes take part, each with all rows.
+
+  Args:
+    config: of the run.
+    data: that it was trained on.
+    variables: the model's collections, on the mesh.
+    say: prints, on the leader.
+  """
+  forward = Forward(config.model, variables, config.compute, data.layout, config.batch_size)
+  made = guesses.guesses(
+    forward,
+    [*data.whole_validation('blank')],
+    _seen(config, data, 'blank'),
+    data.vocabulary,
   )
+  for line in guesses.table(made):
+    say(line)
+  return made
 
 
 def fill(

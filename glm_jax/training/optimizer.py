@@ -1,4 +1,4 @@
-"""AdamW as GLM was trained with, Adafactor for less memory, and learning-rate schedules."""
+"""AdamW as GLM was trained with, others beside it, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import optax
 
 from glm_jax import configs
 from glm_jax.configs import POSITIVE, at_least, one_of, within
-from glm_jax.training import adapters, moments
+from glm_jax.training import adapters, moments, muon
 
-ALGORITHMS = ('adamw', 'adafactor')
+ALGORITHMS = ('adamw', 'adafactor', 'muon')
 SCHEDULES = ('cosine', 'linear', 'rsqrt', 'wsd', 'constant')
 # Those that reach their floor at a step.
 ENDING = ('cosine', 'linear', 'wsd')
@@ -22,23 +22,25 @@ ENDING = ('cosine', 'linear', 'wsd')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW or Adafactor, with global clipping.
+  """AdamW, Adafactor or Muon, with global clipping.
 
   Beside four bytes a parameter, and its gradient while a step lasts, a device holds 8 bytes
   of moments with AdamW, 6 or 4 with one or both of them in bfloat16; 4 or 2 with Adafactor,
-  and next to none with `beta1 = 0`.
+  and next to none with `beta1 = 0`; 4 or 2 with Muon for the matrices of layers.
 
   Attributes:
     algorithm: 'adamw', or 'adafactor': its second moment is a row and a column of each
-      matrix (`moments.scale_by_factored_moment`). Learning rate and decay are those of
-      AdamW: the rate is not relative to a parameter's size, as T5's is.
+      matrix (`moments.scale_by_factored_moment`); or 'muon': the updates of matrices of
+      layers are made orthogonal, all else is AdamW's (`glm_jax.training.muon`). Learning
+      rate and decay are those of AdamW: Adafactor's is not relative to a parameter's size,
+      as T5's is, and Muon's updates have the size of AdamW's.
     learning_rate: the peak.
     schedule: after the warm-up, one of `SCHEDULES`; see `schedule`.
     warmup_steps: of linear growth from 0.
     decay_steps: step at which the decay ends, warm-up included; 0 for the run's last.
     final_ratio: the floor, as a share of the peak.
     wsd_decay_share: share of `decay_steps` that 'wsd' spends decaying, at the end.
-    beta1: decay of the first moment. Adafactor has none at 0.
+    beta1: decay of the first moment. Adafactor has none at 0; 0.95 is usual with Muon.
     beta2: decay of the second; of Adafactor's, which begins with less, the largest.
     epsilon: added to the root of the second moment.
     first_moment_dtype: 'bfloat16' saves two bytes a parameter.
@@ -200,11 +202,12 @@ def make_optimizer(
   config: OptimizerConfig, train_steps: int
 ) -> optax.GradientTransformation:
   """Clipping, moments, decoupled decay, learning rate: in this order."""
+  scale = {'adamw': _adam, 'adafactor': _adafactor, 'muon': _muon}[config.algorithm]
   # Decay comes after the division by moments, hence decoupled, and before the rate that
   # scales it.
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
-    *(_adafactor if config.algorithm == 'adafactor' else _adam)(config),
+    *scale(config),
     optax.add_decayed_weights(config.weight_decay, mask=decays),
     optax.scale_by_learning_rate(schedule(config, train_steps)),
   )
@@ -226,3 +229,8 @@ def _adafactor(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     config.beta1, debias=False, accumulator_dtype=jnp.dtype(config.first_moment_dtype)
   )
   return [scale, mean]
+
+
+def _muon(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+  dtype = config.first_moment_dtype
+  return [muon.scale_by_muon(config.beta1, dtype, optax.chain(*_adam(config)))]
