@@ -2,7 +2,7 @@
 
 python -m benchmarks.ablations [--seeds 3] [--steps 1000] [--only NAME]
 
-trains the quickstart's model once for each setting and seed, and validates each on the
+trains the model of glm_tiny.gin once for each setting and seed, and validates each on the
 same masks; run again, it goes on. Results and plot stand in benchmarks/ablations_results/,
 and the README's section is written from them. About a minute a run on 2 cores.
 """
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 class Bench:
-  """The quickstart's run, compiled once, and the validation sets."""
+  """The run, compiled once, and the validation sets."""
 
   def __init__(self, steps: int):
     from glm_jax import sharding
@@ -101,7 +101,7 @@ class Bench:
     config, _ = cli.load_config(
       TrainConfig,
       CONFIGURABLES,
-      ['gin_configs/quickstart.gin'],
+      ['gin_configs/glm_tiny.gin'],
       '',
       [f'TRAIN_STEPS={steps}', 'OptimizerConfig.warmup_steps=50'],
     )
@@ -201,7 +201,7 @@ def section(results: Mapping[str, Any]) -> list[str]:
     *lines,
     '',
     'Columns: what was trained on, the paper\'s method is "mask 15%". Validation loss of '
-    f"the quickstart's model (0.7 M parameters) after {results['steps']:,} steps, mean and "
+    f'the model of glm_tiny.gin (0.7 M parameters) after {results["steps"]:,} steps, mean and '
     f'standard deviation of {seeds} seed(s). '
     + verdict(results)
     + '(Written by `python -m benchmarks.ablations`.)',

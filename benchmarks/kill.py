@@ -68,7 +68,7 @@ class Run:
         [
           *(sys.executable, '-m', 'glm_jax.supervise', '--processes=2'),
           *(f'--kills={kills}', f'--failures={kills}', '--', 'train'),
-          *('--gin_file=gin_configs/quickstart.gin', '--cpu_devices=2'),
+          *('--gin_file=gin_configs/glm_tiny.gin', '--cpu_devices=2'),
           *(f'--gin.{binding}' for binding in bindings),
         ],
         cwd=readme.ROOT,

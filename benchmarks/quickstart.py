@@ -12,6 +12,13 @@ from pathlib import Path
 
 from benchmarks.readme import ROOT, write_section
 
+ASKED = {
+  'top 1': 'the first token is the likeliest',
+  'top 5': '... among the 5 likeliest',
+  'of 4': 'which of 4 words of that length were there',
+}
+"""What the report counts, see `glm_jax.recipes.guesses`, in words."""
+
 
 def main(run: Path) -> None:
   """Copies the summary and the picture, and rewrites the README between its marks."""
@@ -21,15 +28,18 @@ def main(run: Path) -> None:
     if run.resolve() != kept:
       shutil.copy(run / name, kept / name)
   summary = json.loads((kept / 'summary.json').read_text(encoding='utf-8'))
+  guessed = summary['guesses']
   rows = [
-    '| validation loss, nats a target token | model | bigram | unigram |',
-    '|---|---|---|---|',
+    f'| {guessed["blanks"]:,} blanks | model | bigram | unigram | chance |',
+    '|---|---|---|---|---|',
+    *(_shares(name, guessed[key]) for key, name in ASKED.items()),
+    *(
+      f'| loss of {name}, nats a target token | {loss:.2f} | {scores["bigram"]:.2f} '
+      f'| {scores["unigram"]:.2f} | |'
+      for name, scores in summary['baselines'].items()
+      for loss in [summary['validation'][f'loss/{name}']]
+    ),
   ]
-  for name, scores in summary['baselines'].items():
-    loss = summary['validation'][f'loss/{name}']
-    rows.append(
-      f'| {name} | {loss:.3f} | {scores["bigram"]:.3f} | {scores["unigram"]:.3f} |'
-    )
   write_section(
     'quickstart',
     [
@@ -42,6 +52,18 @@ def main(run: Path) -> None:
       '(Written by `python -m benchmarks.quickstart runs/quickstart`.)',
     ],
   )
+
+
+def _shares(name: str, shares: dict[str, float]) -> str:
+  """A row of the table.
+
+  Example:
+    >>> _shares('the first token', {'model': 0.5, 'bigram': 0.25, 'unigram': 0.1, 'chance': 0})
+    '| the first token | **50.0%** | 25.0% | 10.0% | 0.0% |'
+  """
+  model, *others = (shares[key] for key in ('model', 'bigram', 'unigram', 'chance'))
+  cells = ' | '.join(f'{share:.1%}' for share in others)
+  return f'| {name} | **{model:.1%}** | {cells} |'
 
 
 if __name__ == '__main__':

@@ -296,7 +296,7 @@ def measure(folder: Path) -> list[str]:
       f"CorpusConfig.cache_dir='{folder}/cache'",
     ]
     flags = [f'--gin.{binding}' for binding in bindings]
-    return here.submit('--gin_file=gin_configs/quickstart.gin', *flags, **environment)
+    return here.submit('--gin_file=gin_configs/glm_tiny.gin', *flags, **environment)
 
   # munge wants a folder that its owner alone may write to.
   (folder / 'slurm').mkdir()

@@ -3,7 +3,7 @@
 python -m benchmarks.train_on_card --write [--steps=1500]  # here, where TensorFlow is
 python -m benchmarks.train_on_card                         # there, on the card
 
-The first keeps the quickstart's own batches in a file, trains on them on the CPU and keeps
+The first keeps the batches of glm_tiny.gin in a file, trains on them on the CPU and keeps
 the losses. The second trains the same run on the card, twice: once undisturbed, once killed
 after its first checkpoint and started again. It prints the losses beside the CPU's, and
 whether the run that was killed ended with the same bits. On the card it needs what
@@ -40,7 +40,7 @@ from glm_jax.training.optimizer import OptimizerConfig
 RESULTS = Path(__file__).parent / 'train_on_card'
 # What --write leaves, to be carried to the card.
 BATCHES = readme.ROOT / 'runs' / 'train_on_card'
-QUICKSTART = readme.ROOT / 'gin_configs' / 'quickstart.gin'
+GLM_TINY = readme.ROOT / 'gin_configs' / 'glm_tiny.gin'
 # Losses that are compared: so many, spread over the run.
 _POINTS = 30
 
@@ -123,10 +123,10 @@ def keep(path: Path, batches: Sequence[Batch], validation: Sequence[Batch]) -> N
 
 
 def write(flags: argparse.Namespace) -> None:
-  """Keeps the quickstart's batches, and what training on them gives on this CPU."""
+  """Keeps the batches of glm_tiny.gin, and what training on them gives on this CPU."""
   given = cli.parser('train', '', '')
   cli.add_gin_flags(given)
-  text = [f'--gin_file={QUICKSTART}', f'--gin.TRAIN_STEPS={flags.steps}']
+  text = [f'--gin_file={GLM_TINY}', f'--gin.TRAIN_STEPS={flags.steps}']
   config, _ = cli.configuration(cli.parse(given, text))
   layout = sharding.make_mesh(config.mesh, jax.devices()[:1])
   data = config.recipe.prepare(config, None, layout)
@@ -171,7 +171,7 @@ def table(results: dict[str, Any]) -> list[str]:
   cpu, card = results['cpu'], results['card']
   same = 'the same bits' if results['same_bits'] else 'other bits'
   lines = [
-    f'{results["device"]}, {results["date"]}; jax {results["jax"]}; the quickstart, '
+    f'{results["device"]}, {results["date"]}; jax {results["jax"]}; glm_tiny.gin, '
     f'{card["steps"]:,} steps in {card["seconds"]:.0f} s; killed after a checkpoint (step '
     f'{results["killed_after"]}) and started again: {same}.',
     '',

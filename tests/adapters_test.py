@@ -33,7 +33,7 @@ TEXT = 'Document 3 says a [MASK] of plain words'
 def _train(folder, run, text, *bindings):
   return in_process(
     'train',
-    '--gin_file=gin_configs/quickstart.gin',
+    '--gin_file=gin_configs/glm_tiny.gin',
     *gin(*TINY, 'CheckpointConfig.every=2', "OptimizerConfig.schedule='constant'"),
     *gin('OptimizerConfig.learning_rate=0.01', 'TrainConfig.log_every=1'),
     *gin(f"CorpusConfig.corpus='{text}/*.txt'", f"CorpusConfig.cache_dir='{folder}/cache'"),

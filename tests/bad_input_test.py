@@ -9,7 +9,7 @@ def _train(
   *bindings,
   flags=(),
   text='text/*.txt',
-  gin_file='gin_configs/quickstart.gin',
+  gin_file='gin_configs/glm_tiny.gin',
   run=in_process,
 ):
   places = [
@@ -209,7 +209,7 @@ def test_an_unreadable_checkpoint_is_refused(finished, tmp_path):
     refused(in_process('generate', f'--checkpoint={copy}', '--prompt=[MASK]'), 'checkpoint')
 
 
-GIN = '--gin_file=gin_configs/quickstart.gin'
+GIN = '--gin_file=gin_configs/glm_tiny.gin'
 
 
 @pytest.mark.parametrize(

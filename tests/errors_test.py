@@ -159,7 +159,7 @@ def test_intervals_hold_the_bounds_that_they_say(interval, inside, outside):
 def test_a_defect_in_a_configuration_is_none_of_the_users(monkeypatch):
   """gin's own errors are the user's; what is raised below our code is not."""
   flags = types.SimpleNamespace(
-    gin_file=['gin_configs/quickstart.gin'],
+    gin_file=['gin_configs/glm_tiny.gin'],
     gin_search_paths='',
     imports=[],
     bindings=["MODEL_DIR='x'"],

@@ -19,7 +19,7 @@ from glm_jax.training.config import TrainConfig
 from glm_jax.training.optimizer import OptimizerConfig
 
 GIB = 2**30
-QUICKSTART = f'--gin_file={ROOT}/gin_configs/quickstart.gin'
+QUICKSTART = f'--gin_file={ROOT}/gin_configs/glm_tiny.gin'
 CARD = '--topology=rtx4090:1x1x1'
 ATTENTION = "TrainConfig.trained='layers/attention/.*'"
 

@@ -36,7 +36,7 @@ COUNTS = {
   'glm4_9b': 9_399_951_360,
   'glm4_9b_0414': 9_400_279_040,
 }
-QUICKSTART = 'gin_configs/quickstart.gin'
+QUICKSTART = 'gin_configs/glm_tiny.gin'
 
 
 def _load(*bindings, files=(QUICKSTART,), search_paths=''):

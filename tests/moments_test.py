@@ -264,7 +264,7 @@ def test_a_state_goes_on_to_the_bit_and_on_another_mesh(config, batch, tmp_path,
 def _train(folder, text, *bindings):
   return in_process(
     'train',
-    '--gin_file=gin_configs/quickstart.gin',
+    '--gin_file=gin_configs/glm_tiny.gin',
     *gin(*TINY, 'CheckpointConfig.every=2', "OptimizerConfig.schedule='constant'"),
     *gin(f"CorpusConfig.corpus='{text}/*.txt'", f"CorpusConfig.cache_dir='{folder}/cache'"),
     *gin(*bindings),

@@ -147,7 +147,7 @@ def _prepared(corpus, mixture=MixtureConfig(), **more):
 def _train(folder, corpus, *bindings):
   return in_process(
     'train',
-    '--gin_file=gin_configs/quickstart.gin',
+    '--gin_file=gin_configs/glm_tiny.gin',
     *gin(*TINY, f"CorpusConfig.corpus='{corpus.corpus}'"),
     *gin(f"CorpusConfig.cache_dir='{folder}/cache'", "MODEL_DIR='run'", *bindings),
     cwd=folder,
@@ -250,7 +250,7 @@ def test_a_mixture_is_sharded_by_one_command_and_trains_alike(tmp_path):
   }
   of_files = {name: corpus.corpus for name, corpus in corpora.items()}
   base = [
-    '--gin_file=gin_configs/quickstart.gin',
+    '--gin_file=gin_configs/glm_tiny.gin',
     *gin(*TINY, "VocabularyConfig.path='bytes'", "MIXTURE_OR_TASK_NAME='glm_causal'"),
     *gin(f"CorpusConfig.cache_dir='{tmp_path}/cache'"),
     '--output_dir=shards',

@@ -9,7 +9,7 @@ from glm_jax import configs
 from glm_jax.recipes import CONFIGURABLES
 from glm_jax.tune import TuneConfig
 
-QUICKSTART = '--gin_file=gin_configs/quickstart.gin'
+QUICKSTART = '--gin_file=gin_configs/glm_tiny.gin'
 # {}: the address.
 LOCAL = {
   'train': [

@@ -63,7 +63,7 @@ def test_the_planned_step_is_the_step_that_trains(config, batch):
 def test_a_dry_run_on_virtual_devices(tmp_path):
   done = command(
     'plan',
-    f'--gin_file={ROOT}/gin_configs/quickstart.gin',
+    f'--gin_file={ROOT}/gin_configs/glm_tiny.gin',
     '--gin.MeshConfig.fsdp=2',
     '--platform=cpu',
     '--cpu_devices=4',
@@ -110,7 +110,7 @@ def test_a_dry_run_on_virtual_devices(tmp_path):
   ],
 )
 def test_what_cannot_be_planned_is_refused(arguments, words, tmp_path):
-  gin_file = f'--gin_file={ROOT}/gin_configs/quickstart.gin'
+  gin_file = f'--gin_file={ROOT}/gin_configs/glm_tiny.gin'
   done = in_process('plan', gin_file, *arguments, cwd=tmp_path)
   refused(done, *words)
   assert not list(tmp_path.iterdir())

@@ -110,7 +110,7 @@ def start(tmp_path, text):
     return in_process(
       module,
       f'--import={imports}',
-      '--gin_file=gin_configs/quickstart.gin',
+      '--gin_file=gin_configs/glm_tiny.gin',
       *gin(f'TrainConfig.recipe=@{name}()'),
       *gin(*(f'{name}.{field}={value}' for field, value in fields.items())),
       *gin(*TINY, 'CheckpointConfig.every=2', 'TrainConfig.log_every=1'),

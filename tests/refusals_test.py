@@ -30,7 +30,7 @@ COMMANDS = (
     'tune',
   ),
 )
-QUICKSTART = (f'--gin_file={ROOT}/gin_configs/quickstart.gin',)
+QUICKSTART = (f'--gin_file={ROOT}/gin_configs/glm_tiny.gin',)
 # What a command needs besides; all of it can be read, or is refused later than flags are.
 NEEDED = {
   'train': QUICKSTART,

@@ -14,7 +14,7 @@ from commands import environment as command_environment
 from glm_jax import storage
 from glm_jax.training import writer
 
-QUICKSTART = '--gin_file=gin_configs/quickstart.gin'
+QUICKSTART = '--gin_file=gin_configs/glm_tiny.gin'
 
 
 @pytest.fixture(scope='module')

@@ -47,7 +47,7 @@ def arguments(text, run, *bindings):
     f"CorpusConfig.cache_dir='{run}-cache'",
   ]
   return [
-    '--gin_file=gin_configs/quickstart.gin',
+    '--gin_file=gin_configs/glm_tiny.gin',
     *gin(*SMALL, *places, *bindings),
   ]
 

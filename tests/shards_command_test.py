@@ -13,7 +13,7 @@ from commands import ROOT, TINY, command, gin, in_process, refused, snapshot, st
 
 from glm_jax.data.rows import shards
 
-MAKE = ['--gin_file=gin_configs/quickstart.gin', '--shards=4']
+MAKE = ['--gin_file=gin_configs/glm_tiny.gin', '--shards=4']
 
 
 def _text(folder, count=60):
@@ -59,7 +59,7 @@ def _train(made, *bindings, code=65, words=()):
   before = snapshot(made)
   places = [f"CorpusConfig.corpus='shards:{made}/shards'", f"MODEL_DIR='{made}/run'"]
   done = in_process(
-    'train', '--gin_file=gin_configs/quickstart.gin', *gin(*TINY, *places, *bindings)
+    'train', '--gin_file=gin_configs/glm_tiny.gin', *gin(*TINY, *places, *bindings)
   )
   refused(done, *words, code=code)
   assert snapshot(made) == before

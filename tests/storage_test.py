@@ -24,7 +24,7 @@ from glm_jax.text.vocabulary import ByteVocabulary
 pytestmark = pytest.mark.slow
 
 STEPS, ROWS = 4, 32
-MAKE = ['--gin_file=gin_configs/quickstart.gin', '--shards=4', '--part_mb=1']
+MAKE = ['--gin_file=gin_configs/glm_tiny.gin', '--shards=4', '--part_mb=1']
 TEXT = ''.join(
   json.dumps({'text': f'Document {n}: ' + 'some words of its own. ' * (n % 30 + 1)}) + '\n'
   for n in range(4000)
@@ -57,7 +57,7 @@ def _train(storage, corpus, name, *arguments, run=command, **more):
   folder, _, environment, _ = storage
   places = gin(f"CorpusConfig.corpus='{corpus}'", f"MODEL_DIR='{folder}/{name}'")
   steps = gin(f'TRAIN_STEPS={STEPS}', f'BATCH_SIZE={ROWS}')
-  flags = ['--gin_file=gin_configs/quickstart.gin', *gin(*TINY), *places, *steps]
+  flags = ['--gin_file=gin_configs/glm_tiny.gin', *gin(*TINY), *places, *steps]
   return run('train', *flags, *arguments, **environment, **more)
 
 

@@ -27,7 +27,7 @@ def _leaves(run):
 def _train(folder, run, text, *bindings):
   return in_process(
     'train',
-    '--gin_file=gin_configs/quickstart.gin',
+    '--gin_file=gin_configs/glm_tiny.gin',
     *gin(*TINY, 'CheckpointConfig.every=2', "OptimizerConfig.schedule='constant'"),
     *gin(f"CorpusConfig.corpus='{text}/*.txt'", f"CorpusConfig.cache_dir='{folder}/cache'"),
     *gin('TrainConfig.log_every=1', f"MODEL_DIR='{folder}/{run}'", *bindings),
@@ -139,7 +139,7 @@ def test_what_cannot_be_trained_in_part_is_refused(runs, text, tmp_path, binding
 def test_a_plan_counts_both_and_fewer_flops(tmp_path):
   plan = lambda *bindings: in_process(
     'plan',
-    '--gin_file=gin_configs/quickstart.gin',
+    '--gin_file=gin_configs/glm_tiny.gin',
     '--platform=cpu',
     f'--json={tmp_path}/plan.json',
     *gin(*TINY, "MODEL_DIR='x'", *bindings),

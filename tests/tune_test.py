@@ -164,7 +164,7 @@ def _text(folder):
 
 def _arguments(folder, *bindings):
   (folder / 'tune.gin').write_text(
-    "include 'gin_configs/quickstart.gin'\n"
+    "include 'gin_configs/glm_tiny.gin'\n"
     f"TuneConfig.study_dir = '{folder}/study'\n"
     'TuneConfig.search = {\n'
     "  'ObjectiveConfig.blank': ('share',), 'ObjectiveConfig.sentence': ('share',),\n"

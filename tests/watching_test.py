@@ -39,7 +39,7 @@ def train(tmp_path, text):
   def command(run, *bindings, flags=()):
     return in_process(
       'train',
-      '--gin_file=gin_configs/quickstart.gin',
+      '--gin_file=gin_configs/glm_tiny.gin',
       *gin(*BASE, f"CorpusConfig.corpus='{text}/*.txt'", f"MODEL_DIR='{tmp_path}/{run}'"),
       *gin(f"CorpusConfig.cache_dir='{tmp_path}/cache'"),
       *gin(*bindings),

@@ -29,6 +29,7 @@ class Filler:
     *,
     rows: int = 8,
     cache_dtype: str = '',
+    barred: str = '',
   ):
     """
     Args:
@@ -38,13 +39,14 @@ class Filler:
       compute: of it, the dtype is what counts here.
       rows: see `Engine`.
       cache_dtype: likewise.
+      barred: a text that no token of an answer holds, such as a line break; '' for none.
     """
     self._config, self._vocabulary = config, vocabulary
     self.engine = Engine(
       config,
       variables,
       stops=vocabulary.stops,
-      allowed=prompt_lib.allowed(config, vocabulary),
+      allowed=prompt_lib.allowed(config, vocabulary, barred),
       compute=compute,
       rows=rows,
       cache_dtype=cache_dtype,

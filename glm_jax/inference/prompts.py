@@ -128,12 +128,13 @@ def request(
   return Request(number=number, context=ids, spans=spans)
 
 
-def allowed(config: Any, vocabulary: Vocabulary) -> np.ndarray:
+def allowed(config: Any, vocabulary: Vocabulary, barred: str = '') -> np.ndarray:
   """[V] bool: tokens that a model may generate.
 
   Args:
     config: of the model.
     vocabulary: that it was trained with.
+    barred: a text that no token may hold; '' for none.
   """
   # Rows of the table behind the vocabulary's pieces are never trained on. Of the special
   # pieces, a span of GLM has none but a stop token.
@@ -141,6 +142,8 @@ def allowed(config: Any, vocabulary: Vocabulary) -> np.ndarray:
   if not config.causal:
     can[list(vocabulary.names)] = False
     can[list(vocabulary.stops)] = True
+  if barred:
+    can[[i for i in np.flatnonzero(can) if barred in vocabulary.decode([int(i)])]] = False
   return can
 
 

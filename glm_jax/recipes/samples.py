@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,12 +15,15 @@ from glm_jax.batch import Batch
 from glm_jax.data.corpora.config import CorpusConfig
 from glm_jax.inference.filling import Filler
 from glm_jax.inference.forward import Forward
+from glm_jax.inference.sampling import Sampling
 from glm_jax.recipes import guesses
 from glm_jax.recipes.reading import TaskData
 from glm_jax.training.config import TrainConfig
 
 # Baselines are fitted on what the model saw; more would take longer than it is worth.
 _BASELINE_POSITIONS = 4_000_000
+# Answers that are drawn for a blank, and how many of the different ones are shown.
+_DRAWN, _SHOWN = 32, 3
 
 
 def beside_baselines(
@@ -111,8 +115,8 @@ def fill(
   source: CorpusConfig,
   variables: Mapping[str, Any],
   say: Callable[..., None],
-) -> list[dict[str, str]]:
-  """Prints held-out sentences with a few words hidden and filled, or their ends continued.
+) -> list[dict[str, Any]]:
+  """Prints held-out sentences and what the model puts in their blanks, or goes on with.
 
   All processes take part: the parameters stay where they are on the mesh.
 
@@ -124,39 +128,63 @@ def fill(
     say: prints, on the leader.
 
   Returns:
-    {'filled', 'was'} of each sentence.
+    Of each sentence {'before', 'was', 'behind', 'guesses': [{'text', 'probability'}]}, the
+    most probable first.
   """
-  kind = 'continued' if config.model.causal else 'blanks filled'
-  say(f'\nheld-out text, {kind} by the model:')
+  causal = config.model.causal
+  kind = 'ends' if causal else 'blanks'
+  say(f'\n[{kind}] of held-out sentences, and what the model makes of them:')
+  asked = [*_questions(config, source)]
+  # What may fill a blank is drawn, by the model's own probabilities; of the ways in which
+  # a text may go on, the likeliest tells more.
+  count, temperature = (1, 0.0) if causal else (_DRAWN, 1.0)
   # A token at a time is no length to be cut.
   with sharding.active(data.layout.replace(act_length=None)):
-    filler = Filler(config.model, variables, data.vocabulary, config.compute)
-    asked = [*_questions(config, filler, source)]
-    spans = filler.fill([prompt for prompt, _ in asked], max_new_tokens=16) if asked else []
-  filled = []
-  for (prompt, was), made in zip(asked, spans, strict=True):
-    filled.append({'filled': filler.text(prompt, made, ('[', ']')), 'was': was})
-    say(f'  {filled[-1]["filled"]}   (was: {was})'.replace('\n', '↵'))
-  return filled
+    filler = Filler(
+      config.model, variables, data.vocabulary, config.compute, rows=_DRAWN, barred='\n'
+    )
+    prompts = [filler.encode(_prompt(config, *parts)) for parts in asked]
+    answers = filler.fill_scored(
+      [prompt for prompt in prompts for _ in range(count)],
+      max_new_tokens=16,
+      sampling=Sampling(temperature=temperature),
+    )
+  made = []
+  for number, (prompt, (before, was, behind)) in enumerate(
+    zip(prompts, asked, strict=True)
+  ):
+    drawn = slice(number * count, (number + 1) * count)
+    probabilities: dict[str, float] = {}
+    for spans, scores in zip(*(part[drawn] for part in answers), strict=True):
+      text = filler.parts(prompt, spans)[1].strip()
+      likely = math.exp(math.fsum(scores[0]))
+      probabilities[text] = max(likely, probabilities.get(text, 0.0))
+    best = sorted(probabilities.items(), key=lambda item: -item[1])[:_SHOWN]
+    guesses = [{'text': text, 'probability': p} for text, p in best]
+    made.append({'before': before, 'was': was, 'behind': behind, 'guesses': guesses})
+    say(f'  {before.strip()} [{was}] {behind.strip()}'.rstrip())
+    said = [text if causal else f'{text or "(nothing)"} {p:.0%}' for text, p in best]
+    say(f'      {"   ".join(said)}')
+  return made
 
 
-def _questions(
-  config: TrainConfig, filler: Filler, source: CorpusConfig
-) -> Iterator[tuple[list[int], str]]:
-  """Prompts, and what was hidden."""
+def _prompt(config: TrainConfig, before: str, _: str, behind: str) -> str:
+  return before.rstrip() if config.model.causal else f'{before}[MASK]{behind}'
+
+
+def _questions(config: TrainConfig, source: CorpusConfig) -> Iterator[tuple[str, str, str]]:
+  """What stands before a blank, what it hides, and what stands behind it."""
   # A fixed seed: runs are compared on the same blanks.
   rng = np.random.default_rng(0)
   for sentence in itertools.islice(_sentences(source), config.evaluation.fill):
     words = list(re.finditer(r'\S+', sentence))
-    size = int(rng.integers(1, 4))
+    size = int(rng.integers(1, 3))
     # At least two words before the blank and one behind it, which are something to go by.
     first = int(rng.integers(2, len(words) - size))
     start, end = words[first].start(), words[first + size - 1].end()
     if config.model.causal:
-      prompt, end = filler.encode(sentence[:start].rstrip()), len(sentence)
-    else:
-      prompt = filler.encode(sentence[:start] + '[MASK]' + sentence[end:])
-    yield prompt, sentence[start:end]
+      end = len(sentence)
+    yield sentence[:start], sentence[start:end], sentence[end:]
 
 
 def _sentences(source: CorpusConfig) -> Iterator[str]:
