@@ -201,8 +201,8 @@ def section(results: Mapping[str, Any]) -> list[str]:
     *lines,
     '',
     'Columns: what was trained on, the paper\'s method is "mask 15%". Validation loss of '
-    f'the model of glm_tiny.gin (0.7 M parameters) after {results["steps"]:,} steps, mean and '
-    f'standard deviation of {seeds} seed(s). '
+    f'the model of glm_tiny.gin (0.7 M parameters) after {results["steps"]:,} steps, mean '
+    f'and standard deviation of {seeds} seed(s). '
     + verdict(results)
     + '(Written by `python -m benchmarks.ablations`.)',
   ]

@@ -47,8 +47,6 @@ def main(run: Path) -> None:
       '',
       *rows,
       '',
-      '![Loss curve of the quickstart](benchmarks/quickstart/loss.png)',
-      '',
       '(Written by `python -m benchmarks.quickstart runs/quickstart`.)',
     ],
   )
@@ -58,8 +56,8 @@ def _shares(name: str, shares: dict[str, float]) -> str:
   """A row of the table.
 
   Example:
-    >>> _shares('the first token', {'model': 0.5, 'bigram': 0.25, 'unigram': 0.1, 'chance': 0})
-    '| the first token | **50.0%** | 25.0% | 10.0% | 0.0% |'
+    >>> _shares('which', {'model': 0.5, 'bigram': 0.25, 'unigram': 0.1, 'chance': 0})
+    '| which | **50.0%** | 25.0% | 10.0% | 0.0% |'
   """
   model, *others = (shares[key] for key in ('model', 'bigram', 'unigram', 'chance'))
   cells = ' | '.join(f'{share:.1%}' for share in others)
