@@ -14,7 +14,7 @@ from commands import ROOT, gin, in_process, refused, snapshot
 
 from glm_jax.configs import Rule
 from glm_jax.recipes import CONFIGURABLES
-from glm_jax.tune import TuneConfig
+from glm_jax.training.search import TuneConfig
 
 COMMANDS = (
   *(
