@@ -32,7 +32,7 @@ class OptimizerConfig:
     algorithm: 'adamw', or 'adafactor': its second moment is a row and a column of each
       matrix (`moments.scale_by_factored_moment`). Learning rate and decay are those of
       AdamW: the rate is not relative to a parameter's size, as T5's is.
-    learning_rate: the peak.
+    learning_rate: its peak, after the warm-up.
     schedule: after the warm-up, one of `SCHEDULES`; see `schedule`.
     warmup_steps: of linear growth from 0.
     decay_steps: step at which the decay ends, warm-up included; 0 for the run's last.
