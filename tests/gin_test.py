@@ -235,6 +235,19 @@ def test_a_folder_without_gin_files_has_the_packages_own(tmp_path, monkeypatch, 
     _load(files=('mine.gin',))
 
 
+def test_the_gin_files_that_the_pages_show_are_whole_runs(tmp_path, monkeypatch):
+  """As they stand there, in a folder that has nothing else; all that they bind counts."""
+  pages = [(ROOT / page).read_text() for page in ('README.md', 'launch/README.md')]
+  shown = [block for page in pages for block in re.findall(r'```gin\n(.*?)```', page, re.S)]
+  assert shown
+  monkeypatch.chdir(tmp_path)
+  for block in shown:
+    pathlib.Path('mine.gin').write_text(block)
+    _, text = _load(files=('mine.gin',))
+    bound = re.findall(r'^(\w+\.\w+) =', block, re.MULTILINE)
+    assert bound and {*bound} <= {*re.findall(r'^(\w+\.\w+) =', text, re.MULTILINE)}
+
+
 def test_missing_files_are_named(tmp_path):
   with pytest.raises(ValueError, match=r"got 'nowhere\.gin'.*see --gin_search_paths"):
     _load(files=('nowhere.gin',))
