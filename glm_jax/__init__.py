@@ -25,7 +25,7 @@ In Python, `model = glm_jax.load(PATH)` (library) has `config`, `vocabulary`, `p
   rows, logits        texts as the model reads them; what it says at each token
 
 Commands: `python -m glm_jax.train`, `.preview`, `.generate`, `.chat`, `.convert`,
-`.quantize`, `.make_shards`, `.tune`, `.plan`; each has `--help`.
+`.quantize`, `.make_shards`, `.tune`, `.plan`, `.fields`; each has `--help`.
 """
 
 import importlib

@@ -11,11 +11,11 @@ import contextlib
 import dataclasses
 import io
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glm_jax import slips
+from glm_jax import gin_files, slips
 from glm_jax.configs import UserError, check, one_line
 
 
@@ -56,17 +56,7 @@ def load_config(
     if configurable.__name__ not in _registered:
       gin.external_configurable(configurable, configurable.__name__)
       _registered.add(configurable.__name__)
-  root = Path(__file__).resolve().parent.parent
-  folders = [path for path in search_paths.split(',') if path]
-  for folder in folders:  # without one, another file of the same name would be taken
-    check(
-      Path(folder).is_dir(),
-      '--gin_search_paths must name folders, with commas between them',
-      repr(folder),
-      'make the folder, or leave it out',
-    )
-  folders += ['', str(root)]
-  reading = _Reading(folders)
+  reading = _Reading(search_paths)
   for file in files:
     reading.file(file)
   for binding in bindings:
@@ -166,8 +156,8 @@ class _Reading:
     statements: so far.
   """
 
-  def __init__(self, folders: Sequence[str]):
-    self._folders = folders
+  def __init__(self, search_paths: str):
+    self._search_paths = search_paths
     self._open: list[Path] = []  # each includes the next
     self.texts: dict[str, str] = {}
     self.statements: list[_Statement] = []
@@ -184,7 +174,7 @@ class _Reading:
     Raises:
       UserError: there is no such file, or it is no gin, or would run Python.
     """
-    path = self._find(name)
+    path = gin_files.find(name, self._search_paths)
     check(
       path not in self._open,
       'a gin file must not include itself',
@@ -240,16 +230,6 @@ class _Reading:
           '--import, and files with --gin_file.'
         )
 
-  def _find(self, name: str) -> Path:
-    for folder in self._folders:
-      path = Path(folder) / name
-      if path.is_file():
-        return path
-    raise UserError(
-      f'--gin_file and include must name a gin file, got {name!r}, which is '
-      f'in none of {[folder or "." for folder in self._folders]}; see --gin_search_paths.'
-    )
-
 
 def _parse(text: str, path: Path | None) -> Iterator[Any]:
   """gin's statements; a UserError with a remedy for what it cannot read."""
@@ -302,7 +282,7 @@ def _refuse_unknown(statements: Sequence[_Statement], kinds: Sequence[type]) -> 
         near = slips.fields_like(statement.kind, statement.field, kinds)
         raise UserError(
           f'a parameter must be a field of {statement.kind}, got {statement.field}'
-          f'{statement.where}; {_meant(near, fields)}'
+          f'{statement.where}; {slips.meant(near, fields)}'
         )
     for reference in _within(statement.value, _Reference):
       _check_kind(reference.kind, statement, by_name)
@@ -327,12 +307,8 @@ def _check_kind(name: str, statement: _Statement, kinds: dict[str, type]) -> Non
       near = slips.nearest(name, kinds)
     raise UserError(
       f'a configuration must be one that gin may bind, got {name}{statement.where}; '
-      f'{_meant(near, kinds)}'
+      f'{slips.meant(near, kinds)}'
     ) from error
-
-
-def _meant(near: Sequence[str], known: Iterable[str]) -> str:
-  return f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(known)}.'
 
 
 def _macros(statements: Sequence[_Statement], kinds: Sequence[type]) -> list[str]:
@@ -351,7 +327,7 @@ def _macros(statements: Sequence[_Statement], kinds: Sequence[type]) -> list[str
     near = slips.nearest(name, used) or slips.fields_like('', name, kinds)
     raise UserError(
       f'a macro must be used by something, got {name}{defined[name].where}, which nothing '
-      f'refers to; {_meant(near, sorted(used))}'
+      f'refers to; {slips.meant(near, sorted(used))}'
     )
   # Later bindings win: of what they replaced no macro is needed.
   final = {(s.scope, s.kind, s.field): s for s in statements if s.field is not None}

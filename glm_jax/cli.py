@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from glm_jax import leaving, slips, startup
+from glm_jax import gin_files, leaving, slips, startup
 from glm_jax.bindings import load_config
 from glm_jax.configs import LOCAL, ResourceError, UserError, check, check_value, one_line
 
@@ -284,10 +284,17 @@ def split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-  """The flags of a command that has `add_gin_flags`; `bindings` holds --gin.NAME=value."""
+  """The flags of a command that has `add_gin_flags`; `bindings` holds --gin.NAME=value.
+
+  Says which gin files are the package's own.
+  """
   argv, bindings = split_bindings(argv)
   flags = parser.parse_args(argv)
   flags.bindings = bindings
+  given = vars(flags)
+  if not (given.get('multiprocess') or given.get('process_index')):  # one says it for all
+    for line in gin_files.told(flags.gin_file, flags.gin_search_paths):
+      print(line, flush=True)
   return flags
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,21 +132,27 @@ def check_fields(config: Any) -> None:
     ...
     glm_jax.configs.UserError: Config.rows must be positive, got 0; give a number above 0.
   """
-  # `from __future__ import annotations` leaves the types as text: they are evaluated here.
-  hints = typing.get_type_hints(type(config), include_extras=True)
-  for field in dataclasses.fields(config):
-    value, hint = getattr(config, field.name), hints[field.name]
-    name, rules = f'{type(config).__name__}.{field.name}', ()
-    if typing.get_origin(hint) is typing.Annotated:
-      hint, *rules = typing.get_args(hint)
+  for field, hint, rules in typed_fields(type(config)):
+    value, name = getattr(config, field.name), f'{type(config).__name__}.{field.name}'
     if not _matches(value, hint):
       raise UserError(
-        f'{name} must be {_words(hint)}, got {value!r} ({type(value).__name__}); '
+        f'{name} must be {type_words(hint)}, got {value!r} ({type(value).__name__}); '
         f'{_remedy(value, hint)}.'
       )
     # Where a field may be None, its rules are of other values.
     for rule in rules if value is not None else ():
       check_value(name, value, rule)
+
+
+def typed_fields(kind: type) -> Iterator[tuple[dataclasses.Field, Any, Sequence[Rule]]]:
+  """Each field of a dataclass, its type without `Annotated`, and the rules beside it."""
+  # `from __future__ import annotations` leaves the types as text: they are evaluated here.
+  hints = typing.get_type_hints(kind, include_extras=True)
+  for field in dataclasses.fields(kind):
+    hint, rules = hints[field.name], ()
+    if typing.get_origin(hint) is typing.Annotated:
+      hint, *rules = typing.get_args(hint)
+    yield field, hint, rules
 
 
 def check_value(name: str, value: Any, rule: Rule) -> None:
@@ -203,10 +209,15 @@ def check_finite(value: float, name: str, remedy: str) -> None:
     raise FloatingPointError(f'{name} must stay finite, got {value}; {remedy}.')
 
 
-def _words(hint: Any) -> str:
-  """A type as one says it."""
+def type_words(hint: Any) -> str:
+  """A type as one says it.
+
+  Example:
+    >>> type_words(int | None), type_words(dict[str, int])
+    ('int or None', 'dict[str, int]')
+  """
   if typing.get_origin(hint) in (types.UnionType, typing.Union):
-    return ' or '.join(map(_words, typing.get_args(hint)))
+    return ' or '.join(map(type_words, typing.get_args(hint)))
   if hint is type(None):
     return 'None'
   # A tuple's arguments belong to it, and str() has them.
@@ -229,7 +240,7 @@ def _remedy(value: Any, hint: Any) -> str:
       return f'write {hint(value)}, without quotes'
   if typing.get_origin(hint) is tuple and isinstance(value, list):
     return f'write {tuple(value)!r}'
-  words = _words(hint)
+  words = type_words(hint)
   return f'set it to {"an" if words[0] in "aeiou" else "a"} {words}'
 
 

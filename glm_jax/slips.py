@@ -145,6 +145,16 @@ def fields_like(kind: str, name: str, kinds: Sequence[type]) -> list[str]:
   return [f'{k}.{n}' for k, names in fields.items() for n in nearest(wanted, names)][:1]
 
 
+def meant(near: Sequence[str], known: Iterable[str]) -> str:
+  """The remedy for a name that there is not.
+
+  Example:
+    >>> meant(['GLMConfig'], ()), meant([], ['GLMConfig', 'MeshConfig'])
+    ('did you mean GLMConfig?', 'known are GLMConfig, MeshConfig.')
+  """
+  return f'did you mean {" or ".join(near)}?' if near else f'known are {", ".join(known)}.'
+
+
 def example(macro: str) -> str:
   """A flag that sets a macro, as one writes it in a shell.
 

@@ -244,6 +244,7 @@ def test_a_command_that_is_started_refuses_in_one_line(module, arguments, words,
     'plan',
     'make_shards',
     'tune',
+    'fields',
   ],
 )
 def test_help_shows_an_example(module):

@@ -12,7 +12,7 @@ from glm_jax.models import ChatGLMConfig
 from glm_jax.recipes import CONFIGURABLES, MOVED, WIRED
 from glm_jax.training import state
 from glm_jax.training.config import CheckpointModel, TrainConfig
-from glm_jax.tune import TuneConfig
+from glm_jax.training.search import TuneConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 RUNS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'gin_configs').glob('*.gin'))
@@ -211,9 +211,49 @@ def test_files_that_include_each_other_are_refused(tmp_path):
     _load(files=('a.gin',), search_paths=str(tmp_path))
 
 
+def test_a_folder_without_gin_files_has_the_packages_own(tmp_path, monkeypatch, capsys):
+  """Which a line says, once for all processes; a file of the folder's own comes first."""
+  parse = lambda *more: cli.parse(train._flags(), [f'--gin_file={QUICKSTART}', *more])
+  parse()
+  assert capsys.readouterr().out == ''  # in the repository, it is the file at hand
+  here = _load()
+  monkeypatch.chdir(tmp_path)
+  parse()
+  said = f"{QUICKSTART}: the package's own, {ROOT / QUICKSTART}\n"
+  assert capsys.readouterr().out == said and _load() == here
+  parse('--process_count=2', '--process_index=1')
+  parse('--multiprocess')
+  cli.parse(train._flags(), [f'--gin_file={ROOT / QUICKSTART}'])
+  assert capsys.readouterr().out == ''
+  pathlib.Path('gin_configs').mkdir()
+  pathlib.Path(QUICKSTART).write_text(f"include '{ROOT / QUICKSTART}'\nTRAIN_STEPS = 11\n")
+  parse()
+  assert capsys.readouterr().out == '' and _load()[0].train_steps == 11
+  # What the folder lacks still is the package's.
+  pathlib.Path('mine.gin').write_text("include 'gin_configs/runs/pretrain.gin'\n")
+  with pytest.raises(UserError, match='got no '):
+    _load(files=('mine.gin',))
+
+
+def test_the_gin_files_that_the_pages_show_are_whole_runs(tmp_path, monkeypatch):
+  """As they stand there, in a folder that has nothing else; all that they bind counts."""
+  pages = [(ROOT / page).read_text() for page in ('README.md', 'launch/README.md')]
+  shown = [block for page in pages for block in re.findall(r'```gin\n(.*?)```', page, re.S)]
+  assert shown
+  monkeypatch.chdir(tmp_path)
+  for block in shown:
+    pathlib.Path('mine.gin').write_text(block)
+    _, text = _load(files=('mine.gin',))
+    bound = re.findall(r'^(\w+\.\w+) =', block, re.MULTILINE)
+    assert bound and {*bound} <= {*re.findall(r'^(\w+\.\w+) =', text, re.MULTILINE)}
+
+
 def test_missing_files_are_named(tmp_path):
-  with pytest.raises(ValueError, match=r"got 'nowhere\.gin'"):
+  with pytest.raises(ValueError, match=r"got 'nowhere\.gin'.*see --gin_search_paths"):
     _load(files=('nowhere.gin',))
+  for name in ('quickstart.gin', 'gin_configs/quickstrt.gin'):
+    with pytest.raises(UserError, match=f'mean {QUICKSTART}'):
+      _load(files=(name,))
   (tmp_path / 'a.gin').write_text("include 'gone.gin'\n")
   with pytest.raises(ValueError, match=r"got 'gone\.gin'"):
     _load(files=(str(tmp_path / 'a.gin'),))

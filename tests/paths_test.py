@@ -7,7 +7,7 @@ from commands import TINY, gin, in_process, refused
 
 from glm_jax import configs
 from glm_jax.recipes import CONFIGURABLES
-from glm_jax.tune import TuneConfig
+from glm_jax.training.search import TuneConfig
 
 QUICKSTART = '--gin_file=gin_configs/glm_tiny.gin'
 # {}: the address.

@@ -14,7 +14,7 @@ from commands import ROOT, gin, in_process, refused, snapshot
 
 from glm_jax.configs import Rule
 from glm_jax.recipes import CONFIGURABLES
-from glm_jax.tune import TuneConfig
+from glm_jax.training.search import TuneConfig
 
 COMMANDS = (
   *(
@@ -28,6 +28,7 @@ COMMANDS = (
     'make_shards',
     'plan',
     'tune',
+    'fields',
   ),
 )
 QUICKSTART = (f'--gin_file={ROOT}/gin_configs/glm_tiny.gin',)
@@ -43,6 +44,7 @@ NEEDED = {
   'make_shards': (*QUICKSTART, '--output_dir=out'),
   'plan': (*QUICKSTART, '--platform=cpu'),
   'tune': (f'--gin_file={ROOT}/gin_configs/tune_quickstart.gin',),
+  'fields': (),
 }
 # A run that uses each class.
 OF_CLASS = {
@@ -316,6 +318,15 @@ GIVEN = {
     (SEARCH.format("{'BATCH_SIZE':('choice',8,0)}"), 'batch_size must be positive, got 0'),
     (SEARCH.format("{'OptimizerConfig.beta2':('float',0.9,1.5)}"), 'in [0, 1), got 1.5'),
   ],
+  'fields': [
+    ('OptimizerConfig.lr', 'did you mean OptimizerConfig.learning_rate?'),
+    ('lr', 'did you mean OptimizerConfig.learning_rate?'),
+    ('dropout TRAINSTEPS', "got 'TRAINSTEPS'; did you mean TRAIN_STEPS?"),
+    ('MeshConfg', 'did you mean MeshConfig?'),
+    ('quickstrt.gin', 'did you mean gin_configs/quickstart.gin?'),
+    ('zzzz', 'known are TrainConfig, GLMConfig, '),
+    ('--import=no.such.module', '--import must name a module'),
+  ],
 }
 
 
@@ -326,7 +337,7 @@ def test_what_is_given_and_cannot_be(module, tmp_path):
     _refused(tmp_path, module, *arguments, words=[word])
 
 
-@pytest.mark.parametrize('module', COMMANDS)
+@pytest.mark.parametrize('module', [m for m in COMMANDS if m != 'fields'])
 def test_what_a_command_must_be_given(module, tmp_path):
   required = [a for a in _actions(module) if a.required]
   assert required or module == 'plan'  # one of two flags

@@ -15,7 +15,7 @@ from commands import TINY, gin, in_process, refused, snapshot, start
 from glm_jax import cli, tune
 from glm_jax.recipes import CONFIGURABLES
 from glm_jax.training.config import TrainConfig
-from glm_jax.tune import TuneConfig
+from glm_jax.training.search import TuneConfig
 
 NAMES = ('blank', 'document', 'sentence')
 SHARES = {f'ObjectiveConfig.{name}': ('share',) for name in NAMES}

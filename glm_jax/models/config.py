@@ -18,10 +18,10 @@ class GLMConfig:
   """GLM (Du et al., ACL 2022; THUDM/GLM model/modeling_glm.py).
 
   Attributes:
-    num_layers: L.
-    hidden_size: D.
-    num_heads: N; the head size H is D / N.
-    mlp_size: F; 0 means 4 D.
+    num_layers: layers, L.
+    hidden_size: width of the model, D.
+    num_heads: heads of attention, N; the head size H is D / N.
+    mlp_size: width of the MLP, F; 0 means 4 D.
     vocab_size: V, rows of the embedding table: at least the vocabulary's pieces,
       usually rounded up to a multiple of 128.
     max_positions: largest position; both position tables have one row more.
@@ -71,10 +71,10 @@ class ChatGLMConfig:
   """ChatGLM-6B and GLM-130B; see `glm_jax.models.chatglm`.
 
   Attributes:
-    num_layers: L.
-    hidden_size: D.
-    num_heads: N; the head size H is D / N.
-    mlp_size: F.
+    num_layers: layers, L.
+    hidden_size: width of the model, D.
+    num_heads: heads of attention, N; the head size H is D / N.
+    mlp_size: width of the MLP, F.
     vocab_size: V, rows of the embedding table.
     max_positions: longest row that the model was trained on; no table depends on it.
     gated: the MLP is GEGLU (GLM-130B) instead of GELU.
@@ -151,12 +151,12 @@ class ChatGLM2Config:
   """ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B, GLM-4-0414; see `glm_jax.models.chatglm2`.
 
   Attributes:
-    num_layers: L.
-    hidden_size: D.
-    num_heads: N.
-    num_kv_heads: K, which divides N; query head n uses key head n // (N / K).
-    head_size: H.
-    mlp_size: F.
+    num_layers: layers, L.
+    hidden_size: width of the model, D.
+    num_heads: heads of attention, N.
+    num_kv_heads: key heads, K, which divides N; query head n uses key head n // (N / K).
+    head_size: width of a head, H.
+    mlp_size: width of the MLP, F.
     vocab_size: V, rows of the embedding table.
     max_positions: longest row that the model was trained on; no table depends on it.
     norm_epsilon: of RMS normalisation: 1e-5, for GLM-4-9B 1.5625e-07.

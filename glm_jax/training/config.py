@@ -62,10 +62,10 @@ class TrainConfig:
 
   Attributes:
     model: sizes of the model, or `CheckpointModel`: those of a checkpoint.
-    compute: its dtype, what is computed again, the attention backend.
+    compute: the model's dtype, what is computed again, the attention backend.
     recipe: the stage: what is read, what the loss is, what is reported.
-    optimizer: and its schedule.
-    mesh: of the devices.
+    optimizer: the optimizer and the schedule of its rate.
+    mesh: how the devices share the work.
     checkpoint: when to save.
     guard: which updates are left out.
     evaluation: when to validate.

@@ -34,7 +34,7 @@ class OptimizerConfig:
       layers are made orthogonal, all else is AdamW's (`glm_jax.training.muon`). Learning
       rate and decay are those of AdamW: Adafactor's is not relative to a parameter's size,
       as T5's is, and Muon's updates have the size of AdamW's.
-    learning_rate: the peak.
+    learning_rate: its peak, after the warm-up.
     schedule: after the warm-up, one of `SCHEDULES`; see `schedule`.
     warmup_steps: of linear growth from 0.
     decay_steps: step at which the decay ends, warm-up included; 0 for the run's last.
