@@ -45,7 +45,9 @@ def test_a_line_says_type_rules_default_and_doc():
   )
   assert '  int, positive, required  rows' in said['TrainConfig.batch_size']
   assert ' = @OptimizerConfig()  ' in said['TrainConfig.optimizer']
-  assert "one of ('adamw', 'adafactor') = 'adamw'" in said['OptimizerConfig.algorithm']
+  assert (
+    "one of ('adamw', 'adafactor', 'muon') = 'adamw'" in said['OptimizerConfig.algorithm']
+  )
 
 
 def test_what_is_listed_as_default_is_what_a_field_is():

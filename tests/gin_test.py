@@ -251,7 +251,7 @@ def test_the_gin_files_that_the_pages_show_are_whole_runs(tmp_path, monkeypatch)
 def test_missing_files_are_named(tmp_path):
   with pytest.raises(ValueError, match=r"got 'nowhere\.gin'.*see --gin_search_paths"):
     _load(files=('nowhere.gin',))
-  for name in ('quickstart.gin', 'gin_configs/quickstrt.gin'):
+  for name in ('glm_tiny.gin', 'gin_configs/glm_tny.gin'):
     with pytest.raises(UserError, match=f'mean {QUICKSTART}'):
       _load(files=(name,))
   (tmp_path / 'a.gin').write_text("include 'gone.gin'\n")

@@ -108,11 +108,11 @@ def test_training_and_generation_in_an_empty_folder(site, tmp_path):
   text.mkdir()
   runs.write_words(text, 24)
   flags = gin(*TINY, "CorpusConfig.cache_dir='cache'")
-  quickstart = 'gin_configs/glm_tiny.gin'
+  ours = 'gin_configs/glm_tiny.gin'
   own = gin("CorpusConfig.corpus='my_text/*.txt'")
-  said = _done(site, tmp_path, 'train', f'--gin_file={quickstart}', *flags, *own)
-  assert said.splitlines()[0] == f"{quickstart}: the package's own, {site / quickstart}"
-  assert 'done: 2 steps in runs/quickstart' in said
+  said = _done(site, tmp_path, 'train', f'--gin_file={ours}', *flags, *own)
+  assert said.splitlines()[0] == f"{ours}: the package's own, {site / ours}"
+  assert 'done: 2 steps in runs/glm_tiny' in said
   (tmp_path / 'mine.gin').write_text(EXAMPLE)
   said = _done(site, tmp_path, 'train', '--gin_file=mine.gin', *flags)
   assert "package's own" not in said and 'done: 2 steps in runs/mine' in said
