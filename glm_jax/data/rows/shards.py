@@ -43,6 +43,7 @@ INDEX, VOCABULARY = 'index.json', 'vocabulary.json'
 # Pieces of the largest vocabulary whose ids are written as uint16.
 _LARGEST_NARROW = 2**16
 SPLITS = ('train', 'validation')
+_AGAIN = 'make the shards again'
 # Bytes of a file that are hashed or written at a time.
 _CHUNK = 2**24
 
@@ -323,7 +324,7 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
         re.fullmatch(r'[\w.-]+', file.name) is not None and file.name.strip('.') != '',
         f'an index of shards must name files of its own folder {folder}',
         repr(file.name),
-        'make the shards again',
+        _AGAIN,
       )
     _check_sizes(folder, layout, files)
     # Contents are told apart by the checksums of the files, and how they are shuffled by
@@ -342,13 +343,13 @@ def vocabulary_of(path: str) -> Vocabulary:
   """
   folder = epath.Path(os.path.expanduser(path))
   index = _read_index(folder)
-  vocabulary = loading.from_dict(_read_json(folder / VOCABULARY))
+  vocabulary = loading.from_dict(configs.read_json(folder / VOCABULARY, _AGAIN))
   expected = index.get('vocabulary', {}).get('fingerprint')
   configs.check(
     vocabulary.fingerprint == expected,
     f'{folder / VOCABULARY} must be the vocabulary that {INDEX} names',
     f'{vocabulary.fingerprint} instead of {expected}',
-    'make the shards again',
+    _AGAIN,
   )
   return vocabulary
 
@@ -400,7 +401,7 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     f'{folder}, which does not',
     'give a folder of shards, or run make_shards again, which goes on where it stopped',
   )
-  index = _read_json(folder / INDEX)
+  index = configs.read_json(folder / INDEX, _AGAIN)
   configs.check(
     index.get('format') == FORMAT,
     f'shards of format {FORMAT} are read',
@@ -408,22 +409,6 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     'make them again',
   )
   return index
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_bytes().decode('utf-8'))
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f'{path} must be readable JSON, got {error}; make the shards again.'
-    ) from error
-  configs.check(
-    isinstance(content, dict),
-    f'{path} must be a JSON object',
-    type(content).__name__,
-    'make the shards again',
-  )
-  return content
 
 
 def _check_sizes(folder: epath.Path, layout: RecordLayout, files: tuple[File, ...]) -> None:
