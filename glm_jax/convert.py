@@ -83,6 +83,7 @@ def convert(flags: argparse.Namespace) -> None:
   paths['--base'] = flags.base
   for name, path in paths.items():
     configs.check_value(name, path, configs.LOCAL)
+  configs.check_value('--shard_size', flags.shard_size, configs.within('(0, 1e6]'))
   src, dst = Path(flags.src), Path(flags.dst)
   beside.check_free(dst)
   if flags.base or flags.peft:

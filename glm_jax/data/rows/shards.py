@@ -16,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import re
 import struct
@@ -288,11 +289,11 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
   # here, in one sentence, and not later with a KeyError.
   try:
     fingerprint = index['vocabulary']['fingerprint']
-    layout = RecordLayout(int(index['row_length']), int(index['token_bytes']))
+    layout = RecordLayout(_size(index['row_length']), _size(index['token_bytes']))
     fields = index['plan']
     plan = RowPlan(
-      row_length=int(fields['row_length']),
-      positions=int(fields['positions']),
+      row_length=_size(fields['row_length']),
+      positions=_size(fields['positions'], 0),
       room=tuple(map(int, fields['room'])),
       # Older shards are of texts and pairs.
       template=str(fields.get('template', '')),
@@ -300,10 +301,12 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
       ranked=bool(fields.get('ranked', False)),
     )
     splits = {
-      name: (tuple(File(**file) for file in split['files']), split)
+      name: (tuple(map(_file, split['files'])), split)
       for name, split in index['splits'].items()
     }
-    block = int(index['block'])
+    block = _size(index['block'])
+    if not splits:
+      raise KeyError('splits')
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise UserError(
       f'{folder / INDEX} must be an index of shards, got one that lacks or spoils '
@@ -392,6 +395,21 @@ def check_content(folder: epath.Path, file: File, sha256: str) -> None:
     f'{sha256[:12]}...: it was altered or damaged',
     'copy it again, or make the shards again',
   )
+
+
+def _size(value: Any, least: int = 1) -> int:
+  """A number of an index that is a size; ValueError or TypeError for another."""
+  if not least <= operator.index(value) < 2**31:
+    raise ValueError(f'a size, {value}')
+  return value
+
+
+def _file(fields: dict[str, Any]) -> File:
+  file = File(**fields)
+  words = isinstance(file.name, str) and isinstance(file.sha256, str)
+  if not words or operator.index(file.rows) < 0:
+    raise ValueError(f'a file, {fields}'[:80])
+  return file
 
 
 def _read_index(folder: epath.Path) -> dict[str, Any]:
