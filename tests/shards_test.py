@@ -244,6 +244,13 @@ def test_damaged_and_strange_shards_are_named(made, tmp_path, spoil, message):
     shards.load(str(folder), VOCABULARY)
 
 
+def test_an_index_without_a_vocabulary_is_named(made, tmp_path):
+  shutil.copytree(made, tmp_path / 'copy')
+  _edit(tmp_path / 'copy', lambda index: index.update(vocabulary=[7]))
+  with pytest.raises(ValueError, match='must be the vocabulary that index.json names'):
+    shards.vocabulary_of(str(tmp_path / 'copy'))
+
+
 def test_one_altered_byte_is_found_by_the_process_whose_part_it_is(made, tmp_path):
   folder = tmp_path / 'copy'
   shutil.copytree(made, folder)

@@ -347,7 +347,8 @@ def vocabulary_of(path: str) -> Vocabulary:
   folder = epath.Path(os.path.expanduser(path))
   index = _read_index(folder)
   vocabulary = loading.from_dict(configs.read_json(folder / VOCABULARY, _AGAIN))
-  expected = index.get('vocabulary', {}).get('fingerprint')
+  about = index.get('vocabulary')
+  expected = about.get('fingerprint') if isinstance(about, dict) else None
   configs.check(
     vocabulary.fingerprint == expected,
     f'{folder / VOCABULARY} must be the vocabulary that {INDEX} names',
