@@ -15,8 +15,13 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
+
+LARGEST_JSON = 2**27
+"""In bytes: several times a vocabulary, an index of a large model, or a long book."""
+# Python's own limit differs between versions, and is more than other code can walk down.
+_DEEPEST_JSON = 100
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[][{}]', re.DOTALL)
 
 
 class UserError(ValueError):
@@ -61,6 +66,16 @@ def at_least(least: float) -> Rule:
   return Rule(f'{least} or more', lambda x: least <= x < math.inf, f'give {least} or more')
 
 
+def at_most(most: int) -> Rule:
+  """A number that is not larger.
+
+  Example:
+    >>> at_most(8).words, at_most(8).holds(9)
+    ('8 or less', False)
+  """
+  return Rule(f'{most} or less', lambda x: x <= most, f'give {most} or less')
+
+
 def within(interval: str) -> Rule:
   """A number in an interval, written as in mathematics: '[' holds its bound, '(' does not.
 
@@ -83,6 +98,7 @@ def one_of(*choices: str) -> Rule:
 
 
 POSITIVE = Rule('positive', lambda x: 0 < x < math.inf, 'give a number above 0')
+INT32 = at_most(2**31 - 1)
 NOT_EMPTY = Rule('some text', bool, 'give one')
 SEED = Rule('a number of 32 bits', lambda x: 0 <= x < 2**32, 'give one from 0 on')
 LOCAL = Rule(
@@ -186,19 +202,66 @@ def one_line(error: BaseException) -> str:
   return re.sub(r'\s*\n\s*', ' ', text)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file.
+def parse_json(
+  content: str | bytes, *, most: int = LARGEST_JSON, once: bool = False
+) -> Any:
+  """JSON that somebody else may have written: of a size and a depth that nothing fails at.
+
+  Args:
+    content: text, or bytes of UTF-8, -16 or -32.
+    most: characters or bytes that it may have.
+    once: whether an object may have each name only once; else its last value counts.
+
+  Raises:
+    ValueError: it is no JSON, larger, or nested deeper than 100.
+
+  Example:
+    >>> parse_json(b'{"a": [1]}')
+    {'a': [1]}
+    >>> parse_json('[' * 101 + ']' * 101)
+    Traceback (most recent call last):
+    ...
+    ValueError: JSON nested deeper than 100
+  """
+  if len(content) > most:
+    raise ValueError(f'JSON of more than {most:,} bytes')
+  if isinstance(content, bytes):
+    content = content.decode(json.detect_encoding(content))
+  # Most content has fewer brackets than that at all, whether in strings or not.
+  if content.count('[') + content.count('{') > _DEEPEST_JSON:
+    depth = 0
+    for token in _STRING_OR_BRACKET.finditer(content):
+      depth += (token[0] in '[{') - (token[0] in ']}')
+      if depth > _DEEPEST_JSON:
+        raise ValueError(f'JSON nested deeper than {_DEEPEST_JSON}')
+  return json.loads(content, object_pairs_hook=_each_once if once else None)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  made = dict(pairs)
+  if len(made) < len(pairs):
+    raise ValueError('a name twice in one object')
+  return made
+
+
+def read_json(path: Any, remedy: str = 'fetch it again') -> dict[str, Any]:
+  """A JSON object from a file, see `parse_json`.
+
+  Args:
+    path: of the file, here or in a bucket.
+    remedy: of what is none.
 
   Raises:
     UserError: it is none, in one message with the file's name.
   """
   try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise UserError(f'{path} must be JSON, got {error}; fetch it again.') from error
+    with path.open('rb') as file:
+      content = parse_json(file.read(LARGEST_JSON + 1), most=LARGEST_JSON)
+  except (FileNotFoundError, ValueError) as error:
+    raise UserError(f'{path} must be readable JSON, got {error}; {remedy}.') from error
   if not isinstance(content, dict):
     raise UserError(
-      f'{path} must be a JSON object, got {type(content).__name__}; fetch it again.'
+      f'{path} must be a JSON object, got {type(content).__name__}; {remedy}.'
     )
   return content
 

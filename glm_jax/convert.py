@@ -83,6 +83,7 @@ def convert(flags: argparse.Namespace) -> None:
   paths['--base'] = flags.base
   for name, path in paths.items():
     configs.check_value(name, path, configs.LOCAL)
+  configs.check_value('--shard_size', flags.shard_size, configs.within('(0, 1e6]'))
   src, dst = Path(flags.src), Path(flags.dst)
   beside.check_free(dst)
   if flags.base or flags.peft:
@@ -194,13 +195,15 @@ def convert(flags: argparse.Namespace) -> None:
 
 def _read_checkpoint(src: Path) -> Model:
   # Imported late: `--help` and refusals need not wait for the libraries behind it.
-  from glm_jax import checkpoints
+  from glm_jax import checkpoints, opening
 
   folder = verifying.find(str(src))
   meta = checkpoints.read_meta(folder)
   vocabulary, stored = meta['vocabulary'], slices.StoredLeaves(folder)
+  config = model_config.from_dict(meta['model'])
+  opening.check_shapes(config, stored.specs, folder)
   return Model(
-    model_config.from_dict(meta['model']),
+    config,
     stored,
     loading.from_dict(vocabulary) if vocabulary else None,
     meta.get('source') or {},

@@ -81,6 +81,7 @@ def initialize(processes: Processes, about: Mapping[str, str]) -> None:
     processes.process_index,
   )
   devices = None
+  configs.check_value('--join_seconds', processes.join_seconds, configs.POSITIVE)
   if all(value is None for value in explicit):
     if not processes.multiprocess:
       return
@@ -97,6 +98,7 @@ def initialize(processes: Processes, about: Mapping[str, str]) -> None:
   bind = bind or os.environ.get('JAX_COORDINATOR_BIND_ADDRESS')
   if bind is not None:
     _check_address('--coordinator_bind_address', bind)
+  configs.check_value('--process_count', count, configs.at_most(2**20))
   configs.check(
     0 <= index < count,
     '--process_index must be in [0, process_count)',

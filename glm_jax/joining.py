@@ -239,8 +239,8 @@ def _read(connection: socket.socket, seconds: float = _LINE_SECONDS) -> Any:
       if not (part := connection.recv(2**16)):
         break
       content += part
-    return json.loads(content)
-  except (OSError, ValueError, RecursionError):
+    return configs.parse_json(content)
+  except (OSError, ValueError):
     return None
 
 

@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
   flags = cli.parse(_flags(), argv)
   for name in ('shards', 'processes', 'part_mb'):
     value = getattr(flags, name)
-    configs.check(value >= 1, f'--{name} must be 1 or more', str(value), 'raise it')
+    for rule in (configs.at_least(1), configs.at_most(100_000)):
+      configs.check_value(f'--{name}', value, rule)
   config, _ = cli.configuration(flags, placeholders=True)
   recipe = config.recipe
   configs.check(

@@ -147,6 +147,18 @@ def foreign(folder: Path, overrides: Mapping[str, Any]) -> reading.OfOthers:
   return reading.read(folder, shapes, overrides)
 
 
+def check_shapes(config: Any, stored: Mapping[tuple[str, ...], Any], folder: Any) -> None:
+  """Raises UserError unless leaves have the shapes of a model, before any is read."""
+  for path, leaf in _abstract(config, 0).items():
+    held = stored[path].shape if path in stored else None
+    configs.check(
+      held == leaf.shape,
+      f'{"/".join(path)} in {folder} must have the shape of its model, {leaf.shape}',
+      'none' if held is None else str(held),
+      'use another checkpoint',
+    )
+
+
 def _released(folder: Path) -> Stored:
   _, known, leaves = foreign(folder, {})
   for line in known.assumed:

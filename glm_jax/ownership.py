@@ -195,8 +195,8 @@ def _alive(record: dict[str, Any]) -> bool:
 def _parsed(content: bytes) -> dict[str, Any]:
   """A record; {} for a damaged one, whose owner is known by its heartbeats alone."""
   try:
-    record = json.loads(content)
-  except (ValueError, RecursionError):
+    record = configs.parse_json(content)
+  except ValueError:
     return {}
   return record if isinstance(record, dict) else {}
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from glm_jax import checkpoints, cli, configs
+from glm_jax import checkpoints, cli, configs, opening
 from glm_jax.checkpoints import beside, slices, verifying
+from glm_jax.models import config as model_config
 from glm_jax.models import quantized
 
 
@@ -93,6 +94,7 @@ def quantize(flags: argparse.Namespace) -> None:
     'give the checkpoint that it was made from',
   )
   stored = slices.StoredLeaves(folder)
+  opening.check_shapes(model_config.from_dict(meta['model']), stored.specs, folder)
   leaves = slices.Merged(stored, stored)
 
   # What DST becomes; a group that does not divide is refused here.

@@ -143,8 +143,8 @@ def test_fields_by_name(item, keys, wanted):
   'name,content,words',
   [
     ('a.jsonl', '{"text": 1' + '0' * 5000 + '}', r'a\.jsonl line 1: Exceeds the limit'),
-    ('a.jsonl', '\n\n' + '[' * 100_000, r'a\.jsonl line 3: maximum recursion'),
-    ('a.json', '[' * 100_000, r'a\.json: maximum recursion'),
+    ('a.jsonl', '\n\n' + '[' * 100_000, r'a\.jsonl line 3: JSON nested deeper'),
+    ('a.json', '[' * 100_000, r'a\.json: JSON nested deeper'),
     ('a.json', '[{"text": "a"}, {"text": 7}]', r"'text' must be text, got 7 in .*, item 2"),
     (
       'a.json',

@@ -198,6 +198,9 @@ GIVEN = {
       (PROCESSES.format(1, 0).replace('x:1', address), f'HOST:PORT, got {address!r}')
       for address in ('nohost', ':1234', 'host:', 'host:0', 'host:99999', 'http://host:1')
     ),
+    (PROCESSES.format(10**19, 0), '--process_count must be 1048576 or less'),
+    ('--join_seconds=nan', '--join_seconds must be positive'),
+    ('--grace_seconds=nan', '--grace_seconds must be 0 or more'),
     (PROCESSES.format(2, 2), 'index 2 of 2'),
     (PROCESSES.format(0, 0), 'index 0 of 0'),
     ('--import=no_such_module', "got 'no_such_module'; run from its folder"),
@@ -256,6 +259,7 @@ GIVEN = {
     ('--checkpoint=', 'a checkpoint must be a folder'),
     ('--temperature=-1', 'Sampling.temperature must be 0, or in [1e-30, 1e30], got -1.0'),
     ('--temperature=nan', 'Sampling.temperature must be 0, or in [1e-30, 1e30], got nan'),
+    ('--samples=12345678901234567890', 'Generation.samples must be 65536 or less'),
     ('--top_k=-1', 'Sampling.top_k must be 0 or more'),
     ('--top_p=0', 'Sampling.top_p must be in (0, 1]'),
     ('--top_p=1.5', 'Sampling.top_p must be in (0, 1]'),
@@ -274,6 +278,7 @@ GIVEN = {
   ],
   'convert': [
     ('', "SRC must be a folder with a checkpoint, got 'nowhere'"),
+    ('--shard_size=nan', '--shard_size must be in (0, 1e6]'),
     ('third', 'unrecognized arguments: third'),
   ],
   'chat': [
@@ -289,6 +294,7 @@ GIVEN = {
     ('third', 'unrecognized arguments: third'),
   ],
   'make_shards': [
+    ('--shards=10000000000', '--shards must be 100000 or less'),
     ('--shards=0', '--shards must be 1 or more'),
     ('--processes=0', '--processes must be 1 or more'),
     ('--part_mb=-1', '--part_mb must be 1 or more'),

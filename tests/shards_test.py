@@ -223,6 +223,11 @@ def test_finished_and_foreign_folders_are_refused(made, corpus, tmp_path):
     (lambda f: (f / 'train-00001-of-00005.tfrecord').unlink(), 'train-00001.*no such file'),
     (lambda f: _edit(f, lambda i: i.pop('plan')), 'lacks or spoils'),
     (lambda f: _edit(f, lambda i: i.update(format=9)), 'format 9'),
+    (lambda f: _edit(f, lambda i: i.update(block=0)), 'spoils a size, 0'),
+    (lambda f: _edit(f, lambda i: i.update(block=10**30)), 'spoils a size'),
+    (lambda f: _edit(f, lambda i: i['plan'].update(positions=-1)), 'spoils a size, -1'),
+    (lambda f: _edit(f, lambda i: i.update(splits={})), "spoils 'splits'"),
+    (lambda f: _name(f, 7), 'spoils a file'),
     (lambda f: _name(f, '../train-00000-of-00005.tfrecord'), 'of its own folder'),
     (lambda f: _name(f, '/etc/passwd'), 'of its own folder'),
     (lambda f: _name(f, '..'), 'of its own folder'),
@@ -237,6 +242,13 @@ def test_damaged_and_strange_shards_are_named(made, tmp_path, spoil, message):
   spoil(folder)
   with pytest.raises(ValueError, match=message):
     shards.load(str(folder), VOCABULARY)
+
+
+def test_an_index_without_a_vocabulary_is_named(made, tmp_path):
+  shutil.copytree(made, tmp_path / 'copy')
+  _edit(tmp_path / 'copy', lambda index: index.update(vocabulary=[7]))
+  with pytest.raises(ValueError, match='must be the vocabulary that index.json names'):
+    shards.vocabulary_of(str(tmp_path / 'copy'))
 
 
 def test_one_altered_byte_is_found_by_the_process_whose_part_it_is(made, tmp_path):

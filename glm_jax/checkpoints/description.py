@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import orbax.checkpoint as ocp
 from etils import epath
 
 from glm_jax import configs, storage
@@ -15,6 +14,12 @@ from glm_jax.checkpoints.damage import Damaged, unreadable
 
 FORMAT = 1
 _DIGESTS, _OWN = 'digests', 'sha256'
+# What others may have written in the place of it is told here, once for all readers.
+_KINDS = {
+  **dict.fromkeys(('model', _DIGESTS), dict),
+  **dict.fromkeys(('vocabulary', 'source', 'base', 'adapters', 'quantized'), dict | None),
+  'step': int,
+}
 
 
 class Description(dict):
@@ -49,9 +54,10 @@ def read_meta(folder: epath.Path) -> Description:
   Raises:
     UserError: unreadable, not as it was written, or of another format version.
   """
-  reader = ocp.JsonCheckpointHandler()
+  # Orbax's reader would take JSON of any depth.
   with unreadable(folder, 'meta'):
-    meta = reader.restore(storage.absolute(folder) / 'meta')
+    with (storage.absolute(folder) / 'meta' / 'metadata').open('rb') as file:
+      meta = configs.parse_json(file.read(configs.LARGEST_JSON + 1))
   if not isinstance(meta, dict):
     raise Damaged(folder, 'meta is no JSON object')
   whole = {k: v for k, v in meta.items() if k != _OWN}
@@ -64,6 +70,13 @@ def read_meta(folder: epath.Path) -> Description:
     f'format {meta.get("format")!r} in {folder}',
     'use the version that wrote it',
   )
+  for name, kind in _KINDS.items():
+    if name in meta and not isinstance(meta[name], kind):
+      raise Damaged(folder, f'meta has another {name!r} than checkpoints have')
+  if any(not isinstance(sums, dict) for sums in meta.get(_DIGESTS, {}).values()):
+    raise Damaged(folder, 'meta has no digests by array')
+  if meta.get('base') and not isinstance(meta['base'].get('folder'), str):
+    raise Damaged(folder, 'meta names no base')
   result = Description(meta)
   result.folder = folder
   return result

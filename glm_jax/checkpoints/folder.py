@@ -75,11 +75,11 @@ def check_same(model_dir: str, run: dict[str, Any], settings: dict[str, Any]) ->
     )
     return []
   try:
-    stored = json.loads(content)
-    if not all(isinstance(stored[name], dict) for name in ('identity', 'settings')):
+    stored = configs.parse_json(content)
+    parts = stored['identity'], stored['settings'], stored.get('decided', {})
+    if not all(isinstance(part, dict) for part in parts):
       raise ValueError('another kind of content')
-  # A list has no names, an object may lack these, and nesting may be deep.
-  except (ValueError, TypeError, KeyError, RecursionError) as error:
+  except (ValueError, TypeError, KeyError) as error:
     raise UserError(
       f'{model_dir}/{FILE} must be readable JSON, got {error!r:.200}; restore it or choose '
       'another MODEL_DIR.'
@@ -119,11 +119,12 @@ def decided(model_dir: str) -> dict[str, Any]:
   """What a run found for itself when it began, and keeps; {} for a new folder."""
   content = storage.Folder(model_dir).read(FILE)
   try:
-    stored = json.loads(content or '')
-  except (ValueError, RecursionError):
+    stored = configs.parse_json(content or '')
+  except ValueError:
     return {}  # a new folder; of a damaged file, `check_same` speaks
   # Before that was decided, rows were cut from a stream unless the user said otherwise.
-  return stored.get('decided', {'packed': False}) if isinstance(stored, dict) else {}
+  made = stored.get('decided', {'packed': False}) if isinstance(stored, dict) else {}
+  return made if isinstance(made, dict) else {}
 
 
 def write(

@@ -275,7 +275,7 @@ def _lines(journal: str) -> Iterator[tuple[str, dict[str, list[int]]]]:
   for line in journal.splitlines():
     # The last one may be half of one.
     with contextlib.suppress(ValueError):
-      name, sums = json.loads(line)
+      name, sums = configs.parse_json(line)
       yield name, sums
 
 

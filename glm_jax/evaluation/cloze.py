@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import collections
 import difflib
-import json
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,8 +86,8 @@ def _lines(source: Path | Lines, pattern: ClozePattern, split: str) -> Iterator[
 def _document(file: Path, fields: Sequence[str]) -> tuple[str, Any]:
   """A file that is one object."""
   try:
-    content = json.loads(file.read_bytes())
-  except (ValueError, RecursionError) as error:
+    content = configs.parse_json(file.read_bytes())
+  except ValueError as error:
     raise configs.UserError(
       f'{file} must be JSON, got {str(error)[:80]}; fetch it again.'
     ) from error

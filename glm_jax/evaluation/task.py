@@ -260,9 +260,9 @@ def lines(
     if not line.strip():
       continue
     try:
-      made = json.loads(line) if is_json else {fields[0]: line.decode()}
+      made = configs.parse_json(line) if is_json else {fields[0]: line.decode()}
       json.dumps(made, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
       kind = 'a line of JSON' if is_json else 'UTF-8 text'
       raise UserError(f'{place} must be {kind}, got {line[:80]!r}; mend it.') from error
     missing = (

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from glm_jax import configs
-from glm_jax.configs import SEED, at_least
+from glm_jax.configs import SEED, at_least, at_most
 from glm_jax.inference.beam import BeamConfig, check_alone
 from glm_jax.inference.sampling import Sampling
 
@@ -28,7 +28,7 @@ class Generation:
     beam: how texts are searched, if it is not as by default.
   """
 
-  samples: Annotated[int, at_least(1)] = 1
+  samples: Annotated[int, at_least(1), at_most(2**16)] = 1
   gmask: bool = False
   max_new_tokens: Annotated[int, at_least(1)] = 64
   min_new_tokens: Annotated[int, at_least(0)] = 0

@@ -62,10 +62,10 @@ def parse(content: bytes, name: str, is_json: bool = False) -> list[Prompt]:
     place = f'{name}:{number}'
     try:
       text = line.removesuffix(b'\r').decode()
-      fields = json.loads(text) if is_json and text.strip() else {'prompt': text}
+      fields = configs.parse_json(text) if is_json and text.strip() else {'prompt': text}
       # Escapes in JSON can spell what no file can hold.
       json.dumps(fields, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
       kind = 'a line of JSON' if is_json else 'UTF-8 text'
       reason = str(error).splitlines()[0][:80]
       raise UserError(f'{place} must be {kind}, got {reason}; mend it.') from error
@@ -181,9 +181,9 @@ class Answers:
     found = []
     for number, line in enumerate(content.split(b'\n')[:-1], 1):
       try:
-        answer = json.loads(line)
+        answer = configs.parse_json(line)
         found.append((int(answer['number']), int(answer['sample'])))
-      except (ValueError, KeyError, TypeError, RecursionError) as error:
+      except (ValueError, KeyError, TypeError) as error:
         raise UserError(
           f'{self._path}:{number} must be an answer of this command, got {line[:80]!r}; '
           'take the line out, or choose another --output.'

@@ -1,18 +1,15 @@
 """Checkpoint files of other programs: what is in them, read one tensor at a time.
 
 Hugging Face folders hold `config.json` and `.safetensors` or `.bin` files, in shards
-with an index; THUDM's hold `mp_rank_*` files, one a part of the model. `.bin` and `.pt`
-files are pickles: PyTorch reads them, and only as plain data (`weights_only`), so no
-code in them ever runs.
+with an index; THUDM's hold `mp_rank_*` files, one a part of the model.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import math
+import operator
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +18,7 @@ import numpy as np
 
 from glm_jax import configs
 from glm_jax.configs import UserError
-from glm_jax.interop import integers
+from glm_jax.interop import integers, pickles
 
 # Names of dtypes in safetensors headers; those that a weight of this family may have.
 DTYPES = {
@@ -34,6 +31,8 @@ DTYPES = {
 }
 # In bytes; safetensors' own limit (MAX_HEADER_SIZE).
 _LARGEST_HEADER = 100_000_000
+# Of an array of NumPy 1; weights have five at most.
+_MOST_AXES = 32
 INDICES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
 # The first of these that is there is read: a folder may hold its weights twice.
 FILES = (INDICES[0], 'model.safetensors', INDICES[1], 'pytorch_model.bin')
@@ -227,10 +226,12 @@ def _specs(path: Path) -> dict[str, TensorSpec]:
       name: TensorSpec(shape, dtype, path)
       for name, (shape, dtype, _, _) in read_header(path).items()
     }
-  with _pickled(path) as tensors:
+  pickles.check_archive(path)
+  with pickles.opened(path) as tensors:
     integers.check_names(path, tensors)
+    pickles.check_values(path, tensors)
     return {
-      name: TensorSpec(tuple(tensor.shape), _torch_dtype(path, name, tensor), path)
+      name: TensorSpec(tuple(tensor.shape), DTYPES[pickles.dtype(path, name, tensor)], path)
       for name, tensor in tensors.items()
     }
 
@@ -243,7 +244,7 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int, i
   safetensors package says of a truncated file only that it is one; this names the tensor.
 
   Raises:
-    UserError: no such file, or a truncated one.
+    UserError: no such file, a truncated one, or one whose parts overlap or leave gaps.
   """
   size = path.stat().st_size
   with path.open('rb') as file:
@@ -255,19 +256,21 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int, i
       )
     try:
       # Whatever a damaged header holds fails somewhere in here, and is one message.
-      header = json.loads(file.read(length))
+      header = configs.parse_json(file.read(length), once=True)
       # The one name in a header that is no tensor's.
       header.pop('__metadata__', None)
       entries = {}
       for name, entry in header.items():
         # Offsets count from the end of the header; as bytes of the file from here on.
-        first, last = (8 + length + int(offset) for offset in entry['data_offsets'])
-        shape = tuple(int(n) for n in entry['shape'])
-        entries[name] = (shape, entry['dtype'], first, last)
+        first, last = (8 + length + operator.index(n) for n in entry['data_offsets'])
+        shape = tuple(map(operator.index, entry['shape']))
+        if len(shape) > _MOST_AXES or not all(0 <= n < 2**63 for n in shape):
+          raise ValueError('a shape of no array')
+        entries[name] = (shape, str(entry['dtype']), first, last)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(
         f'{path} must be a safetensors file, got a header that is none '
-        f'({type(error).__name__}); fetch it again.'
+        f'({type(error).__name__}: {error!s:.80}); fetch it again.'
       ) from error
   # All tensors are checked before any is read, so that nothing is converted by halves.
   integers.check_names(path, entries)
@@ -277,7 +280,7 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int, i
         f'{name!r} in {path} must be of {tuple(DTYPES)}, got {dtype}; convert the '
         'checkpoint before it was quantised.'
       )
-    bytes_needed = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    bytes_needed = math.prod(shape) * DTYPES[dtype].itemsize
     if not 8 + length <= first <= last or last - first != bytes_needed:
       raise UserError(
         f'{name!r} in {path} must have {bytes_needed} bytes for its shape {shape}, got '
@@ -288,6 +291,23 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, int, i
         f'{path} must hold all of its tensors, got a file of {size} bytes that ends '
         f'before the end of {name!r} ({last}); fetch it again.'
       )
+  # One behind the other to the end of the file, as the format has it: nothing is read
+  # twice, and nothing lies hidden between.
+  end = 8 + length
+  for name, (_, _, first, last) in sorted(entries.items(), key=lambda item: item[1][2:]):
+    configs.check(
+      first == end,
+      f'the tensors of {path} must follow one another',
+      f'{name!r} at {first}, {"behind a gap" if first > end else "in another one"}',
+      'do not use this file',
+    )
+    end = last
+  configs.check(
+    end == size,
+    f'{path} must end with its last tensor',
+    f'{size - end} bytes more',
+    'do not use this file',
+  )
   return {k: (shape, DTYPES[d], a, b) for k, (shape, d, a, b) in entries.items()}
 
 
@@ -305,98 +325,6 @@ def _read(name: str, spec: TensorSpec) -> np.ndarray:
         'fetch it again.'
       )
     return values.reshape(shape)
-  with _pickled(spec.file) as tensors:
+  with pickles.opened(spec.file) as tensors:
     # A copy, so that nothing keeps the mapping of the file alive.
-    return np.array(_to_numpy(tensors[name]))
-
-
-def require_torch(path: Path) -> Any:
-  """The torch package, for a file that only PyTorch reads or writes.
-
-  Raises:
-    UserError: it is not installed.
-  """
-  try:
-    import torch
-  except ImportError as error:
-    raise UserError(
-      f'PyTorch must be installed for .bin and .pt files, got {path.name} and no torch; '
-      'pip install torch, or use a checkpoint in .safetensors.'
-    ) from error
-  return torch
-
-
-@contextlib.contextmanager
-def _pickled(path: Path) -> Iterator[dict[str, Any]]:
-  """The state dict of a PyTorch file, mapped while inside."""
-  torch = require_torch(path)
-  try:
-    # weights_only allows tensors and containers alone; these few more run no code.
-    # What DeepSpeed keeps beside the weights: plain data, too.
-    import argparse
-    import collections
-
-    safe = [argparse.Namespace, collections.OrderedDict, np.ndarray, np.dtype]
-    safe += [type(np.dtype(t)) for t in (np.uint32, np.int64, np.float64)]
-    # NumPy 1 and 2 pickle arrays and numbers through modules of different names.
-    for function in (np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]):
-      safe += [function, (function, f'numpy.core.multiarray.{function.__name__}')]
-    with torch.serialization.safe_globals(safe):
-      try:
-        content = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-      except RuntimeError as error:
-        if 'mmap can only be used' not in str(error):
-          raise
-        # Files of PyTorch before 1.6 cannot be mapped.
-        content = torch.load(path, map_location='cpu', weights_only=True)
-  except Exception as error:  # PyTorch raises many kinds
-    if re.search('Unsupported (global|operand|class)', str(error), re.IGNORECASE):
-      raise UserError(
-        f'{path} must hold plain tensors, got a pickle that would run code '
-        f'({_first_line(error)}); nothing of it was run. Do not use this file.'
-      ) from error
-    raise UserError(
-      f'{path} must be a complete PyTorch file, got one that cannot be read '
-      f'({_first_line(error)}); fetch it again.'
-    ) from error
-  # DeepSpeed keeps the state dict under this name, beside counters and its own state.
-  content = content.get('module', content) if isinstance(content, dict) else content
-  if not isinstance(content, dict):
-    raise UserError(
-      f'{path} must hold tensors by name, got {type(content).__name__}; give the weights.'
-    )
-  tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-  others = sorted(set(content) - set(tensors), key=str)
-  if others:
-    raise UserError(
-      f'{path} must hold tensors by name, got {others[:5]} besides; give the weights alone.'
-    )
-  yield tensors
-
-
-def _first_line(error: Exception) -> str:
-  text = re.sub(r'\s+', ' ', str(error))
-  # PyTorch says which global it refused behind a paragraph of advice to allow it.
-  refused = re.search(r'Unsupported [^:]*: (GLOBAL )?[\w.]+', text)
-  return (refused[0] if refused else text)[:160].strip()
-
-
-def _torch_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
-  known = {'torch.float64': 'F64', 'torch.float32': 'F32', 'torch.float16': 'F16'}
-  known |= {'torch.bfloat16': 'BF16', 'torch.int8': 'I8'}
-  kind = str(tensor.dtype)
-  if kind not in known:
-    raise UserError(
-      f'{name!r} in {path} must be of {tuple(known)}, got {kind}; convert the checkpoint '
-      'before it was quantised.'
-    )
-  return DTYPES[known[kind]]
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-  import torch
-
-  # NumPy has no bfloat16, so `Tensor.numpy` refuses one: its bits travel as int16.
-  if tensor.dtype == torch.bfloat16:
-    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-  return tensor.contiguous().numpy()
+    return np.array(pickles.to_numpy(tensors[name]))

@@ -18,7 +18,7 @@ import numpy as np
 
 from glm_jax.checkpoints.slices import LeafSpec
 from glm_jax.configs import UserError
-from glm_jax.interop import files, integers, reward_models
+from glm_jax.interop import files, integers, pickles, reward_models
 from glm_jax.interop.files import Source
 from glm_jax.interop.formats import FORMATS, HEADS, WORDS, Entry, with_scales
 from glm_jax.interop.formats import Path as Tree
@@ -338,7 +338,7 @@ def write_megatron(
   folder: Path, tag: str, parts: list[list[Foreign]], progress: Callable[[int], Any]
 ) -> None:
   """`mp_rank_*` files of PyTorch, and the file that names their folder."""
-  torch = files.require_torch(Path('mp_rank_00_model_states.pt'))
+  torch = pickles.require_torch(Path('mp_rank_00_model_states.pt'))
   (folder / tag).mkdir(exist_ok=True)
   for rank, tensors in enumerate(parts):
     path = folder / tag / f'mp_rank_{rank:02}_model_states.pt'

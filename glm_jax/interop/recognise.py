@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,7 +196,9 @@ class _Fields:
         continue
       # A bool is an int to Python: `true` for a number is refused, as is 1 for a flag.
       right = isinstance(value, bool) == (kind is bool)
-      if not right or not isinstance(value, (int, float) if kind is float else kind):
+      right = right and isinstance(value, (int, float) if kind is float else kind)
+      # Neither infinity nor NaN, which are no JSON, nor an integer beyond both.
+      if not right or not abs(value) < 1e300:
         raise UserError(
           f'{name} in {self._where} must be {kind.__name__}, got {value!r}; write '
           'the value that the model was trained with.'
@@ -238,13 +241,18 @@ def _shape(specs: Mapping[str, TensorSpec], name: str) -> tuple[int, ...]:
       f'the checkpoint must hold {name!r}, got {len(specs)} other tensors; fetch the '
       'missing shard.'
     )
-  return specs[name].shape
+  shape = specs[name].shape
+  configs.check(
+    len(shape) == 2, f'{name!r} must have two dimensions', str(shape), 'fetch it again'
+  )
+  return shape
 
 
 def _layers(specs: Mapping[str, TensorSpec], start: str) -> int:
   # 'transformer.layers.' has two dots: the number is the third part of each name.
   numbers = {name.split('.')[start.count('.')] for name in specs if name.startswith(start)}
-  return 1 + max(int(number) for number in numbers if number.isdigit())
+  # Of any others, the tensors are listed that no model of this family has.
+  return 1 + max((int(n) for n in numbers if re.fullmatch('[0-9]{1,4}', n)), default=0)
 
 
 def _heads(kind: str, D: int, fields: _Fields, overrides: Mapping[str, Any]) -> int:

@@ -6,9 +6,12 @@ import dataclasses
 from typing import Annotated, Any
 
 from glm_jax import configs
-from glm_jax.configs import POSITIVE, at_least, one_of, within
+from glm_jax.configs import INT32, POSITIVE, at_least, at_most, one_of, within
 from glm_jax.models.positions import PHASE_DTYPES
 
+# A configuration comes with a checkpoint, too: layers are listed, heads have tables of
+# phases, and sizes are int32, before anything is compared with the arrays that are there.
+_LAYERS, _WIDTH = at_most(10_000), at_most(2**20)
 # 0.1 is the rate of THUDM/GLM's arguments.py.
 _DROPOUT = within('[0, 1)').but('use 0.1 as the original, or 0 for none')
 
@@ -33,12 +36,12 @@ class GLMConfig:
     init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
   """
 
-  num_layers: Annotated[int, POSITIVE]
-  hidden_size: Annotated[int, POSITIVE]
-  num_heads: Annotated[int, POSITIVE]
-  mlp_size: Annotated[int, at_least(0).but('use 0 for 4 x hidden_size')] = 0
-  vocab_size: Annotated[int, POSITIVE]
-  max_positions: Annotated[int, POSITIVE]
+  num_layers: Annotated[int, POSITIVE, _LAYERS]
+  hidden_size: Annotated[int, POSITIVE, _WIDTH]
+  num_heads: Annotated[int, POSITIVE, _WIDTH]
+  mlp_size: Annotated[int, at_least(0).but('use 0 for 4 x hidden_size'), INT32] = 0
+  vocab_size: Annotated[int, POSITIVE, INT32]
+  max_positions: Annotated[int, POSITIVE, INT32]
   activation: Annotated[str, one_of('gelu', 'gelu_erf')] = 'gelu'
   embedding_dropout: Annotated[float, _DROPOUT] = 0.1
   attention_dropout: Annotated[float, _DROPOUT] = 0.1
@@ -97,15 +100,15 @@ class ChatGLMConfig:
     init_std: of the embedding table; the other weights have DeepNorm's initialisation.
   """
 
-  num_layers: Annotated[int, POSITIVE]
-  hidden_size: Annotated[int, POSITIVE]
-  num_heads: Annotated[int, POSITIVE]
-  mlp_size: Annotated[int, POSITIVE]
-  vocab_size: Annotated[int, POSITIVE]
-  max_positions: Annotated[int, POSITIVE]
+  num_layers: Annotated[int, POSITIVE, _LAYERS]
+  hidden_size: Annotated[int, POSITIVE, _WIDTH]
+  num_heads: Annotated[int, POSITIVE, _WIDTH]
+  mlp_size: Annotated[int, POSITIVE, INT32]
+  vocab_size: Annotated[int, POSITIVE, INT32]
+  max_positions: Annotated[int, POSITIVE, INT32]
   gated: bool = False
   two_positions: bool = True
-  deepnorm_layers: Annotated[int, POSITIVE]
+  deepnorm_layers: Annotated[int, POSITIVE, INT32]
   tied_head: bool = True
   norm_epsilon: Annotated[float, POSITIVE] = 1e-5
   rope_theta: Annotated[float, POSITIVE] = 10000.0
@@ -173,19 +176,19 @@ class ChatGLM2Config:
     init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
   """
 
-  num_layers: Annotated[int, POSITIVE]
-  hidden_size: Annotated[int, POSITIVE]
-  num_heads: Annotated[int, POSITIVE]
-  num_kv_heads: Annotated[int, POSITIVE]
-  head_size: Annotated[int, POSITIVE]
-  mlp_size: Annotated[int, POSITIVE]
-  vocab_size: Annotated[int, POSITIVE]
-  max_positions: Annotated[int, POSITIVE]
+  num_layers: Annotated[int, POSITIVE, _LAYERS]
+  hidden_size: Annotated[int, POSITIVE, _WIDTH]
+  num_heads: Annotated[int, POSITIVE, _WIDTH]
+  num_kv_heads: Annotated[int, POSITIVE, _WIDTH]
+  head_size: Annotated[int, POSITIVE, _WIDTH]
+  mlp_size: Annotated[int, POSITIVE, INT32]
+  vocab_size: Annotated[int, POSITIVE, INT32]
+  max_positions: Annotated[int, POSITIVE, INT32]
   norm_epsilon: Annotated[float, POSITIVE] = 1e-5
   qkv_bias: bool = True
   sandwich_norms: bool = False
   tied_head: bool = False
-  rotated_size: Annotated[int, at_least(0)] = 0
+  rotated_size: Annotated[int, at_least(0), _WIDTH] = 0
   rope_theta: Annotated[float, POSITIVE] = 10000.0
   rope_ratio: Annotated[float, POSITIVE] = 1.0
   rope_scaling: Annotated[str, one_of('theta', 'positions')] = 'theta'

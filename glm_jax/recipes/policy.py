@@ -102,12 +102,7 @@ class Policy(recipe.Recipe):
   def __post_init__(self):
     configs.check_fields(self)
     name = type(self).__name__
-    configs.check(
-      set(self.feature_lengths) == {'tokens'},
-      "TASK_FEATURE_LENGTHS must have the one key 'tokens'",
-      str(self.feature_lengths),
-      "write {'tokens': 512}",
-    )
+    recipe.check_lengths(self.feature_lengths)
     configs.check(
       bool(self.rewards or self.reward_model),
       f'{name} must have rewards or a reward_model',

@@ -54,12 +54,7 @@ class Pretraining(recipe.Recipe):
 
   def __post_init__(self):
     configs.check_fields(self)
-    configs.check(
-      set(self.feature_lengths) == {'tokens'},
-      "TASK_FEATURE_LENGTHS must have the one key 'tokens'",
-      str(self.feature_lengths),
-      "write {'tokens': 512}",
-    )
+    recipe.check_lengths(self.feature_lengths)
 
   @property
   def length(self) -> int:

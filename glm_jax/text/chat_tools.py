@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm_jax.configs import UserError, check
+from glm_jax.configs import UserError, check, parse_json
 
 # PROMPT.md of ChatGLM3; the chat_template of GLM-4-9B-chat, and of GLM-4-0414.
 CHATGLM3 = (
@@ -68,7 +68,7 @@ def call_arguments(content: str) -> dict[str, Any]:
   text = '\n'.join(lines).strip()
   try:
     if text.startswith('{'):
-      return json.loads(text)
+      return parse_json(text)
     call = ast.parse(text, mode='eval').body
     # What ** gives has no name; a literal holds no call.
     if isinstance(call, ast.Call) and not call.args and all(k.arg for k in call.keywords):

@@ -42,16 +42,28 @@ _IMAGES = 20_000
 
 
 def from_dict(fields: Mapping[str, Any]) -> Vocabulary:
-  """The inverse of `Vocabulary.to_dict`."""
+  """The inverse of `Vocabulary.to_dict`.
+
+  Raises:
+    UserError: of another kind, or damaged.
+  """
   kind = fields.get('kind')
   if kind == 'bytes':
     return ByteVocabulary()
-  if kind in SENTENCEPIECE:
-    model = base64.b64decode(fields['model'])
-    images = {'images': fields['images']} if 'images' in fields else {}
-    return SENTENCEPIECE[kind](model, **images)
-  if kind in TOKENIZERS:
-    return TOKENIZERS[kind](fields['tokenizer'])
+  try:
+    if kind in SENTENCEPIECE:
+      model = base64.b64decode(fields['model'])
+      images = {'images': int(fields['images'])} if 'images' in fields else {}
+      return SENTENCEPIECE[kind](model, **images)
+    if kind in TOKENIZERS:
+      return TOKENIZERS[kind](fields['tokenizer'])
+  except UserError:
+    raise
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(
+      f'a stored vocabulary must be as it was written, got one of the kind {kind!r:.40} '
+      f'that lacks or spoils {error}; use another copy.'
+    ) from error
   raise UserError(
     f'a stored vocabulary must be of a kind in {KINDS}, got {kind!r}; use the version that '
     'wrote it.'

@@ -93,9 +93,16 @@ def to_dict(config: Adapters) -> dict[str, Any]:
 
 
 def from_dict(content: Mapping[str, Any]) -> Adapters:
-  """The inverse of `to_dict`."""
-  kind = KINDS[content['kind']]
-  return kind(**{field.name: content[field.name] for field in dataclasses.fields(kind)})
+  """The inverse of `to_dict`; raises UserError for what it never gives."""
+  try:
+    kind = KINDS[content['kind']]
+    values = {field.name: content[field.name] for field in dataclasses.fields(kind)}
+  except (KeyError, TypeError) as error:
+    raise configs.UserError(
+      f'adapters of a checkpoint must be of a kind in {tuple(KINDS)}, with its fields, got '
+      f'{content!r:.80}; use the version that wrote it.'
+    ) from error
+  return kind(**values)
 
 
 def leaves(config: Adapters | None, model: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from glm_jax import configs
 from glm_jax.checkpoints import CheckpointConfig
-from glm_jax.configs import POSITIVE, READABLE, SEED, at_least, one_of
+from glm_jax.configs import INT32, POSITIVE, READABLE, SEED, at_least, one_of
 from glm_jax.models import ChatGLM2Config, ChatGLMConfig, ComputeConfig, GLMConfig
 from glm_jax.sharding import MeshConfig
 from glm_jax.training.adapters import LoRAConfig, PTuningConfig
@@ -100,9 +100,9 @@ class TrainConfig:
   checkpoint: CheckpointConfig = CheckpointConfig()
   guard: GuardConfig = GuardConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
-  batch_size: Annotated[int, POSITIVE]
+  batch_size: Annotated[int, POSITIVE, INT32]
   microbatches: Annotated[int, POSITIVE] = 1
-  train_steps: Annotated[int | None, POSITIVE] = None
+  train_steps: Annotated[int | None, POSITIVE, INT32] = None
   train_epochs: Annotated[float | None, POSITIVE] = None
   model_dir: Annotated[str, READABLE]
   seed: Annotated[int, SEED] = 0

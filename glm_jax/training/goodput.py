@@ -178,9 +178,9 @@ def _attempts(folder: storage.Folder | None) -> list[dict[str, Any]]:
     return []
   names = {'began', 'until', 'first', 'step', 'seconds'}
   try:
-    attempts = json.loads(content)
+    attempts = configs.parse_json(content)
     known = all(names == {*a} and {*a['seconds']} <= {*CAUSES} for a in attempts)
-  except (ValueError, TypeError, KeyError, RecursionError):
+  except (ValueError, TypeError, KeyError):
     known = False
   configs.check(
     known,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from glm_jax import sharding
+from glm_jax import configs, sharding
 from glm_jax.batch import DTYPES, Batch, Visibility
 from glm_jax.performance import flops
 from glm_jax.training import adapters, state
@@ -23,6 +23,8 @@ from glm_jax.training.losses import LossFn
 if TYPE_CHECKING:
   from glm_jax.training.config import TrainConfig
 
+# In tokens; a row of so many fits no device.
+_LONGEST = 2**20
 
 REFERENCE = 'reference'
 """Among the collections that a loss is given: those of what the run began with."""
@@ -286,3 +288,13 @@ class Recipe:
     """
     del config, data, variables, validated, say
     return {}
+
+
+def check_lengths(feature_lengths: Mapping[str, int]) -> None:
+  """Raises UserError unless rows are of one length, and one that rows can have."""
+  configs.check(
+    set(feature_lengths) == {'tokens'} and feature_lengths['tokens'] <= _LONGEST,
+    f"TASK_FEATURE_LENGTHS must have the one key 'tokens', of {_LONGEST} or less",
+    str(feature_lengths),
+    "write {'tokens': 512}",
+  )

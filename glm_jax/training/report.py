@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from glm_jax import distributed, storage
+from glm_jax import configs, distributed, storage
 from glm_jax.training import goodput, recipe, writer
 from glm_jax.training.config import TrainConfig
 from glm_jax.training.goodput import Clock
@@ -18,8 +18,8 @@ _SUMMARY = 'summary.json'
 def is_reported(model_dir: str, step: int) -> bool:
   """Whether a run has had its report at that step, and not only at an earlier one."""
   try:
-    summary = json.loads(storage.Folder(model_dir).read(_SUMMARY) or '{}')
-  except (ValueError, RecursionError):
+    summary = configs.parse_json(storage.Folder(model_dir).read(_SUMMARY) or '{}')
+  except ValueError:
     return False  # a damaged one is written anew
   return isinstance(summary, dict) and summary.get('steps') == step
 

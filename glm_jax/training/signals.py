@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from glm_jax import distributed, leaving
+from glm_jax import configs, distributed, leaving
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # timeout(1) and some schedulers tell a process and then its group, in which it is.
@@ -42,6 +42,7 @@ class Signals:
         and goes on from the checkpoint before.
     """
     self.holding, self.received = False, ''
+    configs.check_value('--grace_seconds', grace_seconds, configs.at_least(0))
     self._grace = grace_seconds
     self._asked: Any = False
     self._leaving, self._since = False, 0.0

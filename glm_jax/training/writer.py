@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from glm_jax import storage
+from glm_jax import configs, storage
 
 PROGRESS = 'GLM_JAX_PROGRESS'
 """In the environment, whoever watches a process names a file for its latest step."""
@@ -90,11 +90,11 @@ def read(model_dir: str, kind: str) -> list[dict[str, float]]:
   records = {}
   for line in lines:
     try:
-      record = json.loads(line)
-    except ValueError:
+      record = configs.parse_json(line)
+      if record['kind'] == kind:
+        records[record['step']] = record
+    except (ValueError, TypeError, KeyError):
       continue  # a process killed in the middle of a line left it
-    if record['kind'] == kind:
-      records[record['step']] = record
   return [records[step] for step in sorted(records)]
 
 

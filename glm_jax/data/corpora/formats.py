@@ -11,7 +11,6 @@ import contextlib
 import csv
 import functools
 import io
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +28,8 @@ _COMPRESSIONS = {'.gz': 'gzip', '.zst': 'zstd'}
 _ROWS = 1024
 # Of a file that is decompressed at a time.
 _CHUNK = 2**20
+# In characters; objects of Python take several times the room of their text.
+_LARGEST_LIST = 2**31
 # With `errors`, so many bytes that are no UTF-8, and such a share of them, are no slips but
 # another encoding: Chinese in GB18030 has 76 %.
 _MANY_INVALID, _MUCH_INVALID = 20, 0.1
@@ -84,7 +85,7 @@ def documents(path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
     return
   with _opened(path, compression) as file:
     if kind == '.jsonl':
-      yield from _of_lines(_lines(file), path, config)
+      yield from _of_lines(_lines(file, path), path, config)
       return
     text = decode(file.read(), path, config)
   if kind == '.txt':
@@ -181,7 +182,8 @@ def _of_lines(
 
 def _of_list(text: str, path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
   whole = lambda: f' in {path}'
-  content = _loads(text, whole, 'a .json file must be a JSON list of objects')
+  rule = 'a .json file must be a JSON list of objects'
+  content = _loads(text, whole, rule, _LARGEST_LIST)
   # {"data": [...]}, as some data sets have it.
   if isinstance(content, dict) and len(content) == 1:
     content = next(iter(content.values()))
@@ -252,20 +254,27 @@ def _of_table(path: epath.Path, config: CorpusConfig) -> Iterator[Document]:
       ) from error
 
 
-def _loads(text: str, where: Any, rule: str) -> Any:
+def _loads(text: str, where: Any, rule: str, most: int = configs.LARGEST_JSON) -> Any:
   try:
-    return json.loads(text)
-  # ValueError: also a number of more digits than Python converts.
-  except (ValueError, RecursionError) as error:
+    return configs.parse_json(text, most=most)
+  # Also a number of more digits than Python converts.
+  except ValueError as error:
     said = f'{error.msg} (column {error.colno})' if hasattr(error, 'colno') else str(error)
     raise UserError(f'{rule}, got{where()}: {said}; mend it there.') from error
 
 
-def _lines(file: Any) -> Iterator[bytes]:
+def _lines(file: Any, path: epath.Path) -> Iterator[bytes]:
   rest = b''
   while data := file.read(_CHUNK):
     *whole, rest = (rest + data).split(b'\n')
     yield from whole
+    # What was compressed may be a thousand times as large as its file.
+    configs.check(
+      len(rest) <= configs.LARGEST_JSON,
+      f'a line must have at most {configs.LARGEST_JSON:,} bytes',
+      f'a longer one in {path}',
+      'divide it',
+    )
   yield rest
 
 

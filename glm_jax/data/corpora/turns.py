@@ -209,8 +209,8 @@ def listed(value: Any, name: str, remedy: str) -> Sequence[Any]:
 
 def _parsed(text: Any, what: str) -> Any:
   try:
-    return json.loads(text)
-  except (TypeError, ValueError, RecursionError) as error:
+    return configs.parse_json(text)
+  except (TypeError, ValueError) as error:
     raise UserError(f'{what} must be JSON, got {text!r:.80}; mend it.') from error
 
 

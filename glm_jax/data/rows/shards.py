@@ -16,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import re
 import struct
@@ -43,6 +44,7 @@ INDEX, VOCABULARY = 'index.json', 'vocabulary.json'
 # Pieces of the largest vocabulary whose ids are written as uint16.
 _LARGEST_NARROW = 2**16
 SPLITS = ('train', 'validation')
+_AGAIN = 'make the shards again'
 # Bytes of a file that are hashed or written at a time.
 _CHUNK = 2**24
 
@@ -287,11 +289,11 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
   # here, in one sentence, and not later with a KeyError.
   try:
     fingerprint = index['vocabulary']['fingerprint']
-    layout = RecordLayout(int(index['row_length']), int(index['token_bytes']))
+    layout = RecordLayout(_size(index['row_length']), _size(index['token_bytes']))
     fields = index['plan']
     plan = RowPlan(
-      row_length=int(fields['row_length']),
-      positions=int(fields['positions']),
+      row_length=_size(fields['row_length']),
+      positions=_size(fields['positions'], 0),
       room=tuple(map(int, fields['room'])),
       # Older shards are of texts and pairs.
       template=str(fields.get('template', '')),
@@ -299,10 +301,12 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
       ranked=bool(fields.get('ranked', False)),
     )
     splits = {
-      name: (tuple(File(**file) for file in split['files']), split)
+      name: (tuple(map(_file, split['files'])), split)
       for name, split in index['splits'].items()
     }
-    block = int(index['block'])
+    block = _size(index['block'])
+    if not splits:
+      raise KeyError('splits')
   except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise UserError(
       f'{folder / INDEX} must be an index of shards, got one that lacks or spoils '
@@ -323,7 +327,7 @@ def load(path: str, vocabulary: Vocabulary | None = None) -> dict[str, StoredRow
         re.fullmatch(r'[\w.-]+', file.name) is not None and file.name.strip('.') != '',
         f'an index of shards must name files of its own folder {folder}',
         repr(file.name),
-        'make the shards again',
+        _AGAIN,
       )
     _check_sizes(folder, layout, files)
     # Contents are told apart by the checksums of the files, and how they are shuffled by
@@ -342,13 +346,14 @@ def vocabulary_of(path: str) -> Vocabulary:
   """
   folder = epath.Path(os.path.expanduser(path))
   index = _read_index(folder)
-  vocabulary = loading.from_dict(_read_json(folder / VOCABULARY))
-  expected = index.get('vocabulary', {}).get('fingerprint')
+  vocabulary = loading.from_dict(configs.read_json(folder / VOCABULARY, _AGAIN))
+  about = index.get('vocabulary')
+  expected = about.get('fingerprint') if isinstance(about, dict) else None
   configs.check(
     vocabulary.fingerprint == expected,
     f'{folder / VOCABULARY} must be the vocabulary that {INDEX} names',
     f'{vocabulary.fingerprint} instead of {expected}',
-    'make the shards again',
+    _AGAIN,
   )
   return vocabulary
 
@@ -393,6 +398,21 @@ def check_content(folder: epath.Path, file: File, sha256: str) -> None:
   )
 
 
+def _size(value: Any, least: int = 1) -> int:
+  """A number of an index that is a size; ValueError or TypeError for another."""
+  if not least <= operator.index(value) < 2**31:
+    raise ValueError(f'a size, {value}')
+  return value
+
+
+def _file(fields: dict[str, Any]) -> File:
+  file = File(**fields)
+  words = isinstance(file.name, str) and isinstance(file.sha256, str)
+  if not words or operator.index(file.rows) < 0:
+    raise ValueError(f'a file, {fields}'[:80])
+  return file
+
+
 def _read_index(folder: epath.Path) -> dict[str, Any]:
   configs.check(
     (folder / INDEX).exists(),
@@ -400,7 +420,7 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     f'{folder}, which does not',
     'give a folder of shards, or run make_shards again, which goes on where it stopped',
   )
-  index = _read_json(folder / INDEX)
+  index = configs.read_json(folder / INDEX, _AGAIN)
   configs.check(
     index.get('format') == FORMAT,
     f'shards of format {FORMAT} are read',
@@ -408,22 +428,6 @@ def _read_index(folder: epath.Path) -> dict[str, Any]:
     'make them again',
   )
   return index
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_bytes().decode('utf-8'))
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f'{path} must be readable JSON, got {error}; make the shards again.'
-    ) from error
-  configs.check(
-    isinstance(content, dict),
-    f'{path} must be a JSON object',
-    type(content).__name__,
-    'make the shards again',
-  )
-  return content
 
 
 def _check_sizes(folder: epath.Path, layout: RecordLayout, files: tuple[File, ...]) -> None:
