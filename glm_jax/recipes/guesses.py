@@ -135,9 +135,9 @@ def guesses(
 ) -> dict[str, Any]:
   """What a model makes of held-out blanks, beside what pairs of tokens tell.
 
-  A bigram guesses the first token from the one before the mask. Which words were there it
-  tells by all pairs that they make, with both neighbours. All is counted in the text that
-  Part A of the training rows shows.
+  A bigram guesses from left to right, from the token before the mask on. Which words were
+  there, it also tells 'both ways', by the pair that the last of them makes with the token
+  behind the mask, too. All is counted in the text that Part A of the training rows shows.
 
   Args:
     forward: the model.
@@ -147,7 +147,8 @@ def guesses(
 
   Returns:
     {'blanks': how many, 'top 1', 'top 5' and 'of 4': {'model', 'bigram', 'unigram',
-    'chance'} shares, 'loss': {'text', '[eop]'} in nats a token}; {} without blanks.
+    'chance'} shares, of the last also 'both ways', 'loss': {'text', '[eop]'} in nats a
+    token}; {} without blanks.
   """
   specials = vocabulary.specials
   found = [(batch, blanks(batch, specials)) for batch in validation]
@@ -173,7 +174,10 @@ def guesses(
   offered = [(*all_blanks[number], ids) for number, each in asked for ids in each]
   scores = {
     'model': _span_scores(forward, offered),
-    'bigram': [_pair_score(counted, blank, ids) for _, blank, ids in offered],
+    'bigram': [_pair_score(counted, blank.left, ids) for _, blank, ids in offered],
+    'both ways': [
+      _pair_score(counted, blank.left, ids, blank.right) for _, blank, ids in offered
+    ],
     'unigram': [np.log(counted.unigram[[*ids]]).sum() for *_, ids in offered],
   }
   made['of 4'] = {name: _share_right(each) for name, each in scores.items()}
@@ -213,9 +217,9 @@ def _span_scores(
   ]
 
 
-def _pair_score(counted: NGrams, blank: Blank, ids: Sequence[int]) -> float:
-  """The bigram's log-probability of a sequence between the neighbours of its mask."""
-  line = np.array([blank.left, *ids] + [blank.right] * (blank.right >= 0))
+def _pair_score(counted: NGrams, left: int, ids: Sequence[int], right: int = -1) -> float:
+  """The bigram's log-probability of a sequence behind a token, and before one."""
+  line = np.array([left, *ids] + [right] * (right >= 0))
   return float(np.log(counted.bigram(line[:-1], line[1:])).sum())
 
 
@@ -239,7 +243,7 @@ def table(made: dict[str, Any]) -> list[str]:
 
   Example:
     >>> shares = {'model': 0.5, 'bigram': 0.4, 'unigram': 0.3, 'chance': 0.25}
-    >>> tops = {'top 1': shares, 'top 5': shares, 'of 4': shares}
+    >>> tops = {'top 1': shares, 'top 5': shares, 'of 4': shares | {'both ways': 0.45}}
     >>> lines = table({'blanks': 9, 'loss': {'text': 3.0, '[eop]': 1.0}, **tops})
     >>> print('\\n'.join(lines[1:3]))
     9 held-out blanks          model  bigram  unigram  chance
@@ -258,5 +262,6 @@ def table(made: dict[str, Any]) -> list[str]:
   for key, name in named.items():
     model, bigram, unigram, chance = (made[key][column] for column in columns)
     lines.append(f'{name:<24}{model:>8.1%}{bigram:>8.1%}{unigram:>9.1%}{chance:>8.2%}')
+  lines.append(f'{"  by pairs on both sides":<24}{"":>8}{made["of 4"]["both ways"]:>8.1%}')
   losses = '  '.join(f'{name} {value:.3f}' for name, value in made['loss'].items())
   return [*lines, f'loss of their tokens: {losses}']

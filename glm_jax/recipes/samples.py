@@ -163,7 +163,7 @@ def fill(
     guesses = [{'text': text, 'probability': p} for text, p in best]
     made.append({'before': before, 'was': was, 'behind': behind, 'guesses': guesses})
     say(f'  {before.strip()} [{was}] {behind.strip()}'.rstrip())
-    said = [text if causal else f'{text or "(nothing)"} {p:.0%}' for text, p in best]
+    said = [text if causal else f'{text or "(nothing)"} {p:.1%}' for text, p in best]
     say(f'      {"   ".join(said)}')
   return made
 

@@ -16,7 +16,6 @@ class CorpusConfig:
 
   Attributes:
     corpus: 'documentation' (what every Python installation carries),
-      'documentation:prose' (its paragraphs of plain sentences),
       'documentation:summaries' (questions about its functions), 'shards:DIR' (what
       `make_shards` wrote), 'tfds:NAME' or 'tfds:NAME:VERSION', 'task:NAME' (a seqio task
       of text, or of the feature tokens), or a glob of files: .txt (a document each),

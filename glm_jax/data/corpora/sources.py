@@ -222,17 +222,6 @@ class InstalledDocs(DataSet):
     return _state_of(sorted(epath.Path(self.builder().data_dir).iterdir()))
 
 
-class Paragraphs(InstalledDocs):
-  """The paragraphs of it that are plain sentences, see `prose`."""
-
-  prefix = 'documentation:prose'
-
-  def builder(self) -> Any:
-    from glm_jax.data.corpora import prose
-
-    return prose.prepared(cache_dir(self.config))
-
-
 class Questions(InstalledDocs):
   """Questions about its functions: what they do, see `summaries`."""
 
@@ -333,7 +322,6 @@ class Shards(TextSource):
 
 KINDS: tuple[type[TextSource], ...] = (
   InstalledDocs,
-  Paragraphs,
   Questions,
   DataSet,
   SeqioTask,
