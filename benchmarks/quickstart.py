@@ -33,7 +33,7 @@ def main(run: Path) -> None:
     f'| {guessed["blanks"]:,} blanks | model | bigram | unigram | chance |',
     '|---|---|---|---|---|',
     *(_shares(name, guessed[key]) for key, name in ASKED.items()),
-    f'| ... by pairs on both sides of the blank | | {guessed["of 4"]["both ways"]:.1%} | | |',
+    f'| ... by pairs on both of its sides | | {guessed["of 4"]["both ways"]:.1%} | | |',
     *(
       f'| loss of {name}, nats a target token | {loss:.2f} | {scores["bigram"]:.2f} '
       f'| {scores["unigram"]:.2f} | |'
