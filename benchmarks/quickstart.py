@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.readme import ROOT, write_section
 
@@ -34,12 +35,7 @@ def main(run: Path) -> None:
     '|---|---|---|---|---|',
     *(_shares(name, guessed[key]) for key, name in ASKED.items()),
     f'| ... by pairs on both of its sides | | {guessed["of 4"]["both ways"]:.1%} | | |',
-    *(
-      f'| loss of {name}, nats a target token | {loss:.2f} | {scores["bigram"]:.2f} '
-      f'| {scores["unigram"]:.2f} | |'
-      for name, scores in summary['baselines'].items()
-      for loss in [summary['validation'][f'loss/{name}']]
-    ),
+    _losses(summary),
   ]
   write_section(
     'quickstart',
@@ -51,6 +47,23 @@ def main(run: Path) -> None:
       '(Written by `python -m benchmarks.quickstart runs/quickstart`.)',
     ],
   )
+
+
+def _losses(summary: dict[str, Any]) -> str:
+  """A row of the table.
+
+  Example:
+    >>> scores = {'blank': {'bigram': 3.0, 'unigram': 4.0}}
+    >>> _losses({'baselines': scores, 'validation': {'loss/blank': 2.0}})
+    '| loss, nats a target token: blank | 2.00 | 3.00 | 4.00 | |'
+  """
+  names, baselines = list(summary['baselines']), summary['baselines'].values()
+  columns = [
+    [summary['validation'][f'loss/{name}'] for name in names],
+    *([scores[key] for scores in baselines] for key in ('bigram', 'unigram')),
+  ]
+  cells = ' | '.join(', '.join(f'{loss:.2f}' for loss in column) for column in columns)
+  return f'| loss, nats a target token: {", ".join(names)} | {cells} | |'
 
 
 def _shares(name: str, shares: dict[str, float]) -> str:

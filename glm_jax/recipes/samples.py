@@ -162,9 +162,8 @@ def fill(
     best = sorted(probabilities.items(), key=lambda item: -item[1])[:_SHOWN]
     guesses = [{'text': text, 'probability': p} for text, p in best]
     made.append({'before': before, 'was': was, 'behind': behind, 'guesses': guesses})
-    say(f'  {before.strip()} [{was}] {behind.strip()}'.rstrip())
     said = [text if causal else f'{text or "(nothing)"} {p:.1%}' for text, p in best]
-    say(f'      {"   ".join(said)}')
+    say(f'  {before.strip()} [{was}] {behind.strip()}'.rstrip() + f'   {", ".join(said)}')
   return made
 
 
