@@ -2,7 +2,7 @@
 
 python -m benchmarks.claims [--seeds=3] [--steps=3000] [--runs=DIR] [--table]
 
-pretrains the quickstart's size with 2-D rotary positions on the documentation, once for
+pretrains the quickstart's model as the quickstart does, on the documentation, once for
 each way of masking; then learns from a few sentences what functions do, by cloze and by a
 classifier, from each of these and from fresh parameters, at two learning rates. The
 sentences are of the packages whose documentation is held out: pretraining saw none of it.
@@ -59,7 +59,9 @@ PRETRAINING = (
   "TASK_FEATURE_LENGTHS={'tokens':64}",
   'BATCH_SIZE=16',
   'OptimizerConfig.warmup_steps=100',
-  'OptimizerConfig.learning_rate=2e-3',
+  "OptimizerConfig.algorithm='muon'",
+  'OptimizerConfig.beta1=0.95',
+  'OptimizerConfig.learning_rate=8e-3',
   'OptimizerConfig.final_ratio=0.01',
   'EvaluationConfig.examples=256',
   'TrainConfig.log_every=100',
