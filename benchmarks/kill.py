@@ -1,12 +1,12 @@
 """Does a run that is killed again and again end as one that nobody touched?
 
-python -m benchmarks.kill [--kills=100] [--folder=DIR]
+python -m benchmarks.kill [--kills=100] [--minutes=M] [--folder=DIR]
 
 Two processes of two devices each train under `supervise`. SIGKILL goes to one of them, or
 to both: while they start, as a restored run goes on, behind a step, while a checkpoint is
 being written, in a validation, or at any time, as a seed has it. In the end parameters and
 optimizer must have the bits of a run that was left alone; the table says where the time
-went. About 15 s a kill on 2 CPU cores. What came of it is kept in benchmarks/kill/.
+went. A minute or less a kill on 2 CPU cores. What came of it is kept in benchmarks/kill/.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -63,6 +65,7 @@ class Run:
     self.path, self._log = folder / name, folder / f'{name}.log'
     bindings = [*SMALL, *BINDINGS, f'TRAIN_STEPS={steps}', f"MODEL_DIR='{self.path}'"]
     bindings.append(f"CorpusConfig.cache_dir='{folder / 'cache'}'")
+    bindings.append(f"CorpusConfig.corpus='{folder / 'text'}/*.txt'")
     with self._log.open('wb') as log:
       self._process = subprocess.Popen(
         [
@@ -98,6 +101,11 @@ class Run:
     """Whether its log has some words behind a place."""
     return words.encode() in self._behind(since)
 
+  @property
+  def restarts(self) -> int:
+    """How often it was started again: the run itself knows of attempts that got to it."""
+    return self._behind(0).count(b': started again')
+
   def steps(self, since: int) -> list[int]:
     """Those that its log tells of behind a place."""
     return [int(n) for n in re.findall(rb'\] step +(\d+)/', self._behind(since))]
@@ -125,8 +133,6 @@ def kill(run: Run, point: str, victims: Sequence[int], rng: random.Random) -> bo
   if not _until(run, lambda: bool(run.pids())):
     return False
   pids, since = run.pids(), run.said()
-  if point == 'restored' and not [*(run.path / 'checkpoints').glob('[0-9]*')]:
-    point = 'any'  # nothing is there yet to go on from
   writes = lambda: any('tmp' in p.name for p in (run.path / 'checkpoints').glob('*'))
   reached: dict[str, Callable[[], bool]] = {
     'start': lambda: True,
@@ -157,16 +163,32 @@ def _until(run: Run, holds: Callable[[], bool]) -> bool:
   return False
 
 
-def measure(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
-  """What came of it, as JSON: kills by point and victims, bits, goodput."""
+def measure(
+  folder: Path, kills: int, minutes: float = float('inf'), seed: int = 0
+) -> dict[str, Any]:
+  """What came of it, as JSON: kills by point and victims, bits, goodput.
+
+  Args:
+    folder: of both runs.
+    kills: how often.
+    minutes: after which there is no further one, and the run ends undisturbed.
+    seed: of victims and times.
+  """
   # Attempts that are killed at a step get that far; the others may get nowhere.
-  steps, rng = 20 * EVERY + 2 * EVERY * kills, random.Random(seed)
+  steps, rng = 10 * EVERY + 3 * EVERY * kills // 2, random.Random(seed)
+  until = time.monotonic() + 60 * minutes
+  # Little text, whose table of rows each start has read in a moment.
+  (folder / 'text').mkdir(exist_ok=True)
+  for path in Path(sysconfig.get_path('stdlib')).glob('*.py'):
+    shutil.copy(path, folder / 'text' / f'{path.stem}.txt')
   straight = Run(folder, 'straight', steps, 0)
   straight.finish()
   run, done = Run(folder, 'killed', steps, 3 * kills), collections.Counter[str]()
   for number in range(kills):
     point, victims = POINTS[number % len(POINTS)], rng.choice(VICTIMS)
-    if not kill(run, point, victims, rng):
+    if point == 'restored' and not [*(run.path / 'checkpoints').glob('[0-9]*')]:
+      point = 'any'  # nothing is there yet to go on from
+    if time.monotonic() > until or not kill(run, point, victims, rng):
       break
     done[f'{point}, {"both" if len(victims) == 2 else f"process {victims[0]}"}'] += 1
     print(f'{number + 1} of {kills}: {point}, {victims}', flush=True)
@@ -179,7 +201,7 @@ def measure(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
       name: json.loads((path.path / 'summary.json').read_text())['goodput']
       for name, path in (('goodput', run), ('goodput_alone', straight))
     },
-    'restarts': json.loads((run.path / 'summary.json').read_text())['restarts'],
+    'restarts': run.restarts,
   }
 
 
@@ -215,6 +237,13 @@ def main(argv: Sequence[str]) -> None:
     prog='python -m benchmarks.kill', description=__doc__.splitlines()[0]
   )
   flags.add_argument('--kills', type=int, default=100, help='how often (100)')
+  flags.add_argument(
+    '--minutes',
+    type=float,
+    default=float('inf'),
+    metavar='M',
+    help='kill no more after so many, and let the run end',
+  )
   flags.add_argument('--folder', help='where runs are kept; by default they are not')
   flags.add_argument('--table', action='store_true', help='only write the table')
   given = flags.parse_args(argv)
@@ -222,7 +251,7 @@ def main(argv: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
       folder = given.folder or stack.enter_context(tempfile.TemporaryDirectory())
       Path(folder).mkdir(parents=True, exist_ok=True)
-      results = {**about(), **measure(Path(folder).absolute(), given.kills)}
+      results = {**about(), **measure(Path(folder).absolute(), given.kills, given.minutes)}
     path = readme.path_of(RESULTS, results)
     path.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
   readme.write_results('kill', RESULTS, table, 'benchmarks.kill')

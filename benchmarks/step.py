@@ -190,8 +190,8 @@ class OurStep:
     self._layout = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     self._built = program.build(case.config, self._layout)
     self.optimizer, self.attention = case.config.optimizer, self._built.attention
-    self._state = state.init_state(case.model, self._built.optimizer, self._layout, 0)
-    self.params = self._state['params']
+    self.state = state.init_state(case.model, self._built.optimizer, self._layout, 0)
+    self.params = self.state['params']
     self._batch = sharding.place(case.batch._replace(index=None), self._layout)
 
   def run(self, steps: int) -> tuple[float, float]:
@@ -200,7 +200,7 @@ class OurStep:
     began = time.perf_counter()
     with sharding.active(self._layout):
       for _ in range(steps):
-        self._state, metrics = self._built.train_step(self._state, {}, self._batch)
+        self.state, metrics = self._built.train_step(self.state, {}, self._batch)
     total, count = jax.block_until_ready(metrics['loss'])
     return (time.perf_counter() - began) / steps, float(total / count)
 

@@ -179,12 +179,14 @@ def _train(
     stop = Stopping(config, saved.get('stopping'))
   if distributed.is_leader():
     folder.write(config.model_dir, identity, settings, config_text, data.decided)
+  first = int(current['step'])
+  clock.begins(first)
+  clock.write(first)  # an attempt that ends before its first step is one, too
   manager = Checkpoints(config.model_dir, config.checkpoint)
   stream = going.stream
   stream.variables = lambda state: built.variables(state['params'], frozen)
   if not new:
     say(f'resumed {config.model_dir} at step {saved_step}')
-  first = int(current['step'])
   say(program.in_words(built, config, layout))
 
   # Steps. Each waits for the one before it, while the next is being computed.
@@ -245,7 +247,6 @@ def _train(
       validate(0)
     telling('compiling the first step, which waits for its batch')
     note_step(first)
-    clock.begins(first)
     clock.to('compile')
     so_far = saved.get('so_far', None if new else {})
     meter = Meter(first, config.train_steps, so_far, clock.waited)

@@ -203,6 +203,20 @@ def test_what_killed_runs_and_little_data_cost_is_told_in_tables():
   assert '| none | 21.0% | 1.00 | | | |' in text and '| before | 1.00 | 1.00 |' in text
 
 
+def test_what_a_save_costs_is_told_by_both_clocks():
+  """Medians of the rounds, and shares of the steps between two saves."""
+  from benchmarks import saving
+
+  each = {'digest': [0.1, 0.2], 'save': [0.3, 0.4], 'step': [0.5, 1.0]}
+  rounds = [{**each, 'write': [more, 2 * more]} for more in (0.5, 0.1, 9.0)]
+  about = dict(device='here', date='', jax='', parameters=25e6, tokens=8, rounds=rounds)
+  predicted = {'row': 'a model', 'seconds': 0.02, 'step_seconds': 2.0}
+  text = '\n'.join(saving.table({**about, 'predicted': predicted}))
+  assert '| 20 steps | 10.00 | 20.00 |' in text
+  assert '| a save in all | 0.80 (8.0%) | 1.40 (7.0%) |' in text
+  assert 'take 20 ms, 0.0010% of 1,000 steps of 2.0 s' in text
+
+
 @pytest.mark.parametrize(
   'text,steps', [('[0] step   20/40 x\n', [20]), ('[1] steps\n', [])]
 )

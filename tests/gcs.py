@@ -123,6 +123,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if found:
       there = found[1] in self.server.buckets
       return (200, _json({'name': found[1]}), {}) if there else (404, b'{}', {})
+    if re.fullmatch(r'/storage/v1/b/([^/]+)/storageLayout', path):
+      # TensorFlow asks before it renames a folder: here, it does so object by object.
+      return 200, _json({'hierarchicalNamespace': {'enabled': False}}), {}
     found = re.fullmatch(r'/storage/v1/b/([^/]+)/o', path)
     if found:
       return 200, _json(_list(objects, found[1] + '/', query)), {}

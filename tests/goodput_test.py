@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import runs
+from commands import in_process
 
 from glm_jax import configs, storage
 from glm_jax.training import goodput
@@ -99,3 +101,20 @@ def test_another_file_in_its_place_is_one_sentence(content, tmp_path):
   with pytest.raises(configs.UserError, match='must be the record of a run'):
     Clock(storage.Folder(str(tmp_path)), began=0)
   assert (tmp_path / goodput.FILE).read_text() == content
+
+
+@pytest.mark.slow
+def test_an_attempt_that_ends_before_its_first_step_is_one(text, tmp_path, monkeypatch):
+  """Its time is the run's, and the next one is a restart."""
+
+  def ends(*_):
+    raise configs.ResourceError('no room')
+
+  arguments = runs.arguments(text, tmp_path / 'run', 'TRAIN_STEPS=2')
+  with monkeypatch.context() as patch:
+    patch.setattr('glm_jax.train.Meter', ends)
+    assert in_process('train', *arguments).returncode == 74
+  done = in_process('train', *arguments)
+  assert done.returncode == 0 and ', 1 restart\n' in done.stdout, done.stderr
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['restarts'] == 1 and sum(summary['goodput'].values()) == pytest.approx(1)

@@ -155,6 +155,39 @@ def test_a_worker_that_is_killed_ends_the_other_in_a_sentence(text, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_killed_ends_a_leader_that_is_not_in_a_collective(text, tmp_path):
+  """Nothing breaks there: heartbeats that are missing are all that tells it."""
+  (tmp_path / 'waits.py').write_text(
+    'import os, time\nfrom glm_jax.training import metrics\n'
+    'wait = metrics.Results.wait\n'
+    'def waits(results, leave):\n'
+    "  if os.environ.get('WAITS') and results._step == 3:\n"
+    "    print('in Python', flush=True)\n"
+    '    while True:\n'
+    '      time.sleep(0.1)\n'
+    '  return wait(results, leave)\n'
+    'metrics.Results.wait = waits\n'
+  )
+  both = [
+    runs.begin(
+      text,
+      tmp_path / 'run',
+      *ENDLESS,
+      flags=['--import=waits', *flags],
+      imports=tmp_path,
+      **({} if index else {'WAITS': '1'}),
+    )
+    for index, flags in enumerate(_flags())
+  ]
+  until(both[0], 'in Python')
+  both[1].kill()
+  [(code, said), _], seconds = _ended(both)
+  assert code in (leaving.EXIT_AGAIN, -signal.SIGABRT) and seconds < 60, said
+  assert 'stopped sending heartbeats):\n1\n' in said, said
+  print(f'death of a worker to the exit of a leader in Python: {seconds:.1f} s')
+
+
+@pytest.mark.slow
 def test_when_process_0_is_killed_the_other_is_not_left(text, tmp_path):
   both = _begin(text, tmp_path / 'run', *ENDLESS)
   until(both[0], '\nstep     3/')

@@ -1,4 +1,4 @@
-"""Policies in processes of their own: two of them, and one that is killed."""
+"""Policies in processes of their own: two of them, and one that is killed or stopped."""
 
 import signal
 
@@ -11,7 +11,7 @@ import runs
 from commands import ROOT, start
 from two_processes_test import _flags
 
-from glm_jax import checkpoints
+from glm_jax import checkpoints, leaving
 from glm_jax.training import writer
 
 pytestmark = pytest.mark.slow
@@ -62,8 +62,8 @@ def test_a_reward_that_fails_in_one_process_ends_both(place):
 
 
 @pytest.mark.parametrize('stage', ['grpo', 'ppo'])
-def test_killed_anywhere_a_run_continues_to_the_same_bits(place, stage, monkeypatch):
-  """In a rollout, between the updates of one, and in a save."""
+def test_killed_or_stopped_a_run_continues_to_the_same_bits(place, stage, monkeypatch):
+  """In a rollout, between the updates of one, and in a save; told to stop, in a rollout."""
   bindings = (
     'TRAIN_STEPS=10',
     f'{stage.upper()}.epochs=2',
@@ -80,6 +80,12 @@ def test_killed_anywhere_a_run_continues_to_the_same_bits(place, stage, monkeypa
     output, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, (point, output)
   assert checkpoints.latest_step(str(place / where['run'])) == 4
+  told = {'KILLED': killer.ROLLOUT, 'SIGNAL': 'SIGTERM'}
+  process = _begin(place, *bindings, **where, flags=('--import=killer',), **told)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == leaving.EXIT_AGAIN, output
+  step = checkpoints.latest_step(str(place / where['run']))
+  assert 4 < step < 10 and f'by SIGTERM at step {step}, which is saved' in output, output
   runs.finish(_begin(place, *bindings, **where))
   monkeypatch.setattr('runs.STEPS', 10)
   found, wanted = (runs.params(place / f'{run}_{stage}') for run in ('killed', 'straight'))

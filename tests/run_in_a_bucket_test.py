@@ -92,13 +92,17 @@ def _flags(folder, run, *more):
   ]
 
 
+def _write_text(folder):
+  (folder / 'text').mkdir()
+  for number in range(60):
+    text = f'Document {number} says some words of its own. ' * (number % 9 + 2)
+    (folder / 'text' / f'{number}.txt').write_text(text)
+
+
 @pytest.mark.slow
 def test_it_is_killed_goes_on_and_fills_as_one_that_is_here(bucket, reached, tmp_path):
   objects, environment = bucket
-  (tmp_path / 'text').mkdir()
-  for number in range(60):
-    text = f'Document {number} says some words of its own. ' * (number % 9 + 2)
-    (tmp_path / 'text' / f'{number}.txt').write_text(text)
+  _write_text(tmp_path)
   here, there = str(tmp_path / 'run'), 'gs://bucket/runs/mine'
   done = command('train', *_flags(tmp_path, here), cwd=ROOT)
   assert done.returncode == 0, done.stderr
@@ -143,6 +147,36 @@ def test_it_is_killed_goes_on_and_fills_as_one_that_is_here(bucket, reached, tmp
   assert begun.returncode == 0 and f'parameters from {there}' in begun.stdout, begun.stderr
   missing = _flags(tmp_path, 'gs://none/run')
   refused(command('train', *missing, **environment), 'gs://none/run', code=74)
+
+
+@pytest.mark.slow
+def test_a_damaged_step_in_a_bucket_is_set_aside_there(bucket, tmp_path):
+  """One bit of its largest object; nothing of it is removed, and the run ends as before."""
+  objects, environment = bucket
+  _write_text(tmp_path)
+  run = 'gs://bucket/damaged/run'
+  steps = 'bucket/damaged/run/checkpoints'
+  ended = command('train', *_flags(tmp_path, run), **environment)
+  assert ended.returncode == 0, ended.stderr
+  of_step = lambda name: {
+    path.removeprefix(f'{steps}/{name}/'): content
+    for path, content in objects.items()
+    if path.startswith(f'{steps}/{name}/')
+  }
+  whole = of_step(6)
+  largest = max(whole, key=lambda path: len(whole[path]) * path.startswith('params/'))
+  damaged = bytearray(whole[largest])
+  damaged[len(damaged) // 2] ^= 1
+  objects[f'{steps}/6/{largest}'] = bytes(damaged)
+  again = command('train', *_flags(tmp_path, run, 'TRAIN_STEPS=8'), **environment)
+  assert again.returncode == 0, again.stderr
+  assert f'step 6 is set aside as {run}/checkpoints/aside-6: params' in again.stdout
+  assert f'resumed {run} at step 4' in again.stdout
+  assert of_step('aside-6') == {**whole, largest: bytes(damaged)}
+  # The step is saved once more, with the bits that it had.
+  meta = [json.loads(found['meta/metadata']) for found in (whole, of_step(6))]
+  assert meta[0]['digests'] == meta[1]['digests']
+  assert 'whole' in command('checkpoints', run, '--verify', **environment).stdout
 
 
 def test_a_bucket_without_a_name_is_refused(tmp_path):

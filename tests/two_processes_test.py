@@ -1,4 +1,4 @@
-"""Runs in two processes: the numbers, and the data, of one."""
+"""Runs in several processes: the numbers, and the data, of one."""
 
 import json
 import socket
@@ -16,16 +16,18 @@ from glm_jax import checkpoints
 from glm_jax.data import pipeline, prepare
 from glm_jax.data.corpora.config import CorpusConfig, VocabularyConfig
 from glm_jax.data.examples.objective_config import ObjectiveConfig
+from glm_jax.training import writer
 
 pytestmark = pytest.mark.slow
 
 
-def _flags():
-  """Of each of two processes that find each other."""
+def _flags(count=2):
+  """Of each of some processes that find each other."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'--coordinator_address=localhost:{free.getsockname()[1]}'
-  return [[address, '--process_count=2', f'--process_index={i}'] for i in range(2)]
+  number = f'--process_count={count}'
+  return [[address, number, f'--process_index={i}'] for i in range(count)]
 
 
 def test_two_processes_equal_one(text, tmp_path):
@@ -97,3 +99,43 @@ def test_killed_on_one_process_the_data_goes_on_to_the_same_bits_on_two(text, tm
     for row, index in enumerate(batch.index):
       alone = rows[0] if number < step else resumed
       assert spy.line(batch, row) == alone[index]
+
+
+def test_each_time_in_other_processes_it_is_the_run_of_one(text, tmp_path):
+  """1, 2, 4 and 1 of them, started one after the other: the same rows, the same losses."""
+  legs, each = (1, 2, 4, 1), 5
+  bindings = [
+    *(f'GLMConfig.{name}_dropout=0.0' for name in ('output', 'attention', 'embedding')),
+    "OptimizerConfig.schedule='constant'",  # else it knows the total of steps
+    'EvaluationConfig.every=1000',
+    'EvaluationConfig.fill=0',
+  ]
+
+  def leg(run, count, steps):
+    """Goes on to a step; what each process was given, by row."""
+    own = [*bindings, f'TRAIN_STEPS={steps}', f'MeshConfig.fsdp={count}']
+    told = [tmp_path / f'{run}-{steps}-{index}' for index in range(count)]
+    begun = [
+      runs.begin(text, tmp_path / run, *own, flags=['--import=spy', *flags], SEEN=str(seen))
+      for flags, seen in zip(_flags(count) if count > 1 else [[]], told, strict=True)
+    ]
+    said, *_ = [runs.finish(process) for process in begun]
+    lines = [line for seen in told for line in seen.read_text().splitlines()]
+    return said, {int(line.split()[0]): line for line in lines}
+
+  total = each * len(legs)
+  _, straight = leg('straight', 1, total)
+  seen = {}
+  for number, count in enumerate(legs):
+    said, rows = leg('changing', count, each * (number + 1))
+    assert not number or f'at step {each * number}' in said
+    # Rows that were read ahead, and not trained on, are given again.
+    assert all(straight.get(i, line) == line for i, line in rows.items())
+    seen |= rows
+  assert {*range(8 * total)} <= seen.keys() & straight.keys()
+  losses = [
+    [(r['step'], r['loss']) for r in writer.read(str(tmp_path / run), 'train')]
+    for run in ('straight', 'changing')
+  ]
+  assert [step for step, _ in losses[1]] == [*range(1, total + 1)]
+  np.testing.assert_allclose(losses[1], losses[0], atol=1e-5, rtol=0)

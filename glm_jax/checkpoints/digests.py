@@ -50,17 +50,25 @@ def of_arrays(tree: Any) -> tuple[Digests, list[str]]:
   leaves = flat(tree)
   if not leaves:
     return {}, []
-  mesh = next(
-    (a.sharding.mesh for a in leaves.values() if isinstance(a.sharding, NamedSharding)),
-    None,
-  )
-  everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-  sums = np.asarray(_program(everywhere)([*leaves.values()]))
+  sums = np.asarray(program(leaves)([*leaves.values()]))
   digests = {
     path: _text(leaf.dtype, leaf.shape, own)
     for (path, leaf), own in zip(leaves.items(), sums, strict=True)
   }
   return digests, [p for p, own in zip(leaves, sums, strict=True) if own[2]]
+
+
+def program(leaves: Mapping[str, Any]) -> Any:
+  """What computes them, jitted: a list of arrays -> [len, 3] uint32, see `of_arrays`.
+
+  Args:
+    leaves: arrays, or their shapes, dtypes and shardings, by path.
+  """
+  mesh = next(
+    (a.sharding.mesh for a in leaves.values() if isinstance(a.sharding, NamedSharding)),
+    None,
+  )
+  return _program(None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def flat(tree: Any, path: str = '') -> dict[str, Any]:
