@@ -79,24 +79,26 @@ def test_a_blank_hides_what_stood_between_its_neighbours(
   assert places != sorted(places)
 
 
-def test_a_blank_at_the_end_of_a_text_has_no_neighbour_there(rows, vocabulary):
-  """Of a row that Part A ends with a mask."""
+def test_a_text_that_is_a_blank_at_either_end_has_no_neighbour_there(vocabulary):
+  """Two documents of a row, the first of which ends with a mask, the second begins so."""
   s = vocabulary.specials
-  #           A:  x    mask | B: sop  a
-  tokens = np.array([[s.enc, 7, s.mask, s.sop, 9]], np.int32)
-  targets = np.array([[0, 0, 0, 9, s.eop]], np.int32)
+  #            A: x     mask  | B: sop   a   | A: mask    x  | B: sop   b
+  tokens = np.array([[7, s.mask, s.sop, 9, s.mask, 8, s.sop, 6]], np.int32)
+  targets = np.array([[0, 0, 9, s.eop, 0, 0, 6, s.eop]], np.int32)
   batch = Batch(
     tokens=tokens,
     targets=targets,
-    loss_weights=np.array([[0, 0, 0, 1, 1]], np.float32),
-    positions=np.array([[0, 1, 2, 2, 2]], np.int32),
-    block_positions=np.array([[0, 0, 0, 1, 2]], np.int32),
-    key_start=np.zeros((1, 5), np.int32),
-    key_end=np.array([[3, 3, 3, 4, 5]], np.int32),
-    objective=np.zeros((1, 5), np.int32),
+    loss_weights=np.array([[0, 0, 1, 1, 0, 0, 1, 1]], np.float32),
+    positions=np.array([[0, 1, 1, 1, 0, 1, 0, 0]], np.int32),
+    block_positions=np.array([[0, 0, 1, 2, 0, 0, 1, 2]], np.int32),
+    key_start=np.array([[0, 0, 0, 0, 4, 4, 4, 4]], np.int32),
+    key_end=np.array([[2, 2, 3, 4, 6, 6, 7, 8]], np.int32),
+    objective=np.zeros((1, 8), np.int32),
   )
-  [blank] = guesses.blanks(batch, s)
-  assert blank == guesses.Blank(row=0, start=3, ids=(9,), left=7, right=-1)
+  assert guesses.blanks(batch, s) == [
+    guesses.Blank(row=0, start=2, ids=(9,), left=7, right=-1),
+    guesses.Blank(row=0, start=6, ids=(6,), left=s.pad, right=8),
+  ]
 
 
 def test_text_pairs_are_neighbours_in_the_text(rows, documents, vocabulary):

@@ -27,7 +27,7 @@ class Blank(NamedTuple):
     row: of the batch.
     start: position of its [sop] in Part B.
     ids: what was there, without [eop].
-    left: token before its mask.
+    left: token before its mask; padding if there is none.
     right: token behind it; -1 if there is none.
   """
 
@@ -62,8 +62,11 @@ def blanks(batch: Batch, specials: Any) -> list[Blank]:
     for start, end, mask in zip(starts, ends, mask_of, strict=True):
       behind = mask + 1 < len(tokens) and visible[row, mask + 1]
       right = int(tokens[mask + 1]) if behind else -1
+      # No pair with padding is ever counted: at the beginning of a text, nothing is known.
+      inside = mask > batch.key_start[row, mask]
+      left = int(tokens[mask - 1]) if inside else specials.pad
       ids = tuple(batch.targets[row, start:end].tolist())
-      made.append(Blank(row, int(start), ids, int(tokens[mask - 1]), right))
+      made.append(Blank(row, int(start), ids, left, right))
   return made
 
 
