@@ -3,7 +3,8 @@
 python -m benchmarks.memory
 
 counts each row from shapes, seconds each, and writes the table of launch/README.md. No
-compiler and no GPU are needed.
+compiler and no GPU are needed, but the packages of `pip install -e '.[plan]'` are: without
+tokamax, the attention that a GPU would be given needs more.
 """
 
 from __future__ import annotations

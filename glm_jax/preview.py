@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     1 <= flags.examples <= _COUNTED,
     f'--examples must be in 1 .. {_COUNTED}',
     str(flags.examples),
-    'ask for fewer',
+    'give a number in that range',
   )
   path = cli.output_file('--output', flags.output)
   # Of an accelerator a preview needs nothing, and a run beside it may hold all.

@@ -531,6 +531,6 @@ def test_a_template_goes_with_its_models_vocabulary():
     template_for(_vocabulary('chatglm2'), 'chatglm')
   with pytest.raises(UserError, match=r"must be one of .*, got 'llama'; choose"):
     template_for(_vocabulary('chatglm2'), 'llama')
-  with pytest.raises(UserError, match="got one with a vocabulary 'bytes'; use generate"):
+  with pytest.raises(UserError, match="got one with a vocabulary 'bytes'; use glm_pairs"):
     template_for(_vocabulary('bytes'))
   assert {*chat.FAMILIES} == {*FAMILIES}

@@ -271,8 +271,8 @@ def lines(
     configs.check(
       not missing,
       f'{place} must be an object with the fields {[*fields]}',
-      f'{line[:80]!r}',
-      'mend it, or choose the --task that it is of',
+      repr(line[:80].decode(errors='replace')),
+      'mend it, or choose the task or benchmark that it is of',
     )
     yield place, made
 

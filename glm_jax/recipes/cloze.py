@@ -80,7 +80,8 @@ class Cloze(Pretraining):
 
   def __post_init__(self):
     super().__post_init__()
-    configs.check_value('Cloze.benchmark', self.benchmark, one_of(*PATTERNS))
+    known = one_of(*PATTERNS).but('choose one of these, or --import what registers it')
+    configs.check_value('Cloze.benchmark', self.benchmark, known)
 
   @property
   def pattern(self) -> Any:

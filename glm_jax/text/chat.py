@@ -218,7 +218,7 @@ def template_for(vocabulary: Vocabulary, family: str = '') -> Template:
       'a conversation must be had with a model of a family that has a chat template, '
       f'{(*FAMILIES,)}',
       f'one with a vocabulary {vocabulary.kind!r}',
-      "use generate, or name the template (a model that was tuned on 'chatglm')",
+      "use glm_pairs and generate, or name the template (a model tuned on 'chatglm')",
     )
   check(
     family in FAMILIES,

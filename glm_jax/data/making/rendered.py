@@ -226,7 +226,7 @@ def _pair(
 def _refuse(rule: str, tokens: int, longest: int, where: str) -> None:
   configs.check(
     rule != 'error',
-    f'with CorpusConfig.too_long, a conversation or pair must fit a row, {longest} tokens',
+    f'with too_long={rule!r}, a conversation or pair must fit a row, {longest} tokens',
     f'{tokens} tokens{where}',
     'raise TASK_FEATURE_LENGTHS, or choose another rule',
   )
