@@ -227,7 +227,7 @@ def test_integers_are_adapted_and_what_was_trained_beside_is_merged(runs, text, 
     more = (f'TRAIN_STEPS={steps}', 'EvaluationConfig.fill=1', trained)
     done = _adapt(tmp_path, 'run', text, tmp_path / 'int4', *more)
     assert done.returncode == 0, done.stderr
-  assert 'resumed' in done.stdout and 'blanks filled by the model' in done.stdout
+  assert 'resumed' in done.stdout and 'of held-out sentences' in done.stdout
   assert snapshot(tmp_path / 'int4') == before
   held = _held(tmp_path / 'run')
   assert {path[-1] for path in held} == {'a', 'b', 'scale', 'bias'}
