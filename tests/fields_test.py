@@ -43,7 +43,9 @@ def test_a_line_says_type_rules_default_and_doc():
   assert said['OptimizerConfig.beta2'].startswith(
     'OptimizerConfig.beta2  float, in [0, 1) = 0.98  decay of the second; '
   )
-  assert '  int, positive, 2147483647 or less, required  rows' in said['TrainConfig.batch_size']
+  assert (
+    '  int, positive, 2147483647 or less, required  rows' in said['TrainConfig.batch_size']
+  )
   assert ' = @OptimizerConfig()  ' in said['TrainConfig.optimizer']
   assert (
     "one of ('adamw', 'adafactor', 'muon') = 'adamw'" in said['OptimizerConfig.algorithm']

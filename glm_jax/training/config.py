@@ -43,7 +43,8 @@ class EvaluationConfig:
     examples: rows of each validation set; 0 for all.
     patience: the run stops after so many validations that did not improve on the best
       `CheckpointConfig.best_metric`, as `best_mode` has it; 0 never does.
-    fill: held-out sentences whose blanks are filled at the end; 0 for none.
+    fill: held-out sentences whose blanks are filled at the end; 0 for none, and no count of
+      how many blanks are guessed right.
   """
 
   every: Annotated[int, at_least(1)] = 1000
