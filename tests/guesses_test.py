@@ -10,6 +10,7 @@ from glm_jax import models, sharding
 from glm_jax.batch import Batch
 from glm_jax.data.baselines import NGrams, ranks_of
 from glm_jax.data.examples import texts
+from glm_jax.inference import prompts
 from glm_jax.inference.forward import Forward
 from glm_jax.recipes import guesses
 from glm_jax.text import loading
@@ -213,3 +214,14 @@ def test_a_forward_compares_each_target_with_all_tokens(rows):
   total = np.log(np.exp(logits).sum(-1))
   np.testing.assert_allclose(log_probs, of_target[..., 0] - total, atol=1e-5)
   np.testing.assert_array_equal(ranks, (logits > of_target).sum(-1))
+
+
+def test_what_is_barred_stands_in_no_token_that_may_be_generated(vocabulary):
+  config = models.GLMConfig(
+    num_layers=1, hidden_size=16, num_heads=2, vocab_size=384, max_positions=64
+  )
+  every = prompts.allowed(config, vocabulary)
+  without = prompts.allowed(config, vocabulary, '\n')
+  [line_break] = vocabulary.encode('\n')
+  assert np.flatnonzero(every != without).tolist() == [line_break]
+  assert every[line_break] and without[[*vocabulary.stops]].all()

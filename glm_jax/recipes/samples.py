@@ -160,8 +160,8 @@ def fill(
       likely = math.exp(math.fsum(scores[0]))
       probabilities[text] = max(likely, probabilities.get(text, 0.0))
     best = sorted(probabilities.items(), key=lambda item: -item[1])[:_SHOWN]
-    guesses = [{'text': text, 'probability': p} for text, p in best]
-    made.append({'before': before, 'was': was, 'behind': behind, 'guesses': guesses})
+    shown = [{'text': text, 'probability': p} for text, p in best]
+    made.append({'before': before, 'was': was, 'behind': behind, 'guesses': shown})
     said = [text if causal else f'{text or "(nothing)"} {p:.1%}' for text, p in best]
     say(f'  {before.strip()} [{was}] {behind.strip()}'.rstrip() + f'   {", ".join(said)}')
   return made
