@@ -134,6 +134,30 @@ def _begin(text, run, *bindings, each=((), ()), **more):
   ]
 
 
+def _begin_altered(text, folder, process, code):
+  """Two processes, of which one runs some code as it waits for step 3."""
+  (folder / 'altered.py').write_text(
+    'import os, time\nfrom glm_jax.configs import ResourceError\n'
+    'from glm_jax.training import metrics\nwait = metrics.Results.wait\n'
+    'def waits(results, leave):\n'
+    f"  if os.environ['ALTERED'] == '{process}' and results._step == 3:\n"
+    f'    {code}\n'
+    '  return wait(results, leave)\n'
+    'metrics.Results.wait = waits\n'
+  )
+  return [
+    runs.begin(
+      text,
+      folder / 'run',
+      *ENDLESS,
+      flags=['--import=altered', *flags],
+      imports=folder,
+      ALTERED=str(index),
+    )
+    for index, flags in enumerate(_flags())
+  ]
+
+
 def _ended(both, seconds=100):
   """[(code, what was said)] and how long it took."""
   began = time.perf_counter()
@@ -157,28 +181,8 @@ def test_a_worker_that_is_killed_ends_the_other_in_a_sentence(text, tmp_path):
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_a_leader_that_is_not_in_a_collective(text, tmp_path):
   """Nothing breaks there: heartbeats that are missing are all that tells it."""
-  (tmp_path / 'waits.py').write_text(
-    'import os, time\nfrom glm_jax.training import metrics\n'
-    'wait = metrics.Results.wait\n'
-    'def waits(results, leave):\n'
-    "  if os.environ.get('WAITS') and results._step == 3:\n"
-    "    print('in Python', flush=True)\n"
-    '    while True:\n'
-    '      time.sleep(0.1)\n'
-    '  return wait(results, leave)\n'
-    'metrics.Results.wait = waits\n'
-  )
-  both = [
-    runs.begin(
-      text,
-      tmp_path / 'run',
-      *ENDLESS,
-      flags=['--import=waits', *flags],
-      imports=tmp_path,
-      **({} if index else {'WAITS': '1'}),
-    )
-    for index, flags in enumerate(_flags())
-  ]
+  waits = "print('in Python', flush=True)\n    while True: time.sleep(0.1)"
+  both = _begin_altered(text, tmp_path, process=0, code=waits)
   until(both[0], 'in Python')
   both[1].kill()
   [(code, said), _], seconds = _ended(both)
@@ -199,26 +203,8 @@ def test_when_process_0_is_killed_the_other_is_not_left(text, tmp_path):
 @pytest.mark.slow
 def test_a_failure_in_one_is_said_by_both_with_its_code(text, tmp_path):
   """Of a process that cannot write, whose part of a save the other would wait for."""
-  (tmp_path / 'fails.py').write_text(
-    'import os\nfrom glm_jax.configs import ResourceError\n'
-    'from glm_jax.training import metrics\nwait = metrics.Results.wait\n'
-    'def waits(results, leave):\n'
-    "  if os.environ.get('FAILS') and results._step == 3:\n"
-    "    raise ResourceError('no room on the second disk')\n"
-    '  return wait(results, leave)\n'
-    'metrics.Results.wait = waits\n'
-  )
-  both = [
-    runs.begin(
-      text,
-      tmp_path / 'run',
-      *ENDLESS,
-      flags=['--import=fails', *flags],
-      imports=tmp_path,
-      **({'FAILS': '1'} if index else {}),
-    )
-    for index, flags in enumerate(_flags())
-  ]
+  fails = "raise ResourceError('no room on the second disk')"
+  both = _begin_altered(text, tmp_path, process=1, code=fails)
   until(both[0], '\nstep     1/')
   ended, seconds = _ended(both)
   assert [code for code, _ in ended] == [74, 74], ended

@@ -11,7 +11,10 @@ from glm_jax.models.positions import PHASE_DTYPES
 
 # A configuration comes with a checkpoint, too: layers are listed, heads have tables of
 # phases, and sizes are int32, before anything is compared with the arrays that are there.
-_LAYERS, _WIDTH = at_most(10_000), at_most(2**20)
+_Layers = Annotated[int, POSITIVE, at_most(10_000)]
+_WIDTH = at_most(2**20)
+_Width = Annotated[int, POSITIVE, _WIDTH]
+_Size = Annotated[int, POSITIVE, INT32]
 # 0.1 is the rate of THUDM/GLM's arguments.py.
 _DROPOUT = within('[0, 1)').but('use 0.1 as the original, or 0 for none')
 
@@ -36,12 +39,12 @@ class GLMConfig:
     init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
   """
 
-  num_layers: Annotated[int, POSITIVE, _LAYERS]
-  hidden_size: Annotated[int, POSITIVE, _WIDTH]
-  num_heads: Annotated[int, POSITIVE, _WIDTH]
+  num_layers: _Layers
+  hidden_size: _Width
+  num_heads: _Width
   mlp_size: Annotated[int, at_least(0).but('use 0 for 4 x hidden_size'), INT32] = 0
-  vocab_size: Annotated[int, POSITIVE, INT32]
-  max_positions: Annotated[int, POSITIVE, INT32]
+  vocab_size: _Size
+  max_positions: _Size
   activation: Annotated[str, one_of('gelu', 'gelu_erf')] = 'gelu'
   embedding_dropout: Annotated[float, _DROPOUT] = 0.1
   attention_dropout: Annotated[float, _DROPOUT] = 0.1
@@ -100,15 +103,15 @@ class ChatGLMConfig:
     init_std: of the embedding table; the other weights have DeepNorm's initialisation.
   """
 
-  num_layers: Annotated[int, POSITIVE, _LAYERS]
-  hidden_size: Annotated[int, POSITIVE, _WIDTH]
-  num_heads: Annotated[int, POSITIVE, _WIDTH]
-  mlp_size: Annotated[int, POSITIVE, INT32]
-  vocab_size: Annotated[int, POSITIVE, INT32]
-  max_positions: Annotated[int, POSITIVE, INT32]
+  num_layers: _Layers
+  hidden_size: _Width
+  num_heads: _Width
+  mlp_size: _Size
+  vocab_size: _Size
+  max_positions: _Size
   gated: bool = False
   two_positions: bool = True
-  deepnorm_layers: Annotated[int, POSITIVE, INT32]
+  deepnorm_layers: _Size
   tied_head: bool = True
   norm_epsilon: Annotated[float, POSITIVE] = 1e-5
   rope_theta: Annotated[float, POSITIVE] = 10000.0
@@ -176,14 +179,14 @@ class ChatGLM2Config:
     init_std: of every weight matrix; `out` and `down` have it over sqrt(2 L).
   """
 
-  num_layers: Annotated[int, POSITIVE, _LAYERS]
-  hidden_size: Annotated[int, POSITIVE, _WIDTH]
-  num_heads: Annotated[int, POSITIVE, _WIDTH]
-  num_kv_heads: Annotated[int, POSITIVE, _WIDTH]
-  head_size: Annotated[int, POSITIVE, _WIDTH]
-  mlp_size: Annotated[int, POSITIVE, INT32]
-  vocab_size: Annotated[int, POSITIVE, INT32]
-  max_positions: Annotated[int, POSITIVE, INT32]
+  num_layers: _Layers
+  hidden_size: _Width
+  num_heads: _Width
+  num_kv_heads: _Width
+  head_size: _Width
+  mlp_size: _Size
+  vocab_size: _Size
+  max_positions: _Size
   norm_epsilon: Annotated[float, POSITIVE] = 1e-5
   qkv_bias: bool = True
   sandwich_norms: bool = False
