@@ -41,28 +41,9 @@ BENCHMARK = 'verbs'
 VERBS = ('Add', 'Check', 'Convert', 'Create', 'Return', 'Set')
 # Sentences of a verb at most, of which half are held out, and those that are learnt from.
 EACH, SHOTS = 100, 24
-MODEL = (
-  'TrainConfig.model=@ChatGLMConfig()',
-  'ChatGLMConfig.num_layers=2',
-  'ChatGLMConfig.hidden_size=128',
-  'ChatGLMConfig.num_heads=2',
-  'ChatGLMConfig.mlp_size=512',
-  'ChatGLMConfig.vocab_size=2048',
-  'ChatGLMConfig.max_positions=128',
-  'ChatGLMConfig.deepnorm_layers=2',
-  "ChatGLMConfig.rope_frequency_dtype='float32'",
-  'ChatGLMConfig.init_std=0.06',
-  'VocabularyConfig.size=2048',
-)
+GIN_FILE = 'gin_configs/quickstart.gin'
 PRETRAINING = (
   "MIXTURE_OR_TASK_NAME='glm_blank'",
-  "TASK_FEATURE_LENGTHS={'tokens':64}",
-  'BATCH_SIZE=16',
-  'OptimizerConfig.warmup_steps=100',
-  "OptimizerConfig.algorithm='muon'",
-  'OptimizerConfig.beta1=0.95',
-  'OptimizerConfig.learning_rate=8e-3',
-  'OptimizerConfig.final_ratio=0.01',
   'EvaluationConfig.examples=256',
   'TrainConfig.log_every=100',
 )
@@ -174,8 +155,8 @@ def pretrained(name: str, seed: int, steps: int, runs: Path) -> Path:
     how, steps = ('OptimizerConfig.learning_rate=1e-12', f'TrainConfig.seed={seed}'), 1
   when = (f'EvaluationConfig.every={steps}', f'CheckpointConfig.every={steps}')
   warmup = () if steps > 100 else ('OptimizerConfig.warmup_steps=1',)
-  bindings = (*MODEL, *PRETRAINING, *PRETRAINED.get(name, ()), *when, *warmup, *how)
-  train(run, 'gin_configs/runs/pretrain.gin', bindings, steps)
+  bindings = (*PRETRAINING, *PRETRAINED.get(name, ()), *when, *warmup, *how)
+  train(run, GIN_FILE, bindings, steps)
   return run
 
 

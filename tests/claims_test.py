@@ -53,13 +53,13 @@ def test_a_stopped_command_goes_on_with_the_same_table(tmp_path, monkeypatch, ca
     (text / f'{number}.txt').write_text(f'Return the {number} quick foxes. ' * 12)
   pretraining = (
     *claims.PRETRAINING,
+    *TINY,
     f"CorpusConfig.corpus='{text}/*.txt'",
     'BATCH_SIZE=8',
     'EvaluationConfig.examples=8',
   )
   finetuning = (*claims.FINETUNING, 'BATCH_SIZE=8', 'EvaluationConfig.examples=8')
   for name, value in {
-    'MODEL': TINY,
     'PRETRAINING': (*pretraining, 'EvaluationConfig.fill=0'),
     'FINETUNING': (*finetuning, 'OptimizerConfig.warmup_steps=1'),
     'ARMS': ARMS,
