@@ -81,7 +81,7 @@ def test_backends_equal_the_reference_forward_and_backward(kind, heads, monkeypa
   weight = jax.random.normal(keys[3], (B, T, N, H))
   visibility = _visibility(kind, T)
   gradients = {}
-  for backend in ('dense', 'chunked'):
+  for backend in ('dense', 'chunked', 'cpu_dense'):
 
     def weighted(q, k, v, backend=backend):
       out = attend(q, k, v, visibility, backend=backend)
@@ -90,8 +90,9 @@ def test_backends_equal_the_reference_forward_and_backward(kind, heads, monkeypa
     run = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))
     (_, out), gradients[backend] = run(q, k, v)
     np.testing.assert_allclose(out, _reference(q, k, v, visibility), atol=2e-6)
-  for dense, other in zip(*gradients.values(), strict=True):
-    np.testing.assert_allclose(other, dense, atol=1e-5)
+  for dense, *others in zip(*gradients.values(), strict=True):
+    for other in others:
+      np.testing.assert_allclose(other, dense, atol=1e-5)
     assert bool(jnp.isfinite(dense).all())
 
 
@@ -215,7 +216,9 @@ def test_tokamax_equals_dense_in_the_other_layouts(kind, heads, kernels):
   _equal_to_dense('tpu_tokamax', kind, HEADS[heads])
 
 
-@pytest.mark.parametrize('backend', ['dense', 'chunked', 'tpu_splash', 'tpu_tokamax'])
+@pytest.mark.parametrize(
+  'backend', ['dense', 'chunked', 'cpu_dense', 'tpu_splash', 'tpu_tokamax']
+)
 def test_a_key_influences_exactly_the_queries_whose_interval_holds_it(backend, kernels):
   """Boundaries inside blocks and at their edges, empty rows, an interval of one."""
   T = 260
@@ -371,7 +374,7 @@ def test_without_tokamax_the_next_best_is_named(monkeypatch):
 
 def test_a_backend_that_cannot_is_refused_or_named():
   cpu, tpu = _Device('cpu', 'cpu'), _Device('tpu', 'TPU v5')
-  assert choose(_CAUSAL, _AUTO, cpu, 512)[0] == 'dense'
+  assert choose(_CAUSAL, _AUTO, cpu, 512)[0] == 'cpu_dense'
   assert choose(_CAUSAL, _AUTO, cpu, 8192)[0] == 'chunked'
   dropping = GLMConfig(**_SIZES, attention_dropout=0.1)
   backend, why = choose(dropping, _AUTO, tpu, 8192)

@@ -12,7 +12,7 @@ import stored
 from commands import ROOT, environment, in_process, snapshot
 
 import glm_jax
-from glm_jax import models, sharding
+from glm_jax import attention, models, sharding
 from glm_jax.batch import Batch
 from glm_jax.configs import UserError
 from glm_jax.training import losses, step
@@ -41,7 +41,10 @@ def test_logits_of_rows_are_those_of_the_training_forward_to_the_bit(folders, fa
   model = glm_jax.load(folders[family], mesh=mesh)
   rows = model.rows(TEXTS + PROMPTS[family] + TEXTS[:2])
   batch = sharding.place(rows._replace(index=None), model.layout)
-  apply = models.build(config).apply
+  backend, _ = attention.choose(
+    config, models.ComputeConfig(), jax.devices()[0], rows.tokens.shape[1]
+  )
+  apply = models.build(config, models.ComputeConfig(attention=backend)).apply
   with sharding.active(model.layout):
     inputs = (batch.tokens, batch.positions, batch.block_positions, batch.visibility)
     expected, _ = jax.jit(apply)({'params': model.params}, *inputs)

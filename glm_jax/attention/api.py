@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from glm_jax import configs, sharding
-from glm_jax.attention import chunked, dense, gpu, splash, tokamax_splash
+from glm_jax.attention import chunked, cpu, dense, gpu, splash, tokamax_splash
 from glm_jax.batch import Visibility
 
 _PLATFORM = {
@@ -22,8 +22,9 @@ _PLATFORM = {
   'tpu_tokamax': 'tpu',
   'gpu_tokamax': 'gpu',
   'gpu_hopper': 'gpu',
+  'cpu_dense': 'cpu',
 }
-"""The backends that are kernels, and where they run; 'gpu_hopper' is never chosen, for it
+"""The backends that run on one platform alone; 'gpu_hopper' is never chosen, for it
 was compiled for its GPU and interpreted, and not yet run on one."""
 
 BACKENDS = ('auto', 'dense', 'chunked', *_PLATFORM)
@@ -93,6 +94,7 @@ def choose(model: Any, compute: Any, device: Any, length: int) -> tuple[str, str
   candidates = {
     'tpu': (_BEST.get(device.device_kind, 'tpu_splash'), 'tpu_splash'),
     'gpu': ('gpu_tokamax',),
+    'cpu': ('cpu_dense',) if plain == 'dense' else (),
   }.get(platform, ())
   why = f'best on {device.device_kind}'
   for backend in candidates:
@@ -111,11 +113,13 @@ def _lacks(
     return ''
   if _PLATFORM[backend] != platform:
     return f'it runs on {_PLATFORM[backend]}, and this is {platform}'
-  # A flash kernel never holds the probabilities that dropout would act on.
+  # None holds the probabilities that dropout would act on.
   if getattr(model, 'attention_dropout', 0):
     return f'attention_dropout={model.attention_dropout} needs the probabilities'
   if backend == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
     return f'rows of {length} positions exceed {splash.LONGEST_PACKED}'
+  if backend == 'cpu_dense':
+    return ''
   if not backend.endswith('splash') and importlib.util.find_spec('tokamax') is None:
     return f"tokamax is missing (pip install 'glm_jax[{platform}]')"
   if _PLATFORM[backend] == 'gpu':
@@ -245,6 +249,9 @@ def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
       own = backend == 'gpu_hopper'
       out = gpu.flash(q_BTKGH, k_BSKH, v_BSKH, visibility, own_gradients=own)
       return out.reshape(B, T, N, H)
+    if backend == 'cpu_dense':
+      out = cpu.attend(q_BTKGH, k_BSKH, v_BSKH, visibility)
+      return checkpoint_name(out.reshape(B, T, N, H), 'attention')
     implementation = {'dense': dense.attend, 'chunked': chunked.attend}[backend]
     out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, rate, key)
     return checkpoint_name(out.reshape(B, T, N, H), 'attention')
