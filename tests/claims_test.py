@@ -23,12 +23,12 @@ ARMS = (('masked 15%', 'cloze'), (claims.FRESH, 'classifier'))
 
 
 def _sentences():
-  forms = [form for verb in claims.VERBS for form in (verb, f'{verb}s')]
-  return [f'{form} item {n}.' for n in range(6) for form in forms]
+  return [f'Item {n} {word} 2 others.' for n in range(12) for word in claims.WORDS]
 
 
 def test_examples_are_balanced_and_apart(tmp_path):
-  others = ['Returned a list.', 'A set of items.', 'Set']
+  # The first word and the last one are never missing.
+  others = ['Of a list.', 'the', 'A set that it belongs to']
   held_out = claims.write_task(tmp_path, [*_sentences(), *others])
   splits = {
     split: (tmp_path / f'{split}.jsonl').read_text().splitlines()
@@ -36,13 +36,24 @@ def test_examples_are_balanced_and_apart(tmp_path):
   }
   assert held_out == len(splits['val']) == len(splits['train']) == 36
   for lines in splits.values():
-    verbs = [json.loads(line)['verb'] for line in lines]
-    assert {verb: verbs.count(verb) for verb in claims.VERBS} == dict.fromkeys(verbs, 6)
-  [example] = claims.read(json.loads(splits['val'][0]), 'here')
-  assert example.parts[0] == BLANK and example.parts[1].startswith(' item ')
-  assert example.candidates[example.right[0]] == json.loads(splits['val'][0])['verb']
-  with pytest.raises(SystemExit, match='every verb must have four'):
+    words = [json.loads(line)['word'] for line in lines]
+    assert {word: words.count(word) for word in claims.WORDS} == dict.fromkeys(words, 6)
+  line = json.loads(splits['val'][0])
+  [example] = claims.read(line, 'here')
+  before, blank, behind = example.parts
+  assert before.startswith('Item ') and blank == BLANK and behind == ' 2 others.'
+  assert example.candidates[example.right[0]] == f' {line["word"]}'
+  with pytest.raises(SystemExit, match='every word must have four'):
     claims.write_task(tmp_path, others)
+
+
+def test_what_is_read_of_a_long_sentence(tmp_path):
+  long = [
+    f'{n} a b c d e f g {word} 1 2 3 4 5 6 7 8 9' for n in range(4) for word in claims.WORDS
+  ]
+  claims.write_task(tmp_path, long)
+  line = json.loads((tmp_path / 'val.jsonl').read_text().splitlines()[0])
+  assert line == {'before': 'b c d e f g', 'behind': '1 2 3 4 5 6 7 8', 'word': 'and'}
 
 
 @pytest.mark.slow
