@@ -116,6 +116,26 @@ class Transformers:
     return {r.number: tokens for r, tokens in zip(asked, said, strict=True)}
 
 
+def bound(params: Any, rounds: int) -> float:
+  """Tokens/s that one row cannot exceed: each token is multiplied with all weights.
+
+  Args:
+    params: of the model.
+    rounds: ten times as many products with a vector, of which the median is taken.
+  """
+  width = model().hidden_size
+  weights = []
+  for path, x in slices.flat(params).items():
+    if path[-1] == 'weight' and path[0] != 'words':  # a lookup reads a row of these
+      layers = x if path[0] == 'layers' else x[None]
+      weights += [layer.reshape(-1, width) for layer in layers]
+  vectors = [jax.numpy.ones((1, len(w)), w.dtype) for w in weights]
+  multiply = jax.jit(lambda pairs: [v @ w for v, w in pairs])
+  pairs = [*zip(vectors, weights, strict=True)]
+  read = {'weights': lambda: jax.block_until_ready(multiply(pairs))}
+  return 1 / statistics.median(timed(read, 10 * rounds)['weights'])
+
+
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
   """Seconds of each, in turn; once before, to be compiled."""
   for run in runs.values():
@@ -178,6 +198,8 @@ def measure(rounds: int, only: str) -> list[dict[str, Any]]:
       raise ValueError(f'other tokens than transformers: {own}, {other}')
     seconds = timed(runs, rounds)
     result = _result(f'batch {rows}', rows * NEW, seconds, 'transformers', dtype)
+    if rows == 1:
+      result['bound'] = bound(plain, rounds)
     results.append(result | {'rows_with_the_same_first_tokens': same})
   if only in '64 prompts':
     engine, asked = Ours(kinds[dtype], dtype, 8), requests(64, (8, NEW))
@@ -225,6 +247,7 @@ def table(results: dict[str, Any]) -> list[str]:
     '| case | ours | tokens/s | beside | tokens/s | ratio |',
     '|---|---|---|---|---|---|',
   ]
+  note = ''
   for row in results['rows']:
     for name, ratios in row['ratios'].items():
       speed, peer = row['tokens_per_second'], row['peer']
@@ -232,7 +255,12 @@ def table(results: dict[str, Any]) -> list[str]:
         f'| {row["case"]} | {name} | {speed[name]:,.0f} | {peer} | {speed[peer]:,.0f} | '
         f'**{statistics.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f}) |'
       )
-  return lines
+    if 'bound' in row:
+      note = (
+        f'Products of all {row["dtype"]} weights with a vector, and nothing else, would be '
+        f'{row["bound"]:,.0f} tokens/s at batch 1.'
+      )
+  return [*lines, '', note] if note else lines
 
 
 def write_tables() -> None:
