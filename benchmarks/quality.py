@@ -40,7 +40,7 @@ from glm_jax.training.config import TrainConfig
 RESULTS = Path(__file__).parent / 'quality'
 # Arguments of `train`, by run.
 RUNS: dict[str, tuple[str, ...]] = {
-  'glm_tiny': ('--gin_file=gin_configs/glm_tiny.gin',),
+  'quickstart': ('--gin_file=gin_configs/quickstart.gin',),
   'chatglm2_tiny': ('--gin_file=gin_configs/chatglm2_tiny.gin',),
   'chatglm2_25m': (
     '--gin_file=gin_configs/chatglm2_tiny.gin',
@@ -196,7 +196,7 @@ def table(results: dict[str, Any]) -> list[str]:
   return [
     *lines,
     '',
-    'Perplexity and top-1 on the validation split of each run (glm_tiny: its blanks). '
+    'Perplexity and top-1 on the validation split of each run (quickstart: its blanks). '
     '`bfloat16` are activations, of the same files; integers are computed in float32. '
     'Layers alone become integers: bytes of their weights, scales included, stand beside '
     f'those of all weights. {NEW} tokens of one row, greedily, medians.',
