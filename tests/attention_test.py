@@ -96,6 +96,24 @@ def test_backends_equal_the_reference_forward_and_backward(kind, heads, monkeypa
     assert bool(jnp.isfinite(dense).all())
 
 
+def test_a_cpu_computes_in_float32_whatever_it_is_given():
+  """Rounded once, at the end: no further from the exact result than its dtype asks."""
+  T = 37
+  keys = jax.random.split(jax.random.key(0), 4)
+  of_dtype = lambda key, heads: jax.random.normal(key, (B, T, heads, H), jnp.bfloat16)
+  q, k, v = (of_dtype(key, heads) for key, heads in zip(keys, (4, 2, 2), strict=False))
+  weight, visibility = of_dtype(keys[3], 4), _visibility('packed', T)
+
+  def pulled(q, k, v, backend):
+    out, pull = jax.vjp(lambda *a: attend(*a, visibility, backend=backend), q, k, v)
+    return out, *pull(weight.astype(out.dtype))
+
+  exact = pulled(*(x.astype(jnp.float32) for x in (q, k, v)), 'dense')
+  for found, wanted in zip(pulled(q, k, v, 'cpu_dense'), exact, strict=True):
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-5)
+
+
 def test_queries_may_be_fewer_than_keys():
   """As in a cache: one query over the first slots of a longer one."""
   q = jax.random.normal(jax.random.key(0), (2, 1, 2, H))

@@ -28,7 +28,8 @@ def _forward(q_BTKGH, k_BSKH, v_BSKH, visibility):
   S, f32 = k_BSKH.shape[1], jnp.float32
   # Queries of one key head are rows of one product.
   q = jnp.transpose(q_BTKGH.astype(f32), (0, 2, 3, 1, 4)).reshape(B, K, G * T, H)
-  k, v = (jnp.swapaxes(x.astype(f32), 1, 2) for x in (k_BSKH * H**-0.5, v_BSKH))
+  k, v = (jnp.swapaxes(x.astype(f32), 1, 2) for x in (k_BSKH, v_BSKH))
+  k *= H**-0.5
   visible = visibility.mask(S)[:, None, None]
   scores = jnp.einsum('BKtH,BKSH->BKtS', q, k).reshape(B, K, G, T, S)
   scores = jnp.where(visible, scores, MASKED)
