@@ -39,7 +39,10 @@ def unreadable(folder: Any, item: str) -> Iterator[None]:
   except UserError:
     raise  # a refusal, which says more
   except Exception as error:
-    raise Damaged(folder, f'{item} cannot be read: {type(error).__name__}') from error
+    # Of an index that leads nowhere, Orbax returns None and stumbles over it later.
+    stumbled = isinstance(error, AttributeError | KeyError | TypeError)
+    why = '' if stumbled else f': {type(error).__name__}'
+    raise Damaged(folder, f'a file of {item} cannot be read{why}') from error
 
 
 @functools.cache
