@@ -189,7 +189,7 @@ def test_the_command_lists_and_verifies(saved, copy, tmp_path):
   assert in_process('checkpoints.__main__', run).returncode == 0
   done = in_process('checkpoints.__main__', run, '--verify')
   refused(done, 'must be undamaged', str(run))
-  assert 'damaged: params' in done.stdout
+  assert 'damaged: a file of params cannot be read' in done.stdout
   refused(in_process('checkpoints.__main__', tmp_path / 'none'), 'must be a folder with')
 
 
