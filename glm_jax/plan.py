@@ -52,8 +52,8 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
     'a run that trains all of them',
     "leave it out, or give --gin.TrainConfig.adapters='@LoRAConfig()'",
   )
-  dtype = released.STORED if flags.released else 'float32'
-  stored = prediction.Frozen(dtype, bits)
+  found = stand_in.stored_dtype(config)
+  stored = prediction.Frozen(found or released.STORED, bits)
   with stand_in.present(config) as config:
     if flags.suggest:
       result, config = suggest.best(config, devices, flags.trials, print, card, stored)
@@ -67,6 +67,8 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
   print(table.render(result, config, where))
   if flags.released:
     print(f'\n{released.assumed(config)}')
+  elif config.in_part and not found:
+    print(f'\nassumed: {released.FROZEN}')
   Path(flags.json).write_text(
     json.dumps({'topology': where, **result.to_dict()}, indent=2) + '\n', encoding='utf-8'
   )

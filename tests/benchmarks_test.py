@@ -56,7 +56,7 @@ def test_a_step_is_timed_and_makes_a_row_of_the_table():
   text = '\n'.join(
     step.table({'device': 'here', 'date': '', 'jax': '', 'torch': '', 'rows': [result]})
   )
-  assert '| tiny, 0 M | 2 × 32 prefix, 2 packed | dense |' in text
+  assert '| tiny, 0 M | 2 × 32 prefix, 2 packed | cpu_dense |' in text
 
 
 def test_without_pytorch_the_command_says_what_to_install(monkeypatch, capsys):

@@ -14,6 +14,12 @@ _NOT_RELEASED = ('tiny', 'chatglm2_tiny', 'glm_6b_seed')
 STORED = 'bfloat16'
 """Of parameters that are not trained: what `convert --dtype=bfloat16` writes."""
 
+FROZEN = (
+  f'what is not trained is stored in {STORED} (convert --dtype={STORED}), '
+  'or in the integers of --bits'
+)
+"""What a plan without a checkpoint assumes of it, for a person."""
+
 ROWS, LENGTH = 8, 1024
 """Of the batch, as gin_configs/runs/continue.gin has them."""
 
@@ -73,6 +79,5 @@ def assumed(config: Any) -> str:
   text = 'assumed, as in gin_configs/runs/continue.gin (--gin.NAME=value changes it): '
   text += 'TASK_FEATURE_LENGTHS, BATCH_SIZE, ComputeConfig.dtype and .remat as above'
   if config.in_part:
-    text += f'; what is not trained is stored in {STORED} (convert --dtype={STORED}), '
-    text += 'or in the integers of --bits'
+    text += f'; {FROZEN}'
   return text

@@ -1,13 +1,15 @@
-"""A checkpoint for a plan of a run whose `init_from` is not here."""
+"""A checkpoint for a plan of a run whose `init_from` is not here, and what is of one."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import checkpoints
@@ -40,6 +42,18 @@ def present(config: TrainConfig) -> Iterator[TrainConfig]:
     read = lambda path, layer: np.zeros(1, np.float32)
     slices.write(Path(folder), {('none',): spec}, read, meta, lambda _: None)
     yield dataclasses.replace(config, init_from=folder)
+
+
+def stored_dtype(config: TrainConfig) -> str | None:
+  """That of most parameters in a run's `init_from`, by name; None if it is not here."""
+  if not config.init_from or not _is_here(config.init_from):
+    return None
+  sizes = collections.Counter[str]()
+  for spec in slices.StoredLeaves(checkpoints.find(config.init_from)).specs.values():
+    # Integers have bits of their own.
+    if jnp.issubdtype(spec.dtype, jnp.floating):
+      sizes[spec.dtype.name] += spec.size
+  return sizes.most_common(1)[0][0]
 
 
 def _is_here(path: str) -> bool:
