@@ -44,13 +44,17 @@ def test_the_first_sentence_of_functions_is_read(tmp_path):
 
 
 @pytest.fixture
-def built(tmp_path, monkeypatch):
-  made = [Summary('a', f'f{i}(x)', f'Does the thing {i}.') for i in range(6)]
-  made += [Summary('b', f'g{i}(x)', f'Does the thing {i}.') for i in range(4, 9)]
-  made += [Summary('a', 'again(x)', 'Does the thing 0.')]
+def made(monkeypatch):
+  """What stands in for the documentation of all packages."""
+  found = [Summary('a', f'f{i}(x)', f'Does the thing {i}.') for i in range(6)]
+  found += [Summary('b', f'g{i}(x)', f'Does the thing {i}.') for i in range(4, 9)]
+  found += [Summary('a', 'again(x)', 'Does the thing 0.')]
   monkeypatch.setattr(documentation, 'held_out', lambda folder: {'b'})
-  monkeypatch.setattr(docstrings, 'summaries', lambda: iter(made))
-  builder = summaries.prepared(tmp_path)
+  monkeypatch.setattr(docstrings, 'summaries', lambda: iter(found))
+  return found
+
+
+def _examples(builder):
   return {
     split: [
       {k: v.decode() for k, v in example.items()}
@@ -58,6 +62,27 @@ def built(tmp_path, monkeypatch):
     ]
     for split in ('train', 'validation')
   }
+
+
+@pytest.fixture
+def built(tmp_path, made):
+  return _examples(summaries.prepared(tmp_path))
+
+
+def test_of_two_commands_at_once_the_slower_reads_what_the_faster_made(
+  tmp_path, made, monkeypatch
+):
+  faster = []
+
+  def read():
+    if not faster:
+      faster.append(None)
+      faster.append(_examples(summaries.prepared(tmp_path)))
+    return iter(made)
+
+  monkeypatch.setattr(docstrings, 'summaries', read)
+  assert _examples(summaries.prepared(tmp_path)) == faster[1]
+  assert len(faster[1]['train']) == 6
 
 
 def test_held_out_packages_are_asked_about_what_no_other_answers(built):

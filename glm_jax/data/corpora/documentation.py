@@ -86,7 +86,13 @@ def prepare(kind: Callable[..., Any], cache_dir: Path) -> Any:
   if not Path(builder.data_dir).exists():
     # TFDS reports what it does on stdout and stderr; only the lines of this module count.
     with contextlib.redirect_stdout(io.StringIO()) as said:
-      builder.download_and_prepare()
+      try:
+        builder.download_and_prepare()
+      except FileExistsError:
+        # Another command was done first: of one Python, with the same data.
+        if not Path(builder.data_dir).exists():
+          raise
+        builder = kind(data_dir=str(builder.data_dir_root))
     print(
       ''.join(
         line for line in said.getvalue().splitlines(keepends=True) if line.startswith(_SAYS)
