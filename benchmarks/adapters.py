@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe=Pretraining(task='glm_causal', feature_lengths={'tokens': LENGTH}),
     optimizer=optimizer,
     adapters=lora,
+    # A loop over layers would copy their weights and what the backward pass needs.
+    compute=models.ComputeConfig(unroll=0),
     batch_size=ROWS,
     train_steps=steps,
     model_dir='x',
