@@ -5,12 +5,13 @@ import json
 
 import jax
 import pytest
+import stored
 from commands import ROOT, in_process, refused
 
 from benchmarks import memory as published
 from glm_jax import bindings, models, sharding
 from glm_jax.performance.chips import CHIPS
-from glm_jax.planning import prediction, released, shapes, table, topologies
+from glm_jax.planning import prediction, released, shapes, stand_in, table, topologies
 from glm_jax.recipes import CONFIGURABLES
 from glm_jax.recipes.pretraining import Pretraining
 from glm_jax.sharding import MeshConfig
@@ -162,6 +163,30 @@ def test_a_released_model_is_planned_without_a_compiler(tmp_path, monkeypatch):
   assert of_kind['least_seconds'] == pytest.approx(
     max(2 * held / 1008e9, of_kind['model_flops'] / 165.2e12)
   )
+
+
+def test_a_frozen_base_is_counted_as_it_is_stored(config, tmp_path):
+  """As the checkpoint that is begun with says, or in bfloat16 where there is none."""
+  plain = stored.checkpoint(tmp_path / 'plain', stored.FAMILIES['glm'])
+  half = tmp_path / 'half'
+  done = in_process('convert', plain, half, '--to=checkpoint', '--dtype=bfloat16')
+  assert done.returncode == 0, done.stderr
+  of = lambda path: stand_in.stored_dtype(_run(config, init_from=str(path)))
+  assert [of(plain), of(half), of(tmp_path / 'none')] == ['float32', 'bfloat16', None]
+  frozen = {}
+  for path in (plain, tmp_path / 'none'):
+    part = (
+      "--gin.TrainConfig.trained='layers/.*'",
+      f"--gin.TrainConfig.init_from='{path}'",
+    )
+    done = in_process(
+      'plan', QUICKSTART, *part, '--platform=cpu', '--no-compile', cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert ('assumed: what is not trained is stored in' in done.stdout) == (path != plain)
+    memory = json.loads((tmp_path / 'plan.json').read_text())['memory']
+    frozen[path] = memory['frozen']
+  assert frozen[plain] == 2 * frozen[tmp_path / 'none'] > 0
 
 
 def test_a_gin_file_from_shapes_too(tmp_path):

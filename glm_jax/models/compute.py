@@ -36,8 +36,8 @@ class ComputeConfig:
     attention: of `glm_jax.attention.BACKENDS`; 'auto' is the best for the device.
     unroll: layers in one turn of the loop over layers, or fewer in the last; 0 for all,
       which then is no loop. One turn compiles fastest; without a loop nothing that the
-      backward pass needs is copied, which pays on a GPU (`python -m benchmarks.step`) and
-      on a CPU, where a step of LoRA takes a fifth less (`python -m benchmarks.adapters`).
+      backward pass needs is copied, which pays on a GPU (`python -m benchmarks.step`), and
+      a little on a CPU (`python -m benchmarks.adapters`).
   """
 
   dtype: Annotated[str, one_of('float32', 'bfloat16')] = 'float32'
