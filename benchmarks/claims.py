@@ -105,7 +105,7 @@ def write_task(folder: Path, found: Iterable[str]) -> int:
     found: sentences; of one with several of the words, a hash chooses which is missing.
 
   Raises:
-    SystemExit: too few are without a word.
+    SystemExit: a word is in too few of them.
   """
   kept: dict[str, list[dict[str, str]]] = {word: [] for word in WORDS}
   # By a hash: some of all packages, and the same for everyone who has these.

@@ -52,7 +52,7 @@ def plan(config: TrainConfig, devices: list[Any], flags: argparse.Namespace) -> 
     'a run that trains all of them',
     "leave it out, or give --gin.TrainConfig.adapters='@LoRAConfig()'",
   )
-  found = stand_in.stored_dtype(config)
+  found = stand_in.stored_dtype(config) if config.in_part else None
   stored = prediction.Frozen(found or released.STORED, bits)
   with stand_in.present(config) as config:
     if flags.suggest:

@@ -29,6 +29,12 @@ was compiled for its GPU and interpreted, and not yet run on one."""
 
 BACKENDS = ('auto', 'dense', 'chunked', *_PLATFORM)
 
+DENSE = ('dense', 'cpu_dense')
+"""Those that hold the scores of all pairs; of these and 'chunked', the length says which is
+best."""
+
+_OF_TOKAMAX = ('tpu_tokamax', 'gpu_tokamax', 'gpu_hopper')
+
 # By compiled estimates (README): the two cores of a v4 or v5p share JAX's kernel alone;
 # elsewhere tokamax's, which does not mask full blocks, costs fewer cycles.
 _BEST = {
@@ -118,9 +124,7 @@ def _lacks(
     return f'attention_dropout={model.attention_dropout} needs the probabilities'
   if backend == 'tpu_tokamax' and length > splash.LONGEST_PACKED:
     return f'rows of {length} positions exceed {splash.LONGEST_PACKED}'
-  if backend == 'cpu_dense':
-    return ''
-  if not backend.endswith('splash') and importlib.util.find_spec('tokamax') is None:
+  if backend in _OF_TOKAMAX and importlib.util.find_spec('tokamax') is None:
     return f"tokamax is missing (pip install 'glm_jax[{platform}]')"
   if _PLATFORM[backend] == 'gpu':
     lacking = gpu.lacks(model.head_size, dtype, device)
@@ -251,9 +255,9 @@ def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
       return out.reshape(B, T, N, H)
     if backend == 'cpu_dense':
       out = cpu.attend(q_BTKGH, k_BSKH, v_BSKH, visibility)
-      return checkpoint_name(out.reshape(B, T, N, H), 'attention')
-    implementation = {'dense': dense.attend, 'chunked': chunked.attend}[backend]
-    out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, rate, key)
+    else:
+      implementation = {'dense': dense.attend, 'chunked': chunked.attend}[backend]
+      out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, rate, key)
     return checkpoint_name(out.reshape(B, T, N, H), 'attention')
 
 

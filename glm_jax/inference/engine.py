@@ -363,7 +363,7 @@ def with_kernel(
     config = dataclasses.replace(config, attention_dropout=0.0)
   backend, _ = attention.choose(config, compute, device, _BUCKET)
   # Of the others, which one is best depends on the length: 'auto' looks at that.
-  kernel = backend not in ('dense', 'chunked', 'cpu_dense')
+  kernel = backend not in (*attention.DENSE, 'chunked')
   return dataclasses.replace(compute, attention=backend) if kernel else compute
 
 

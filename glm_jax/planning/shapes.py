@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from glm_jax import sharding
+from glm_jax import attention, sharding
 from glm_jax.performance import flops
 from glm_jax.training import adapters, program
 from glm_jax.training.config import TrainConfig
@@ -148,7 +148,7 @@ def rows(
   size = 4 + np.dtype(config.compute.dtype).itemsize
   length = config.recipe.length + adapters.virtual_tokens(config.adapters)
   logits = size * length * model.vocab_size * config.recipe.logits_share
-  share = _AT_WORK_DENSE if backend in ('dense', 'cpu_dense') else _AT_WORK
+  share = _AT_WORK_DENSE if backend in attention.DENSE else _AT_WORK
   return Rows(saved, saved_cut, share * layer, logits)
 
 
@@ -162,7 +162,7 @@ def _kept(
     # What 'offload' adds is in the host's memory.
     remat='attention' if remat == 'offload' else remat,
     # The kernels can be traced for their device alone; they keep what 'chunked' does.
-    attention=backend if backend in ('dense', 'cpu_dense') else 'chunked',
+    attention=backend if backend in attention.DENSE else 'chunked',
   )
   loss, variables = program.computation(config, compute, quantized)
   parts = program.parts(config, None, quantized)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from glm_jax import checkpoints
 from glm_jax.checkpoints import slices
@@ -30,7 +31,7 @@ def present(config: TrainConfig) -> Iterator[TrainConfig]:
   Args:
     config: of a run, its model resolved.
   """
-  if not config.init_from or _is_here(config.init_from):
+  if not config.init_from or _found(config.init_from):
     yield config
     return
   with tempfile.TemporaryDirectory() as folder:
@@ -46,19 +47,20 @@ def present(config: TrainConfig) -> Iterator[TrainConfig]:
 
 def stored_dtype(config: TrainConfig) -> str | None:
   """That of most parameters in a run's `init_from`, by name; None if it is not here."""
-  if not config.init_from or not _is_here(config.init_from):
+  folder = _found(config.init_from) if config.init_from else None
+  if folder is None:
     return None
   sizes = collections.Counter[str]()
-  for spec in slices.StoredLeaves(checkpoints.find(config.init_from)).specs.values():
+  for spec in slices.StoredLeaves(folder).specs.values():
     # Integers have bits of their own.
     if jnp.issubdtype(spec.dtype, jnp.floating):
       sizes[spec.dtype.name] += spec.size
   return sizes.most_common(1)[0][0]
 
 
-def _is_here(path: str) -> bool:
+def _found(path: str) -> epath.Path | None:
+  """The folder of a checkpoint; None if it is not here."""
   try:
-    checkpoints.find(path)
+    return checkpoints.find(path)
   except UserError:
-    return False
-  return True
+    return None

@@ -82,7 +82,8 @@ def prepared(cache_dir: Path) -> Documentation:
 def prepare(kind: Callable[..., Any], cache_dir: Path) -> Any:
   """A builder of what this Python has, its data made at first use."""
   tfds.disable_progress_bar()
-  builder = kind(data_dir=str(cache_dir / 'tfds' / _environment()))
+  make = functools.partial(kind, data_dir=str(cache_dir / 'tfds' / _environment()))
+  builder = make()
   if not Path(builder.data_dir).exists():
     # TFDS reports what it does on stdout and stderr; only the lines of this module count.
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -92,7 +93,7 @@ def prepare(kind: Callable[..., Any], cache_dir: Path) -> Any:
         # Another command was done first: of one Python, with the same data.
         if not Path(builder.data_dir).exists():
           raise
-        builder = kind(data_dir=str(builder.data_dir_root))
+        builder = make()
     print(
       ''.join(
         line for line in said.getvalue().splitlines(keepends=True) if line.startswith(_SAYS)
