@@ -25,18 +25,23 @@ PLANS = {
   'killed': ('kill wait', 'wait kill', '0 0'),
   'aborted again and again': ('134 wait', '134 wait', '134 wait'),
   'refused': ('wait 65',),
-  'refused, others aborted': ('134 70',),
+  'refused, others aborted': ('abort 70',),
   'defect': ('1 wait',),
   'requeued': ('wait wait', '0 0'),
   'out of time': ('wait wait', '0 0'),
 }
 STAND_IN = """#!/usr/bin/env bash
 attempt=${SLURM_RESTART_COUNT:-0}
-echo "process $SLURM_PROCID of attempt $attempt: $*"
 read -ra words <<< "$(sed -n "$((attempt + 1))p" "$PLAN")"
 trap 'echo "process $SLURM_PROCID saves"; sleep 1; exit 42' TERM
+echo "process $SLURM_PROCID of attempt $attempt: $*"
+touch "$PLAN.$attempt.$SLURM_PROCID"
+# None ends before all can be told to: a shell that hears of it just before it starts its
+# process does not pass it on, and Slurm kills that process (137) 30 s later.
+until [[ -e $PLAN.$attempt.0 && -e $PLAN.$attempt.1 ]]; do sleep 0.1; done
 case ${words[$SLURM_PROCID]} in
   wait) sleep 300 & wait $! ;;
+  abort) trap 'exit 134' TERM; sleep 300 & wait $! ;;
   kill) kill -9 $$ ;;
   *) exit "${words[$SLURM_PROCID]}" ;;
 esac
