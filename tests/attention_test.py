@@ -114,13 +114,24 @@ def test_a_cpu_computes_in_float32_whatever_it_is_given():
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-5)
 
 
-def test_queries_may_be_fewer_than_keys():
-  """As in a cache: one query over the first slots of a longer one."""
-  q = jax.random.normal(jax.random.key(0), (2, 1, 2, H))
-  k = jax.random.normal(jax.random.key(1), (2, 9, 2, H))
-  visibility = Visibility(jnp.array([[0], [2]]), jnp.array([[4], [9]]))
-  out = attend(q, k, k, visibility)
-  np.testing.assert_allclose(out, _reference(q, k, k, visibility), atol=2e-6)
+@pytest.mark.parametrize('T', [1, 2])  # a CPU has its own way with one query
+@pytest.mark.parametrize('heads', HEADS)
+def test_queries_may_be_fewer_than_keys(heads, T):
+  """As in a cache: over slots of a longer one, or none; each head with its own keys."""
+  N, K = HEADS[heads]
+  keys = jax.random.split(jax.random.key(0), 3)
+  q = jax.random.normal(keys[0], (B, T, N, H))
+  k, v = (jax.random.normal(key, (B, 9, K, H)) for key in keys[1:])
+  start, end = jnp.array([0, 2, 5]), jnp.array([4, 9, 5])
+  visibility = Visibility(*(jnp.repeat(x[:, None], T, axis=1) for x in (start, end)))
+  run = jax.jit(lambda *arrays: attend(*arrays, visibility))
+  out = run(q, k, v)
+  np.testing.assert_allclose(out, _reference(q, k, v, visibility), atol=2e-6)
+  rounded = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+  exact = _reference(*(x.astype(jnp.float32) for x in rounded), visibility)
+  found = run(*rounded)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-6, atol=2**-6)
 
 
 def test_an_unknown_backend_is_refused():

@@ -1,6 +1,8 @@
 """The engine: a token is what teacher forcing says, whatever family, weights and way."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from variants import FAMILIES, KINDS, variables_of
 
 from glm_jax import sharding
 from glm_jax.batch import Visibility, prefix_visibility
-from glm_jax.inference.engine import Engine
+from glm_jax.inference.engine import Engine, no_rows
 from glm_jax.inference.request import Request, Span
 from glm_jax.inference.sampling import Sampling
 from glm_jax.models import stack, virtual
@@ -236,10 +238,33 @@ def test_few_shapes_are_compiled():
   assert engine._insert._cache_size() <= 4 and engine._advance._cache_size() <= 2
 
 
+@pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_step_on_a_cpu_copies_no_cache(family, rows):
+  """It would take longer than all else where the cache is long."""
+  engine, slots = _engine(family, 'plain'), 96
+  step = engine._advance.lower(
+    engine.variables,
+    engine.cache(rows, slots),
+    None,
+    no_rows(rows, MOST),
+    allowed_V=engine.allowed,
+    steps=MOST,
+    eager=False,
+    sampling=Sampling(),
+  ).compile()
+  size = rows * slots * engine.config.num_kv_heads * engine.config.head_size
+  made = re.findall(
+    r'%(\S+) = f32\[([\d,]+)\]\S* (?:copy|transpose|fusion)\(', step.as_text()
+  )
+  of_cache = [name for name, dims in made if math.prod(map(int, dims.split(','))) == size]
+  assert of_cache and all('scatter' in name for name in of_cache)
+
+
 def test_on_one_cpu_layers_are_apart_in_the_memory_of_the_stack():
   """A product with one token would take as long as to copy its weight out of the stack."""
-  variables = variables_of('chatglm2', 'int8')
-  engine = _engine.__wrapped__('chatglm2', 'int8')
+  variables = variables_of('chatglm2', 'int4')
+  engine = _engine.__wrapped__('chatglm2', 'int4')
   assert stack.are_apart(engine.variables)
   for name, collection in variables.items():
     stacked = jax.tree.map(np.asarray, collection['layers'])
@@ -251,7 +276,7 @@ def test_on_one_cpu_layers_are_apart_in_the_memory_of_the_stack():
         stacked,
       )
   # Arrays of a size that is a multiple of 64 bytes are views.
-  stacked = jax.tree.map(jnp.asarray, variables)
+  stacked = jax.tree.map(jnp.asarray, variables_of('chatglm2', 'plain'))
   apart = stack.apart(stacked)['params']['layers_1']['mlp']['down']['weight']
   whole = stacked['params']['layers']['mlp']['down']['weight']
   assert apart.unsafe_buffer_pointer() - whole.unsafe_buffer_pointer() == apart.nbytes

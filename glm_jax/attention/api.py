@@ -33,6 +33,8 @@ DENSE = ('dense', 'cpu_dense')
 """Those that hold the scores of all pairs; of these and 'chunked', the length says which is
 best."""
 
+_ONCE = 'cpu_once'  # what a CPU does with the one query of a decoder's step
+
 _OF_TOKAMAX = ('tpu_tokamax', 'gpu_tokamax', 'gpu_hopper')
 
 # By compiled estimates (README): the two cores of a v4 or v5p share JAX's kernel alone;
@@ -202,10 +204,16 @@ def attend(
   if isinstance(seen, Visibility):
     # A cache: nothing was prepared, and XLA decides what moves between devices.
     _check_backend(backend)
-    if backend == 'auto':
-      backend = _plain(T)
     chex.assert_shape(list(seen), (B, T))
-    return _local(backend, q_BTNH, k_BSKH, v_BSKH, seen, None, dropout_rate, dropout_key)
+    plain = _plain(T) if backend == 'auto' else backend
+    attend_by = lambda name: (
+      lambda q, k, v, seen: _local(name, q, k, v, seen, None, dropout_rate, dropout_key)
+    )
+    arrays = (q_BTNH, k_BSKH, v_BSKH, seen)
+    if backend == 'auto' and T == 1 and dropout_key is None and sharding.alone():
+      by_platform = {'cpu': attend_by(_ONCE), 'default': attend_by(plain)}
+      return jax.lax.platform_dependent(*arrays, **by_platform)
+    return attend_by(plain)(*arrays)
   parts = sharding.axis_size('act_heads')
   if K % parts:  # every device gets the one head that its queries use
     k_BSKH, v_BSKH = (jnp.repeat(x, parts // K, axis=2) for x in (k_BSKH, v_BSKH))
@@ -253,8 +261,9 @@ def _local(backend, q_BTNH, k_BSKH, v_BSKH, visibility, metadata, rate, key):
       own = backend == 'gpu_hopper'
       out = gpu.flash(q_BTKGH, k_BSKH, v_BSKH, visibility, own_gradients=own)
       return out.reshape(B, T, N, H)
-    if backend == 'cpu_dense':
-      out = cpu.attend(q_BTKGH, k_BSKH, v_BSKH, visibility)
+    if backend in ('cpu_dense', _ONCE):
+      on_cpu = cpu.attend if backend == 'cpu_dense' else cpu.attend_once
+      out = on_cpu(q_BTKGH, k_BSKH, v_BSKH, visibility)
     else:
       implementation = {'dense': dense.attend, 'chunked': chunked.attend}[backend]
       out = implementation(q_BTKGH, k_BSKH, v_BSKH, visibility, rate, key)

@@ -1,4 +1,4 @@
-"""Dense attention on a CPU, with its gradients written out.
+"""Dense attention on a CPU: with its gradients written out, and for a single query.
 
 The gradients that JAX derives of a softmax pass over the [T, S] scores more often than
 these do, and a CPU adds up rows one number after the other. Here a row's sum is a column of
@@ -61,6 +61,34 @@ def _backward(kept, d_out_BTKGH):
   d_k, d_v = (jnp.swapaxes(x, 1, 2) for x in (d_k, d_v))
   gradients = (d.astype(x.dtype) for d, x in zip((d_q, d_k, d_v), like, strict=True))
   return *gradients, None
+
+
+def attend_once(
+  q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visibility: Visibility
+) -> jax.Array:
+  """The same for very few queries, T, without gradients; keys and values stay where they
+  lie.
+
+  A product for each key head asks for the keys of one head after the other, and a CPU would
+  copy a cache [B, S, K, H] for it, with each token. So a query is made as wide as the keys
+  of all heads, [K H], with zeros but for its own head; and of a sum of values as wide, its
+  own head is kept. That is K times the arithmetic, which reading the cache hides.
+  """
+  B, T, K, G, H = q_BTKGH.shape
+  S, f32 = k_BSKH.shape[1], jnp.float32
+  own_KK = jnp.eye(K, dtype=f32)
+  q = jnp.einsum('BTKGH,KJ->BTKGJH', q_BTKGH.astype(f32) * H**-0.5, own_KK)
+  # Axes 1 are the queries of all heads, [T K G]; W is [K H].
+  q_BQW = q.reshape(B, T * K * G, K * H)
+  k_BSW, v_BSW = (x.astype(f32).reshape(B, S, K * H) for x in (k_BSKH, v_BSKH))
+  visible_BQS = jnp.repeat(visibility.mask(S), K * G, axis=1)
+  scores_BQS = jnp.where(visible_BQS, jnp.einsum('BQW,BSW->BQS', q_BQW, k_BSW), MASKED)
+  highest = jnp.maximum(scores_BQS.max(-1, keepdims=True), MASKED / 2)  # as in _forward
+  weights_BQS = jnp.exp(scores_BQS - highest)
+  total = weights_BQS.sum(-1, keepdims=True)
+  sums_BQW = jnp.einsum('BQS,BSW->BQW', weights_BQS, v_BSW)
+  sums = (sums_BQW / jnp.where(total > 0, total, 1)).reshape(B, T, K, G, K, H)
+  return jnp.einsum('BTKGJH,KJ->BTKGH', sums, own_KK).astype(q_BTKGH.dtype)
 
 
 def _dtypes(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -244,7 +244,8 @@ class Openings(NamedTuple):
 
 def spread(cache: Cache, K: int) -> Cache:
   """[L, B K, ...]: the contexts of B rows, each in K rows that stand together."""
-  return jax.tree.map(lambda x: jnp.repeat(x, K, axis=1), cache)
+  axis = kv_cache.rows_axis(cache)
+  return jax.tree.map(lambda x: jnp.repeat(x, K, axis=axis), cache)
 
 
 def search(
@@ -318,16 +319,18 @@ def search(
 
 def _reorder(cache: Cache, parent_BK: jax.Array, slot_B: jax.Array, width: int) -> Cache:
   """The cache, in which `width` slots of each beam, from `slot_B` on, are its parent's."""
-  B, K = parent_BK.shape
+  axis = kv_cache.rows_axis(cache)
+  before = (slice(None),) * axis
 
   def of_row(x_LKS, parent_K, slot):
-    part = jax.lax.dynamic_slice_in_dim(x_LKS, slot, width, axis=2)
-    return jax.lax.dynamic_update_slice_in_dim(x_LKS, part[:, parent_K], slot, axis=2)
+    part = jax.lax.dynamic_slice_in_dim(x_LKS, slot, width, axis=axis + 1)
+    part = part[*before, parent_K]
+    return jax.lax.dynamic_update_slice_in_dim(x_LKS, part, slot, axis=axis + 1)
 
   def of_leaf(x):
-    x_LBKS = x.reshape(x.shape[0], B, K, *x.shape[2:])
+    x_LBKS = x.reshape(*x.shape[:axis], *parent_BK.shape, *x.shape[axis + 1 :])
     # Beams of a row are on one device: so are their parents.
-    return jax.vmap(of_row, (1, 0, 0), 1)(x_LBKS, parent_BK, slot_B).reshape(x.shape)
+    return jax.vmap(of_row, (axis, 0, 0), axis)(x_LBKS, parent_BK, slot_B).reshape(x.shape)
 
   return jax.tree.map(of_leaf, cache)
 

@@ -16,6 +16,7 @@ from glm_jax import attention, models, sharding
 from glm_jax.batch import Visibility
 from glm_jax.inference import decode, engine, scoring
 from glm_jax.inference.request import Request
+from glm_jax.models import cache as kv_cache
 from glm_jax.models import layers, virtual
 from glm_jax.text.vocabulary import Vocabulary
 
@@ -179,9 +180,11 @@ def _said(
   """Fields of `Said` [R * N, C], of candidates behind N copies of each context."""
   rows, C = fields['tokens'].shape
   N = rows // len(lengths_R)
+  axis = kv_cache.rows_axis(cache)
 
   def copied(x):  # [L, R, P + T, ...], with slots for the candidates
-    return jnp.repeat(jnp.pad(x, [(0, C if i == 2 else 0) for i in range(x.ndim)]), N, 1)
+    slots = [(0, C if i == axis + 1 else 0) for i in range(x.ndim)]
+    return jnp.repeat(jnp.pad(x, slots), N, axis)
 
   start = virtual.count(variables) + jnp.repeat(lengths_R, N)
   # Padding of a candidate stands behind it, where nothing of its row looks.

@@ -103,19 +103,6 @@ def read_context(
   return cache, result
 
 
-def insert(cache: Cache, contexts: Cache, rows_R: jax.Array) -> Cache:
-  """The cache of a batch, some of whose rows are now those contexts.
-
-  Args:
-    cache: [L, B, S, ...].
-    contexts: [L, R, T, ...], T at most S.
-    rows_R: int32, the row of each; B for one that is left out.
-  """
-  _, T = kv_cache.shape(contexts)
-  put = lambda old, new: old.at[:, rows_R, :T].set(new, mode='drop')
-  return jax.tree.map(put, cache, contexts)
-
-
 def read_into(
   model: Any,
   variables: Any,
@@ -129,12 +116,12 @@ def read_into(
 ) -> Cache:
   """The cache of a batch, some of whose rows have read contexts.
 
-  Args, besides those of `insert`: see `read_context`.
+  Args, besides those of `models.cache.put`: see `read_context`.
   """
   contexts, _ = read_context(
     model, variables, tokens_RT, lengths_R, causal=causal, dtype=dtype
   )
-  return insert(cache, contexts, rows_R)
+  return kv_cache.put(cache, contexts, rows_R)
 
 
 def extend(
@@ -162,7 +149,7 @@ def extend(
   Returns:
     The cache and what `head` makes.
   """
-  own = jax.tree.map(lambda x: x.at[:, rows_R].get(mode='clip'), cache)
+  own = kv_cache.take(cache, rows_R)
   t = jnp.arange(tokens_RT.shape[1])
   slots = start_R[:, None] + t
   inside = t < lengths_R[:, None]
@@ -178,8 +165,7 @@ def extend(
     cache_start=start_R,
     head=head,
   )
-  put = lambda old, new: old.at[:, rows_R].set(new, mode='drop')
-  return jax.tree.map(put, cache, own), result
+  return kv_cache.put(cache, own, rows_R), result
 
 
 def read_token(

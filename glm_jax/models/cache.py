@@ -16,7 +16,7 @@ Layer = dict[str, jax.Array]
 Cache = Layer | tuple[Layer, ...]
 """{'k', 'v'}: [L, B, S, K, H] each, S slots a row; of int8 also {'k_scale', 'v_scale'}:
 [L, B, S, K], a scale for each key and head. A layer sees its part, without L. Where layers
-are apart (`glm_jax.models.stack.apart`), a tuple of one such dict a layer, with L = 1."""
+are apart (`glm_jax.models.stack.apart`), a tuple of such parts."""
 
 DTYPES = ('float32', 'bfloat16', 'int8')
 
@@ -35,7 +35,8 @@ def init(
   """
   if apart:
     alone = dataclasses.replace(config, num_layers=1)
-    return tuple(init(alone, rows, slots, dtype) for _ in range(config.num_layers))
+    layer = lambda: jax.tree.map(lambda x: x[0], init(alone, rows, slots, dtype))
+    return tuple(layer() for _ in range(config.num_layers))
   shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_size)
   spread = spec(config, rows)
   make = lambda n, dtype: _zeros(shape[:n], jnp.dtype(dtype), PartitionSpec(*spread[:n]))
@@ -64,10 +65,34 @@ def _zeros(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.Array
   return jax.lax.with_sharding_constraint(zeros, spec) if any(spec) else zeros
 
 
+def rows_axis(cache: Cache) -> int:
+  """Which axis of all arrays is B, with S behind it."""
+  return 0 if isinstance(cache, tuple) else 1
+
+
 def shape(cache: Cache) -> tuple[int, int]:
   """B and S."""
-  _, B, S = jax.tree.leaves(cache)[0].shape[:3]
+  B, S = jax.tree.leaves(cache)[0].shape[rows_axis(cache) :][:2]
   return B, S
+
+
+def take(cache: Cache, rows_R: jax.Array) -> Cache:
+  """[L, R, S, ...]: rows of it; the last one for a number that is not there."""
+  before = (slice(None),) * rows_axis(cache)
+  return jax.tree.map(lambda x: x.at[*before, rows_R].get(mode='clip'), cache)
+
+
+def put(cache: Cache, part: Cache, rows_R: jax.Array) -> Cache:
+  """The cache, some of whose rows are now those of a part.
+
+  Args:
+    cache: [L, B, S, ...].
+    part: [L, R, T, ...], T at most S.
+    rows_R: int32, the row of each; B for one that is left out.
+  """
+  before, (_, T) = (slice(None),) * rows_axis(cache), shape(part)
+  of_leaf = lambda old, new: old.at[*before, rows_R, :T].set(new, mode='drop')
+  return jax.tree.map(of_leaf, cache, part)
 
 
 def write(
@@ -94,10 +119,25 @@ def write(
   if start_B is None:
     update = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, 0, 1)
     return {name: update(cache[name], x) for name, x in new.items()}
-  # Rows have contexts of different lengths, so each writes from a slot of its own. Stale
-  # keys behind it are outside of every interval.
-  update = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
-  return {name: update(cache[name], x, start_B, 0) for name, x in new.items()}
+  return {name: _put(cache[name], x, start_B) for name, x in new.items()}
+
+
+def _put(old: jax.Array, new: jax.Array, start_B: jax.Array) -> jax.Array:
+  """[B, S, ...], in which each row has `new`, [B, T, ...], from its slot on.
+
+  Rows have contexts of different lengths; stale keys behind are outside of every interval.
+  """
+  by_row = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))
+  by_slice = lambda old, new, start_B: by_row(old, new, start_B, 0)
+  if new.shape[:2] != (1, 1) or not sharding.alone():
+    return by_slice(old, new, start_B)
+
+  def twice(old, new, start_B):
+    # A single one would be fused with what reads it, and XLA's CPU backend would copy the
+    # cache to have it both before and after.
+    return old.at[0, jnp.repeat(start_B, 2)].set(jnp.repeat(new[0], 2, axis=0))
+
+  return jax.lax.platform_dependent(old, new, start_B, cpu=twice, default=by_slice)
 
 
 def read(cache: Layer, dtype: Any) -> tuple[jax.Array, jax.Array]:

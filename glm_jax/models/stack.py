@@ -93,9 +93,9 @@ def stack(
     caches = []
     for number, layer in enumerate(cache):
       x_BTD, layer = block(config, compute, deterministic, name=f'layers_{number}')(
-        x_BTD, jax.tree.map(lambda x: x[0], layer), seen, cache_start, *by_token
+        x_BTD, layer, seen, cache_start, *by_token
       )
-      caches.append(jax.tree.map(lambda x: x[None], layer))
+      caches.append(layer)
     # Behind a barrier: fused with what a search does to the cache next, XLA's CPU backend
     # would overwrite slots that are yet to be read.
     return x_BTD, jax.lax.optimization_barrier(tuple(caches))
