@@ -282,6 +282,23 @@ def test_on_one_cpu_layers_are_apart_in_the_memory_of_the_stack():
   assert apart.unsafe_buffer_pointer() - whole.unsafe_buffer_pointer() == apart.nbytes
 
 
+def test_on_one_cpu_int8_is_stored_outputs_first():
+  """Unless it has groups of scales."""
+  layers = variables_of('chatglm2', 'int8')['params']['layers']
+  own = _engine.__wrapped__('chatglm2', 'int8').variables['params']['layers_1']
+  for names, inputs in (
+    (('attention', 'q'), 1),
+    (('attention', 'out'), 2),
+    (('mlp', 'up'), 1),
+  ):
+    stored = layers[names[0]][names[1]]['weight'][1]
+    turned = own[names[0]][names[1]]['turned']
+    order = [*range(inputs, stored.ndim), *range(inputs)]
+    np.testing.assert_array_equal(turned, stored.transpose(order))
+  grouped = _engine.__wrapped__('chatglm2', 'groups').variables['params']['layers_1']
+  assert 'weight' in grouped['attention']['q']
+
+
 def test_where_a_mesh_has_devices_layers_are_a_stack():
   with sharding.active(sharding.make_mesh(sharding.MeshConfig(data=8))):
     engine = _engine.__wrapped__('chatglm2', 'plain')

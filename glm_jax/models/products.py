@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_jax import sharding
 
 # Tokens up to which a CPU multiplies integers as integers: by digits, three times the work
 # of a product of floats, but for those that it would first have to cast.
-_FEW = 16
+_FEW = 128
+
+_TURNED = 'turned'
 
 
 class Einsum(nn.Module):
@@ -55,9 +58,12 @@ class Einsum(nn.Module):
   dtype: Any
 
   def setup(self):
-    self.weight = self.param(
-      'weight', partitioned(nn.initializers.normal(self.init_std), self.axes), self.shape
-    )
+    self.is_turned = self.has_variable('params', _TURNED)
+    if self.is_turned:
+      self.weight = self.get_variable('params', _TURNED)
+    else:
+      init = partitioned(nn.initializers.normal(self.init_std), self.axes)
+      self.weight = self.param('weight', init, self.shape)
     if self.bias_axes:
       self.bias = self.param(
         'bias',
@@ -74,7 +80,10 @@ class Einsum(nn.Module):
       if not jnp.issubdtype(self.weight.dtype, jnp.floating):
         raise TypeError(f'{self.weight.dtype} without scales in {"/".join(self.path)}')
       return Factor(self.weight.astype(self.dtype), self.axes)
-    return Factor(self.weight, self.axes, self.get_variable('scales', 'weight'))
+    scales, axes = self.get_variable('scales', 'weight'), self.axes
+    if self.is_turned:
+      axes = (*axes[-scales.ndim :], *axes[: -scales.ndim])
+    return Factor(self.weight, axes, scales, self.is_turned)
 
   def low_rank(self, x: jax.Array) -> jax.Array | None:
     """What adapters add to the product; None without any."""
@@ -102,11 +111,37 @@ class Factor(NamedTuple):
     weight: an array, or integers.
     axes: logical axes of it.
     scales: of integers, float32, see `Einsum`; None for an array.
+    turned: whether its outputs come first, as the function of that name stores them.
   """
 
   weight: jax.Array
   axes: tuple[str | None, ...]
   scales: jax.Array | None = None
+  turned: bool = False
+
+
+def turned(params: dict[str, Any], scales: dict[str, Any]) -> dict[str, Any]:
+  """Params for one CPU: int8 weights are stored outputs first, and under another name.
+
+  So a CPU multiplies them as they lie; inputs first, it would bring them into an order of
+  its own for each token, which takes longer than the product.
+
+  Args:
+    params: of any part of a model.
+    scales: of the same; a weight with groups of them stays as it is.
+  """
+  result = {}
+  for name, value in params.items():
+    scale = scales.get(name)
+    if isinstance(value, dict):
+      result[name] = turned(value, scale or {})
+    elif value.dtype != jnp.int8 or value.shape[-scale.ndim :] != scale.shape:
+      result[name] = value
+    else:
+      outputs = range(value.ndim - scale.ndim, value.ndim)
+      moved = np.moveaxis(np.asarray(value), outputs, range(scale.ndim))
+      result[_TURNED] = jnp.asarray(np.ascontiguousarray(moved))
+  return result
 
 
 def letters_of(equation: str) -> tuple[str, str, str]:
@@ -156,28 +191,28 @@ def einsum(
   # a device holds x [B/(data fsdp), T/sequence, D] and weight [D/fsdp, N/tensor, H].
   # 1. Letters: 'BTD' of the tokens, 'DNH' of the weight, 'BTNH' of the result.
   tokens, letters, result = letters_of(equation)
+  ended = ''.join(letter for letter in letters if letter not in result)
+  left = ''.join(letter for letter in letters if letter in result)
+  orders = [left + ended if factor.turned else letters for factor in factors]
   stored = [_stored(factor.weight, factor.axes) for factor in factors]
   # 2. Each letter's logical axis in the product: B act_batch, T act_length, N heads,
   # H head_dim; and D none, since the width is whole where weights meet activations.
   by_letter = [
     {'B': 'act_batch', 'T': 'act_length'}
-    | {k: None if n == 'embed' else n for k, n in zip(letters, names, strict=True)}
-    for names in stored
+    | {k: None if n == 'embed' else n for k, n in zip(order, names, strict=True)}
+    for order, names in zip(orders, stored, strict=True)
   ]
   # 3. The width goes last, 'DNH' -> 'NHD': elsewhere, XLA makes a sum over all devices of a
   # large scatter. One device would only copy for it.
   axes = factors[0].axes
   gathers = 'embed' in axes and not sharding.alone()
   width = axes.index('embed') if gathers else None
-  width_last = letters
   if width is not None:
-    width_last = letters[:width] + letters[width + 1 :] + letters[width]
+    orders = [letters[:width] + letters[width + 1 :] + letters[width]] * len(factors)
   of = lambda axes, letters: tuple(axes[letter] for letter in letters)
   mesh_axes = lambda names: {a for n in names if n for a in sharding.axes_of(n)}
   # Mesh axes that `x` is cut over: data, fsdp, sequence; for 'BTNH,NHD->BTD' also tensor.
   cut = mesh_axes(of(by_letter[0], tokens))
-  ended = ''.join(letter for letter in letters if letter not in result)
-  left = ''.join(letter for letter in letters if letter in result)
 
   def local_products(x: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     # 4. Each device along tensor has heads of its own but the same x, whose gradient is
@@ -195,7 +230,7 @@ def einsum(
         # Key heads that are whole on every device take x uncast: JAX would not believe that
         # the product of a varying x is the same on all devices along tensor.
         local_x = varying if mesh_axes(letter_axes.values()) - cut else x
-        local = f'{tokens},{width_last}->{result}'
+        local = f'{tokens},{orders[number]}->{result}'
         if factors[number].scales is None:
           y = _multiply(local, local_x, weight, preferred_element_type=dtype)
         else:
@@ -238,12 +273,15 @@ def _multiply(equation: str, x: jax.Array, weight: jax.Array, **how: Any) -> jax
   sizes = dict(zip(letters, weight.shape, strict=True))
   size = math.prod(sizes.pop(letter) for letter in ended)
   last = letters[-1] in ended
-  product = jax.lax.dot_general(
-    x.reshape(-1, size),
-    weight.reshape((-1, size) if last else (size, -1)),
-    (((1,), (int(last),)), ((), ())),
-    **how,
-  )
+  x_TK = x.reshape(-1, size)
+  weight = weight.reshape((-1, size) if last else (size, -1))
+  if last and not jnp.issubdtype(weight.dtype, jnp.floating):
+    # On the left, where XLA's CPU backend reads a matrix as it lies. Transposed at once, it
+    # would put it on the right again.
+    product = jax.lax.dot_general(weight, x_TK, (((1,), (1,)), ((), ())), **how)
+    product = product.astype(jnp.float32).T
+  else:
+    product = jax.lax.dot_general(x_TK, weight, (((1,), (int(last),)), ((), ())), **how)
   return product.reshape(*x.shape[: -len(ended)], *sizes.values())
 
 
@@ -301,29 +339,39 @@ def _times_integers(
   return jax.lax.platform_dependent(x, weight, cpu=digits, default=floats)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
 def _of_digits(
   multiply: Callable[..., jax.Array], x: jax.Array, weight: jax.Array, ended: int
 ) -> jax.Array:
-  """The same by integers alone: of `x`, three digits to the base of 128.
+  """The same by integers alone: of `x`, three digits of -127 to 127.
 
-  What is left of a number is at most 2 ** -22 of the largest of its token, about what
+  What is left of a number is about 2 ** -24 of the largest of its token, less than what
   float32 loses in such a sum.
   """
   x = x.astype(jnp.float32)
   largest = jnp.abs(x).max(range(x.ndim - ended, x.ndim), keepdims=True)
-  rest = x / jnp.where(largest > 0, largest, 1) * 64
+  rest = x / jnp.where(largest > 0, largest, 1) * 127
   digits = []
   for _ in range(3):
     digits.append(jnp.rint(rest))
-    rest = (rest - digits[-1]) * 128
+    rest = (rest - digits[-1]) * 254
   products = multiply(
     jnp.stack(digits).astype(jnp.int8),
     weight.astype(jnp.int8),
     preferred_element_type=jnp.int32,
   )
   first, second, third = products.astype(jnp.float32)
-  scale = largest.reshape(x.shape[:-ended] + (1,) * (first.ndim - x.ndim + ended)) / 64
-  return (first + (second + third / 128) / 128) * scale
+  scale = largest.reshape(x.shape[:-ended] + (1,) * (first.ndim - x.ndim + ended)) / 127
+  return (first + (second + third / 254) / 254) * scale
+
+
+@_of_digits.defjvp
+def _of_digits_jvp(multiply, ended, primals, tangents):
+  """Digits have no slope; the product that they stand for has one."""
+  x, weight = primals
+  slope = tangents[0].astype(jnp.float32)
+  change = multiply(slope, weight.astype(jnp.float32), preferred_element_type=jnp.float32)
+  return _of_digits(multiply, x, weight, ended), change
 
 
 def _stored(weight: jax.Array, axes: tuple[str, ...]) -> tuple[str | None, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from glm_jax import attention, sharding
 from glm_jax.batch import Visibility
+from glm_jax.models import products
 from glm_jax.models.compute import ComputeConfig
 
 _policies = jax.checkpoint_policies
@@ -122,7 +123,8 @@ def apart(variables: dict[str, Any]) -> dict[str, Any]:
     variables: {collection: {'layers': {...}, ...}}, weights of layers [L, ...].
 
   Returns:
-    {collection: {'layers_0': {...}, ...}}, in the same memory.
+    {collection: {'layers_0': {...}, ...}}, in the same memory, but for int8, which is
+    stored as `products.turned` says.
   """
   result = {}
   for name, collection in variables.items():
@@ -131,6 +133,9 @@ def apart(variables: dict[str, Any]) -> dict[str, Any]:
     for number in range(len(jax.tree.leaves(stacked)[0]) if stacked else 0):
       of_layer = lambda x, number=number: jax.device_put(x[number], may_alias=True)
       result[name][f'layers_{number}'] = jax.tree.map(of_layer, stacked)
+  for name in [name for name in result.get('scales', {}) if name.startswith('layers_')]:
+    layer, scales = result['params'][name], result['scales'][name]
+    result['params'][name] = products.turned(layer, scales)
   return result
 
 
