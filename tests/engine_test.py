@@ -234,7 +234,7 @@ def test_few_shapes_are_compiled():
   )
   for lengths in ((3, 9, 20), (1, 2, 3, 4, 5), (50, 1), (7, 7, 7, 7)):
     [*engine.generate(_requests(engine.config, lengths), most=MOST)]
-  # Batches of four rows, and of two; contexts of all rows, or of one.
+  # Batches of four rows, and of two; contexts of one, two, or all rows.
   assert engine._insert._cache_size() <= 4 and engine._advance._cache_size() <= 2
 
 

@@ -51,7 +51,7 @@ class Scripted:
     return 10.0 * jax.nn.one_hot(answer, self.size), {'k': k, 'v': cache['v'] + 0}
 
 
-def _generate(script, slots, active, *, stops, cache=None):
+def _generate(script, slots, active, *, stops, cache=None, last=False):
   B = len(script)
   cache = cache or _nothing(None, B, SLOTS)
   full = lambda value, dtype=jnp.int32: jnp.full(B, value, dtype)
@@ -66,6 +66,7 @@ def _generate(script, slots, active, *, stops, cache=None):
     limit=full(MOST),
     seed=full(0, jnp.uint32),
     end=full(-1),
+    last=full(last, bool),
     done=~jnp.asarray(active),
     tokens=jnp.zeros((B, MOST), jnp.int32),
     log_probs=jnp.zeros((B, MOST + 1)),
@@ -129,6 +130,15 @@ def test_a_row_takes_a_slot_for_each_token_that_it_reads_and_none_when_finished(
     assert own[:, 1].tolist() == [row + 3] * len(read)  # the mask's place
     assert own[:, 2].tolist() == [*range(1, len(read) + 1)]
     assert (held[: slots[row]] == NOTHING).all()
+
+
+def test_the_last_token_is_read_only_for_what_follows(ragged):
+  """A full answer behind which nothing comes is a step shorter, and otherwise the same."""
+  script, sizes, slots, active, (_, tokens, count, behind) = ragged
+  _, *made, end = _generate(np.array(script), slots, active, stops=STOPS, last=True)
+  for found, expected in zip(made, (tokens, count), strict=True):
+    np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(end, behind - (sizes == MOST))
 
 
 def test_the_next_blank_follows_the_last_one_without_a_gap(ragged):

@@ -39,6 +39,7 @@ class RowStates(NamedTuple):
     limit: int32, most tokens of the span.
     seed: uint32, from which the span's random numbers come.
     end: int32, the stop token that has ended the span; -1 without one.
+    last: bool, whether nothing follows the span, so that its last token is not read.
     done: bool, whether the span has ended, or the row has none.
     tokens: int32 [B, most], of the span.
     log_probs: float32 [B, most + 1], theirs and, behind them, that of the stop token: those
@@ -55,6 +56,7 @@ class RowStates(NamedTuple):
   limit: Any
   seed: Any
   end: Any
+  last: Any
   done: Any
   tokens: Any
   log_probs: Any
@@ -207,9 +209,9 @@ def advance(
 ) -> tuple[Cache, jax.Array | None, RowStates]:
   """Generates up to `steps` tokens a row.
 
-  A row reads every token that it keeps, the last before its limit, too: what comes later
-  sees them all. (THUDM/GLM generate_samples.py does not show the last token of a span that
-  was cut to later blanks.)
+  A row reads every token that it keeps, so that what follows sees them all; the last before
+  its limit, too, unless nothing follows. (THUDM/GLM generate_samples.py does not show the
+  last token of a span that was cut to later blanks.)
 
   Args:
     model: a Flax module.
@@ -259,6 +261,7 @@ def advance(
     # 4. A stop token ends the span, and is scored, but not kept.
     stopped = jnp.isin(token_B, jnp.array(stops))
     kept = ~done & ~stopped
+    full = r.last & (r.count + kept >= r.limit)
     B = jnp.arange(len(token_B))
     put = lambda old, new, where: old.at[B, jnp.where(where, r.count, old.shape[1])].set(
       new, mode='drop'
@@ -269,7 +272,7 @@ def advance(
       token=jnp.where(kept, token_B, r.token),
       count=r.count + kept,
       end=jnp.where(~done & stopped, token_B, r.end),
-      done=done | stopped,
+      done=done | stopped | full,
     )
     if had_BV is not None:
       had_BV = had_BV.at[B, jnp.where(kept, token_B, len(allowed_V))].set(True, mode='drop')

@@ -194,6 +194,7 @@ def lower_loop(
     *[ids] * 8,
     seed=of(jnp.uint32, rows),
     end=ids,
+    last=of(jnp.bool_, rows),
     done=of(jnp.bool_, rows),
     tokens=of(jnp.int32, rows, most),
     log_probs=of(jnp.float32, rows, most + 1),
