@@ -24,6 +24,7 @@ from glm_jax import sharding
 # of a product of floats, but for those that it would first have to cast.
 _FEW = 128
 
+_DIGITS = 3
 _TURNED = 'turned'
 
 
@@ -123,8 +124,8 @@ class Factor(NamedTuple):
 def turned(params: dict[str, Any], scales: dict[str, Any]) -> dict[str, Any]:
   """Params for one CPU: int8 weights are stored outputs first, and under another name.
 
-  So a CPU multiplies them as they lie; inputs first, it would bring them into an order of
-  its own for each token, which takes longer than the product.
+  So a CPU multiplies one token with them as they lie (`_multiply`); inputs first, it would
+  bring them into an order of its own each time.
 
   Args:
     params: of any part of a model.
@@ -275,9 +276,10 @@ def _multiply(equation: str, x: jax.Array, weight: jax.Array, **how: Any) -> jax
   last = letters[-1] in ended
   x_TK = x.reshape(-1, size)
   weight = weight.reshape((-1, size) if last else (size, -1))
-  if last and not jnp.issubdtype(weight.dtype, jnp.floating):
-    # On the left, where XLA's CPU backend reads a matrix as it lies. Transposed at once, it
-    # would put it on the right again.
+  if last and len(x_TK) == _DIGITS and not jnp.issubdtype(weight.dtype, jnp.floating):
+    # The digits of one token. XLA's CPU backend reads the matrix on the left as it lies and
+    # packs the one on the right, which pays with more tokens. Transposed at once, it would
+    # put the weight on the right again.
     product = jax.lax.dot_general(weight, x_TK, (((1,), (1,)), ((), ())), **how)
     product = product.astype(jnp.float32).T
   else:
@@ -352,7 +354,7 @@ def _of_digits(
   largest = jnp.abs(x).max(range(x.ndim - ended, x.ndim), keepdims=True)
   rest = x / jnp.where(largest > 0, largest, 1) * 127
   digits = []
-  for _ in range(3):
+  for _ in range(_DIGITS):
     digits.append(jnp.rint(rest))
     rest = (rest - digits[-1]) * 254
   products = multiply(
