@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks import readme
-from glm_jax import checkpoints, convert, models, sharding
+from glm_jax import checkpoints, convert, models, sharding, startup
 from glm_jax.batch import Batch
 from glm_jax.checkpoints import slices
 from glm_jax.recipes.pretraining import Pretraining
@@ -177,4 +177,5 @@ def _train(
 
 
 if __name__ == '__main__':
+  startup.keep_memory()
   main()

@@ -285,4 +285,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  startup.keep_memory()
   cli.main(main)

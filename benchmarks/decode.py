@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks import readme
 from benchmarks.step import SMALL_CHATGLM2, WIDE_CHATGLM2, about
-from glm_jax import cli, sharding
+from glm_jax import cli, sharding, startup
 from glm_jax.checkpoints import slices
 from glm_jax.inference.engine import Engine
 from glm_jax.inference.request import Request, Span
@@ -296,4 +296,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  startup.keep_memory()
   cli.main(main)

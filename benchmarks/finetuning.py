@@ -25,7 +25,7 @@ from typing import Any
 import glm_jax
 from benchmarks import quality, readme
 from benchmarks.step import about
-from glm_jax import checkpoints, cli, configs
+from glm_jax import checkpoints, cli, configs, startup
 from glm_jax.data.corpora import corpus as corpora
 from glm_jax.data.corpora.config import CorpusConfig
 
@@ -196,4 +196,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  startup.keep_memory()
   cli.main(main)

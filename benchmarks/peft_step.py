@@ -19,6 +19,8 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from glm_jax import startup
+
 
 def main(folder: Path) -> dict[str, list[float]]:
   model = AutoModelForCausalLM.from_pretrained(folder / 'model', dtype=torch.float32)
@@ -44,4 +46,5 @@ def main(folder: Path) -> dict[str, list[float]]:
 
 
 if __name__ == '__main__':
+  startup.keep_memory()  # as ours does
   json.dump(main(Path(sys.argv[1])), sys.stdout)

@@ -29,7 +29,7 @@ import glm_jax
 from benchmarks import readme
 from benchmarks.decode import timed
 from benchmarks.step import about
-from glm_jax import bindings, checkpoints, cli, quantize, sharding
+from glm_jax import bindings, checkpoints, cli, quantize, sharding, startup
 from glm_jax.batch import Batch
 from glm_jax.checkpoints import slices
 from glm_jax.models import quantized
@@ -250,4 +250,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  startup.keep_memory()
   cli.main(main)

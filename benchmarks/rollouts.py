@@ -33,7 +33,7 @@ import numpy as np
 
 from benchmarks import decode, readme
 from benchmarks.step import SMALL_CHATGLM2, about
-from glm_jax import cli, sharding
+from glm_jax import cli, sharding, startup
 from glm_jax.inference.request import Request
 from glm_jax.planning import stand_in
 from glm_jax.recipes.grpo import GRPO
@@ -398,4 +398,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
+  startup.keep_memory()
   cli.main(main)

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 
 from benchmarks import readme, rows
-from glm_jax import cli, configs, sharding
+from glm_jax import cli, configs, sharding, startup
 from glm_jax.batch import Batch
 from glm_jax.models import ChatGLM2Config, ComputeConfig, GLMConfig
 from glm_jax.performance import chips
@@ -433,4 +433,5 @@ def _flags() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
+  startup.keep_memory()
   cli.main(main)

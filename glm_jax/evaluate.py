@@ -259,4 +259,5 @@ def _flags() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
+  startup.keep_memory()
   cli.main(main)

@@ -6,6 +6,7 @@ This module imports no other room, so that worker processes may begin with it, t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
@@ -25,6 +26,12 @@ _LOUD = ('absl', 'asyncio', 'jax', 'orbax', 'tensorflow', 'etils')
 # Libraries that print an error in a thread of their own, and raise it in ours later.
 _TOLD_AGAIN = ('orbax', 'tensorstore', 'tensorboard')
 
+
+# Of NVIDIA, AMD, and TPUs of two kinds.
+_ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio')
+# M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD of <malloc.h>: one arena, since those of
+# threads are unmapped whenever they are empty, which keeps what it has.
+_KEEP = {-8: 1, -4: 0, -1: -1}
 
 # Each has threads of its own.
 _MOST_CPU_DEVICES = 1024
@@ -167,6 +174,21 @@ def use_cpu_devices(count: int) -> None:
 
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', count)
+
+
+def keep_memory() -> None:
+  """Where JAX computes on a CPU: what arrays leave behind is kept for those that follow.
+
+  To be called before there are threads. As it is, glibc gives the memory of each step back
+  to the system, whose pages of zeros in return took a fifth to a quarter of a step. Does
+  nothing where an accelerator is asked for or there is one, nor without glibc.
+  """
+  asked = os.environ.get('JAX_PLATFORMS', '')
+  if asked != 'cpu' and (asked or any(map(os.path.exists, _ACCELERATORS))):
+    return
+  if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+    for option, value in _KEEP.items():
+      libc.mallopt(option, value)
 
 
 def find_devices() -> None:
