@@ -135,7 +135,7 @@ def test_incremental_decoding_equals_the_original_and_the_full_forward(golden):
   context, logits = decode.read_context(
     model, variables, tokens[:, :part_a], jnp.array([part_a]), head=layers.logits
   )
-  cache = decode.insert(kv_cache.init(config, 1, T), context, jnp.array([0]))
+  cache = kv_cache.put(kv_cache.init(config, 1, T), context, jnp.array([0]))
   steps = [logits[0]]
   for t in range(part_a, T):
     cache, logits = read(cache, tokens[:, t], positions[:, t], blocks[:, t], jnp.array([t]))

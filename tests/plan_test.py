@@ -400,7 +400,7 @@ def test_reading_a_context_holds_no_logits_and_little_memory(monkeypatch):
     ids = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, T), (B,), (B,))]
 
     def fill(variables, cache, tokens, lengths, rows):
-      return decode.insert(cache, read(variables, tokens, lengths)[0], rows)
+      return kv_cache.put(cache, read(variables, tokens, lengths)[0], rows)
 
     arguments = ({'params': params}, cache, *on_chip(ids))
     compiled = jax.jit(fill, donate_argnums=1).lower(*arguments).compile()

@@ -232,7 +232,7 @@ def _incremental(config, params, inputs, context):
     causal=config.causal,
     head=layers.logits,
   )
-  cache = decode.insert(kv_cache.init(config, 1, T), read_in, jnp.array([0]))
+  cache = kv_cache.put(kv_cache.init(config, 1, T), read_in, jnp.array([0]))
   read = jax.jit(lambda *args: decode.read_token(model, variables, *args))
   steps = [logits[0]]
   for t in range(context, T):

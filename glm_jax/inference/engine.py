@@ -166,9 +166,8 @@ class Engine:
         if request is not None and rows.done[row]:
           span = request.spans[len(answers[row].spans)]
           limit = most if request.most is None else min(request.most, most)
-          following = rows.slot[row] - self.virtual
-          last = len(answers[row].spans) + 1 == len(request.spans)
-          begin(rows, row, span, following, min(least, limit), limit, last)
+          begin(rows, row, span, rows.slot[row] - self.virtual, min(least, limit), limit)
+          rows.last[row] = len(answers[row].spans) + 1 == len(request.spans)
           numbers = [seed, request.number, len(answers[row].spans)]
           rows.seed[row] = np.random.SeedSequence(numbers).generate_state(1)[0]
       if all(request is None for request in asked):
@@ -309,8 +308,7 @@ class Engine:
   def read(self, cache: Any, taken: Sequence[tuple[int, Request]]) -> Any:
     """The cache, with the contexts of requests in their rows."""
     B, S = kv_cache.shape(cache)
-    # Few shapes: 1, 2, 4, 8, … rows, or all. Where a batch is spread over devices, so are
-    # contexts.
+    # Few shapes: 1, 2, 4, 8, … rows; or all, where a batch is spread over devices.
     spread = sharding.axis_size('act_batch') > 1
     R = B if spread else min(B, 2 ** math.ceil(math.log2(len(taken))))
     numbers = np.full(R, B, np.int32)
@@ -419,20 +417,13 @@ def no_rows(B: int, most: int) -> RowStates:
 
 
 def begin(
-  rows: RowStates,
-  row: int,
-  span: Span,
-  following: int,
-  least: int,
-  most: int,
-  last: bool = False,
+  rows: RowStates, row: int, span: Span, following: int, least: int, most: int
 ) -> None:
   """Sets a row to the beginning of a span; its slot is where the last one ended."""
   rows.token[row] = span.first
   rows.position[row] = following if span.position is None else span.position
   rows.stride[row], rows.block[row], rows.count[row], rows.end[row] = span.stride, 1, 0, -1
   rows.least[row], rows.limit[row], rows.done[row] = least, most, False
-  rows.last[row] = last
   rows.log_probs[row] = np.nan
 
 
