@@ -29,8 +29,8 @@ _TOLD_AGAIN = ('orbax', 'tensorstore', 'tensorboard')
 
 # Of NVIDIA, AMD, and TPUs of two kinds.
 _ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel0', '/dev/vfio')
-# M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD of <malloc.h>: one arena, since those of
-# threads are unmapped whenever they are empty, which keeps what it has.
+# M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD of <malloc.h>: a single arena, which gives
+# nothing back. Those of threads are unmapped whenever they are empty.
 _KEEP = {-8: 1, -4: 0, -1: -1}
 
 # Each has threads of its own.

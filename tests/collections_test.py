@@ -216,14 +216,19 @@ def test_virtual_tokens_of_packed_documents_are_each_its_own(config):
   assert np.abs(_logits(config, other, apart) - alone)[:, P:].max() > 1e-3
 
 
+def _int8(group):
+  """Random numbers, a factor [N, H, D] of them as int8, and what it stands for."""
+  random = np.random.default_rng(0).normal
+  weight, scales = quantized.quantize(random(size=(8, 3, 6)), 2, 8, group)
+  axes = ('heads', 'head_dim', 'embed')
+  factor = products.Factor(jnp.asarray(weight), axes, jnp.asarray(scales))
+  return random, factor, quantized.dequantize(weight, scales, 2)
+
+
 @pytest.mark.parametrize('group', [0, 4])
 def test_a_cpu_multiplies_a_few_tokens_and_integers_as_integers(group):
   """Floats of the weight would be as large as one that is not quantised."""
-  random = np.random.default_rng(0).normal
-  weight, scales = quantized.quantize(random(size=(8, 3, 6)), 2, 8, group)
-  factor = products.Factor(
-    jnp.asarray(weight), ('heads', 'head_dim', 'embed'), jnp.asarray(scales)
-  )
+  random, factor, floats = _int8(group)
   product = jax.jit(lambda x: products.einsum('BTNH,NHD->BTD', x, [factor])[0])
   # Tokens of unlike size, one of them nothing, each with its own scale.
   few = jnp.asarray(random(size=(4, 1, 8, 3)) * [[[[1]]], [[[1e4]]], [[[1e-4]]], [[[0]]]])
@@ -231,7 +236,7 @@ def test_a_cpu_multiplies_a_few_tokens_and_integers_as_integers(group):
   exact = np.einsum(
     'BTNH,NHD->BTD',
     np.asarray(few, np.float64),
-    quantized.dequantize(weight, scales, 2).astype(np.float64),
+    floats.astype(np.float64),
   )
   size = np.abs(exact).max(-1, keepdims=True)
   assert (np.abs(product(few) - exact) <= 5e-7 * size).all()
@@ -247,12 +252,7 @@ def test_a_cpu_multiplies_a_few_tokens_and_integers_as_integers(group):
 @pytest.mark.parametrize('group', [0, 4])
 def test_gradients_through_integers_are_those_of_floats(group):
   """However few tokens there are: digits, which a CPU multiplies, have no slope."""
-  random = np.random.default_rng(0).normal
-  weight, scales = quantized.quantize(random(size=(8, 3, 6)), 2, 8, group)
-  factor = products.Factor(
-    jnp.asarray(weight), ('heads', 'head_dim', 'embed'), jnp.asarray(scales)
-  )
-  floats = jnp.asarray(quantized.dequantize(weight, scales, 2))
+  random, factor, floats = _int8(group)
   x, slope = (jnp.asarray(random(size=s), jnp.float32) for s in ((2, 5, 8, 3), (2, 5, 6)))
   pulled = lambda product: jax.jit(jax.grad(lambda x: (jnp.sin(product(x)) * slope).sum()))(
     x
